@@ -1,0 +1,235 @@
+"""The token store: a Zarr v3 group with one 1-D array of unsigned integers per split, read through TensorStore.
+
+Paths are local or URLs that TensorStore knows (`gs://`, `s3://`). T is the sequence length: sequence n is tokens
+[n*T, n*T+T], T+1 of them, so neighbours share one token, which is a target in one and an input in the other.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from ttt_e2e.errors import UserError
+
+LEGAL_PATHS = "a directory made by `ttt-e2e prepare`, or the gs:// or s3:// URL of a Zarr v3 group of such a layout"
+
+_CACHE_BYTES = 128 << 20
+_CHUNK_TOKENS = 2**18
+_DTYPES = ("uint8", "uint16", "uint32", "uint64")
+_INT32_IDS = 2**31
+
+
+class TokenStore:
+    """One split of a token store, opened for reading. Make it with `TokenStore.open`. Pickles as path and split."""
+
+    def __init__(self, path: str, split: str, array: ts.TensorStore, attributes: dict[str, Any]):
+        self.path = path
+        self.split = split
+        self.attributes = attributes
+        self.num_tokens = int(array.shape[0])
+        self._array = array
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, split: str) -> "TokenStore":
+        """Opens `split` of the store at `path`; reads metadata only.
+
+        Raises UserError if the store or the split is missing, or its metadata is damaged or of another layout.
+        """
+        path = os.fspath(path)
+        attributes = read_attributes(path)
+        where = f"{path}/{split}"
+        metadata = _read_key(path, f"{split}/zarr.json")
+        if metadata is None:
+            raise UserError(f"{path}: no split {split!r}; it has {', '.join(_splits(path)) or 'none at all'}")
+        spec = {
+            "driver": "zarr3",
+            "kvstore": _kvstore(path, split),
+            # A missing chunk is a damaged store, not a run of token 0.
+            "fill_missing_data_reads": False,
+            # Stores do not change: what is in the cache needs no second look at the disk or the bucket.
+            "recheck_cached_data": "open",
+            "context": {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}},
+        }
+        try:
+            array = ts.open(spec, read=True).result()
+        except ValueError as error:
+            raise UserError(f"{where}: damaged metadata ({_reason(error)})") from None
+        if array.ndim != 1 or array.dtype.name not in _DTYPES:
+            found = f"{array.ndim}-D array of {array.dtype.name}"
+            raise UserError(f"{where}: is a {found}; legal: a 1-D array of {' or '.join(_DTYPES)}")
+        if array.shape[0] == 0:
+            raise UserError(f"{where}: is empty; prepare the store again from a larger input")
+        return cls(path, split, array, attributes)
+
+    def __reduce__(self):
+        return TokenStore.open, (self.path, self.split)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the attributes, split, size and type: cheap, as no token is read.
+
+        Stores made by `prepare` have a digest of all their tokens among their attributes.
+        """
+        identity = [self.attributes, self.split, self.num_tokens, self._array.dtype.name]
+        return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    @property
+    def tokenizer_spec(self) -> str:
+        """What `load_tokenizer` takes to give the tokenizer that made the store; "" if the store does not say."""
+        spec = self.attributes.get("tokenizer", "")
+        return spec if spec in ("", "bytes") else f"{self.path.rstrip('/')}/{spec}"
+
+    def num_sequences(self, seq_len: int) -> int:
+        """Number of whole sequences of `seq_len` inputs and targets. Raises UserError if there is none."""
+        if self.num_tokens < seq_len + 1:
+            raise UserError(
+                f"{self.path}/{self.split}: has {self.num_tokens} tokens, a sequence takes seq_len + 1 = {seq_len + 1};"
+                f" legal: seq_len <= {self.num_tokens - 1}, or a larger store"
+            )
+        return (self.num_tokens - 1) // seq_len
+
+    def sequences(self, indices: Sequence[int] | np.ndarray, seq_len: int, vocab_size: int = _INT32_IDS) -> np.ndarray:
+        """Sequences `indices`, int32 [len(indices), seq_len + 1], read concurrently.
+
+        Raises UserError if what is stored is damaged or has an id that is not below `vocab_size`, IndexError if an
+        index is out of range.
+        """
+        count = self.num_sequences(seq_len)
+        indices = np.asarray(indices, np.int64)
+        if indices.size and not (0 <= indices.min() and indices.max() < count):
+            raise IndexError(f"sequence {indices.min()} to {indices.max()} of {count}")
+        reads = [self._array[start : start + seq_len + 1].read() for start in (indices * seq_len).tolist()]
+        tokens = np.empty((len(reads), seq_len + 1), self._array.dtype.numpy_dtype)
+        try:
+            for row, read in zip(tokens, reads):
+                row[:] = read.result()
+        except ValueError as error:
+            raise UserError(
+                f"{self.path}/{self.split}: damaged data ({_reason(error)}); copy or prepare the store again"
+            ) from None
+        check_range(tokens, min(vocab_size, _INT32_IDS), f"{self.path}/{self.split}")
+        return tokens.astype(np.int32)
+
+
+def check_range(tokens: np.ndarray, vocab_size: int, where: str) -> None:
+    """Raises UserError, naming `where`, if an id is not below `vocab_size`: it would silently embed as another."""
+    if tokens.size and (highest := int(tokens.max())) >= vocab_size:
+        raise UserError(
+            f"{where}: token id {highest} is not below vocab_size {vocab_size};"
+            " legal: a vocab_size above every id, or a store made with the model's own tokenizer"
+        )
+
+
+class TokenWriter:
+    """Writes a new split of unknown length, holding one chunk of `chunk_tokens` in memory.
+
+    `num_tokens` counts what was appended, `digest` (hex, after `close`) identifies it.
+    """
+
+    def __init__(self, path: str | os.PathLike, split: str, vocab_size: int, chunk_tokens: int = _CHUNK_TOKENS):
+        metadata = {
+            "shape": [0],
+            "data_type": "uint16" if vocab_size <= 2**16 else "uint32",
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [chunk_tokens]}},
+            "codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "zstd", "configuration": {"level": 3}},
+                {"name": "crc32c"},
+            ],
+        }
+        spec = {
+            "driver": "zarr3",
+            "kvstore": _kvstore(os.fspath(path), split),
+            "metadata": metadata,
+            # Readers take a missing chunk for damage, so one that is all token 0 must be written too.
+            "store_data_equal_to_fill_value": True,
+        }
+        self._array = ts.open(spec, create=True).result()
+        self._buffer = np.empty(chunk_tokens, self._array.dtype.numpy_dtype)
+        self._filled = 0
+        self._hash = hashlib.blake2b(digest_size=8)
+        self._vocab_size = vocab_size
+        self._where = f"{os.fspath(path)}/{split}"
+        self.num_tokens = 0
+
+    @property
+    def digest(self) -> str:
+        """Identifies the tokens that were written out so far."""
+        return self._hash.hexdigest()
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Adds `tokens`, integers [n]. Raises UserError for an id that is not below the vocabulary's size."""
+        tokens = np.asarray(tokens)
+        check_range(tokens, self._vocab_size, self._where)
+        while tokens.size:
+            taken = min(tokens.size, self._buffer.size - self._filled)
+            self._buffer[self._filled : self._filled + taken] = tokens[:taken]
+            self._filled += taken
+            self.num_tokens += taken
+            tokens = tokens[taken:]
+            if self._filled == self._buffer.size:
+                self._flush()
+
+    def close(self) -> None:
+        """Writes what is left of the last chunk."""
+        if self._filled:
+            self._flush()
+
+    def _flush(self) -> None:
+        block = self._buffer[: self._filled]
+        self._hash.update(block.tobytes())
+        self._array = self._array.resize(exclusive_max=[self.num_tokens]).result()
+        self._array[self.num_tokens - self._filled : self.num_tokens].write(block).result()
+        self._filled = 0
+
+
+def read_attributes(path: str | os.PathLike) -> dict[str, Any]:
+    """The attributes of the store at `path`. Raises UserError if there is no Zarr v3 group."""
+    path = os.fspath(path)
+    content = _read_key(path, "zarr.json")
+    if content is None:
+        raise UserError(f"{path}: no token store there (no zarr.json); legal: {LEGAL_PATHS}")
+    try:
+        group = json.loads(content)
+        attributes = group.get("attributes", {})
+        if group["zarr_format"] != 3 or group["node_type"] != "group" or not isinstance(attributes, dict):
+            raise ValueError("no Zarr v3 group")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}/zarr.json: damaged metadata ({error}); legal: {LEGAL_PATHS}") from None
+    return attributes
+
+
+def write_attributes(path: str | os.PathLike, attributes: dict[str, Any]) -> None:
+    """Makes `path` a Zarr v3 group with `attributes`. Written last, it is what makes a store complete."""
+    group = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
+    ts.KvStore.open(_kvstore(os.fspath(path))).result().write("zarr.json", json.dumps(group, indent=2)).result()
+
+
+def _kvstore(path: str, key: str = "") -> Any:
+    if "://" in path:
+        return f"{path.rstrip('/')}/{key}"
+    # Not a file:// URL: there, some characters that are legal in a path would need quoting.
+    return {"driver": "file", "path": f"{os.path.abspath(os.path.expanduser(path))}/{key}/".replace("//", "/")}
+
+
+def _read_key(path: str, key: str) -> bytes | None:
+    """The value at `key` below `path`, None if there is none."""
+    try:
+        read = ts.KvStore.open(_kvstore(path)).result().read(key).result()
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)}); legal: {LEGAL_PATHS}") from None
+    return None if read.state == "missing" else read.value
+
+
+def _splits(path: str) -> list[str]:
+    """Names of the arrays in a store. Lists all of it, so only for the sake of an error message."""
+    keys = (key.decode() for key in ts.KvStore.open(_kvstore(path)).result().list().result())
+    return sorted(key.removesuffix("/zarr.json") for key in keys if key.endswith("/zarr.json"))
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split(" [tensorstore_spec")[0].split())

@@ -1,0 +1,88 @@
+"""Checkpoints of the released TTT-E2E implementation.
+
+It stores the parameters of all blocks stacked on axis 0, the fast MLP and its two norms ("prime") stacked over the
+suffix blocks only, and matrices as [in, out]; so do we, except that prefix and suffix blocks are two stacks.
+"""
+
+import re
+
+import jax
+import numpy as np
+
+from ttt_e2e.errors import UserError
+
+_BLOCKS = "language_model.model.h.blocks."
+_FAST = "language_model.model.h.prime_storage."
+
+# Path of one of our block parameters -> path in their stack of all blocks.
+_BLOCK_NAMES = {
+    **{f"attention.{name}": f"seq_modeling_block.{name}.weight" for name in ("wq", "wk", "wv", "wo")},
+    **{f"attention.{name}.weight": f"seq_modeling_block.{name}.weight" for name in ("q_norm", "k_norm")},
+    **{f"mlp.{name}": f"feed_forward.{name}.weight" for name in ("w1", "w2", "w3")},
+    "attention_norm.weight": "seq_norm.weight",
+    "attention_post_norm.weight": "seq_post_norm.weight",
+    "mlp_norm.weight": "ffn_norm.weight",
+    "mlp_post_norm.weight": "ffn_post_norm.weight",
+}
+# The same for the parts that only suffix blocks have.
+_FAST_NAMES = {
+    **{f"fast_mlp.{name}": f"feed_forward_prime.{name}.weight" for name in ("w1", "w2", "w3")},
+    "fast_mlp_norm.weight": "ffn_prime_norm.weight",
+    "fast_mlp_post_norm.weight": "ffn_prime_post_norm.weight",
+}
+_NAMES = {
+    "embedding": "language_model.model.wte.weight",
+    "final_norm.weight": "language_model.model.ln_f.weight",
+    "head": "language_model.lm_head.weight",
+}
+
+
+def from_official(official: dict[str, np.ndarray], like):
+    """Official parameters rearranged into the structure of ours.
+
+    Args:
+      official: arrays by official path, e.g. "language_model.model.wte.weight".
+      like: our parameters (any tree of nested dicts of them, such as {"fast": ..., "slow": ...}) or their shapes.
+
+    Returns:
+      A tree like `like`, of numpy arrays in its dtypes.
+
+    Raises:
+      UserError: a parameter is missing, has another shape, or is left over; the message names it and both shapes.
+    """
+    unused = set(official)
+    leaves = jax.tree_util.tree_leaves_with_path(like)
+    depth = {stack: _stack_depth(leaves, stack) for stack in ("prefix", "suffix")}
+
+    def take(path, leaf):
+        stack, _, name = _own_name(path).partition(".")
+        rows, shape = slice(None), leaf.shape
+        if stack not in depth:
+            theirs = _NAMES[_own_name(path)]
+        elif name in _FAST_NAMES:
+            theirs = _FAST + _FAST_NAMES[name]
+        else:
+            theirs = _BLOCKS + _BLOCK_NAMES[name]
+            rows = slice(depth["prefix"]) if stack == "prefix" else slice(depth["prefix"], None)
+            shape = (depth["prefix"] + depth["suffix"], *leaf.shape[1:])
+        if theirs not in official:
+            raise UserError(f"parameter {theirs!r} is not in the checkpoint, but config.model asks for it, {shape}")
+        unused.discard(theirs)
+        value = np.asarray(official[theirs])
+        if value.shape != shape:
+            raise UserError(f"parameter {theirs!r} is {value.shape} in the checkpoint, but config.model makes it {shape}")
+        return value[rows].astype(leaf.dtype)
+
+    made = jax.tree_util.tree_map_with_path(take, like)
+    if unused:
+        raise UserError(f"config.model has no place for these parameters of the checkpoint: {', '.join(sorted(unused))}")
+    return made
+
+
+def _own_name(path) -> str:
+    """Dotted path of a parameter of ours, without the "fast" or "slow" it may start with."""
+    return re.sub(r"^(fast|slow)\.", "", ".".join(key.key for key in path))
+
+
+def _stack_depth(leaves, stack: str) -> int:
+    return max((leaf.shape[0] for path, leaf in leaves if _own_name(path).startswith(stack + ".")), default=0)

@@ -1,0 +1,30 @@
+"""Window attention over the dense score matrix: what every other backend is tested against.
+
+Shapes: `T` queries, `S` keys, `N` query heads, `G` key/value heads, `H` head width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Finite, unlike finfo.min and -inf: with those the second derivative of a softmax is NaN.
+MASKED_SCORE = -1e30
+
+
+def visible_keys(num_queries: int, num_keys: int, window: int, num_empty=0):
+    """Boolean [T, S]: query i (at key position i + S - T) sees key j where 0 <= i - j < window and j is not empty."""
+    query_T = jnp.arange(num_queries)[:, None] + (num_keys - num_queries)
+    key_S = jnp.arange(num_keys)[None, :]
+    visible_TS = (key_S <= query_T) & (key_S >= num_empty)
+    return visible_TS & (query_T - key_S < window) if window else visible_TS
+
+
+def attend(q_TNH, k_SGH, v_SGH, *, window: int, num_empty=0):
+    """Softmax attention [T, N, H]; scores and their statistics in float32 (or wider) whatever the input dtype."""
+    T, N, H = q_TNH.shape
+    S, G, _ = k_SGH.shape
+    q_TGRH = q_TNH.reshape(T, G, N // G, H)
+    wide = jnp.promote_types(q_TNH.dtype, jnp.float32)
+    scores_GRTS = jnp.einsum("tgrh,sgh->grts", q_TGRH, k_SGH, preferred_element_type=wide) * H**-0.5
+    scores_GRTS = jnp.where(visible_keys(T, S, window, num_empty), scores_GRTS, MASKED_SCORE)
+    weights_GRTS = jax.nn.softmax(scores_GRTS, axis=-1).astype(v_SGH.dtype)
+    return jnp.einsum("grts,sgh->tgrh", weights_GRTS, v_SGH).reshape(T, N, H)

@@ -1,0 +1,80 @@
+"""Self-attention over a sequence, or over a window cache and the mini-batch that follows it.
+
+Shapes: `T` new positions, `K` cached positions, `D` model width, `N` query heads, `G` key/value heads, `H` head width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ttt_e2e.kernels import window_attention
+from ttt_e2e.model.norm import RMSNorm
+from ttt_e2e.model.parameters import matrix
+from ttt_e2e.model.rope import rotate
+
+
+class KeyValues(NamedTuple):
+    """Normed, unrotated keys and values [..., positions, G, H]: a window cache, or a mini-batch's additions to it."""
+
+    k: jax.Array
+    v: jax.Array
+
+    def append(self, new: "KeyValues") -> "KeyValues":
+        """The cache after reading `new`: as many of the most recent positions as it held before."""
+        size = self.k.shape[-3]
+
+        def most_recent(old, added):
+            both = jnp.concatenate([old, added], axis=-3)
+            return jax.lax.slice_in_dim(both, both.shape[-3] - size, both.shape[-3], axis=both.ndim - 3)
+
+        return KeyValues(most_recent(self.k, new.k), most_recent(self.v, new.v))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with optional QK-norm, applied before RoPE (DESIGN section 3)."""
+
+    def __init__(self, config, rngs: nnx.Rngs):
+        D, H = config.hidden_size, config.head_dim
+        N, G = config.num_attention_heads, config.num_key_value_heads
+        self.wq = matrix(rngs, (D, N * H), config)
+        self.wk = matrix(rngs, (D, G * H), config)
+        self.wv = matrix(rngs, (D, G * H), config)
+        self.wo = matrix(rngs, (N * H, D), config)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(H, config)
+            self.k_norm = RMSNorm(H, config)
+        self.config = config
+
+    def __call__(self, x_TD, *, window: int, cache: KeyValues | None = None, num_empty=0):
+        """Attends to the window of each position, which may reach back into the cache.
+
+        Args:
+          x_TD: normed hidden states of T consecutive positions.
+          window: k; 0 = full attention.
+          cache: the K positions before x_TD, or None where x_TD begins the sequence. Positions count from the
+            beginning of the cache: absolute float32 angles would be wrong by 0.06 rad at position 2M.
+          num_empty: leading positions of the cache that hold nothing yet (may be traced).
+
+        Returns:
+          Output [T, D] and the new keys and values [T, G, H].
+        """
+        config, T = self.config, x_TD.shape[0]
+        q_TNH = self._heads(x_TD, self.wq, config.num_attention_heads)
+        k_TGH = self._heads(x_TD, self.wk, config.num_key_value_heads)
+        v_TGH = self._heads(x_TD, self.wv, config.num_key_value_heads)
+        if config.qk_norm:
+            q_TNH, k_TGH = self.q_norm(q_TNH), self.k_norm(k_TGH)
+        new = KeyValues(k_TGH, v_TGH)
+        k_SGH, v_SGH = new
+        if cache is not None:
+            k_SGH, v_SGH = jnp.concatenate([cache.k, k_TGH]), jnp.concatenate([cache.v, v_TGH])
+        S = k_SGH.shape[0]
+        q_TNH = rotate(q_TNH, jnp.arange(S - T, S), theta=config.rope_theta, style=config.rope_style)
+        k_SGH = rotate(k_SGH, jnp.arange(S), theta=config.rope_theta, style=config.rope_style)
+        out_TNH = window_attention(q_TNH, k_SGH, v_SGH, window=window, num_empty=num_empty)
+        return out_TNH.reshape(T, -1) @ self.wo[...].astype(x_TD.dtype), new
+
+    def _heads(self, x_TD, weight: nnx.Param, num_heads: int):
+        return (x_TD @ weight[...].astype(x_TD.dtype)).reshape(-1, num_heads, self.config.head_dim)

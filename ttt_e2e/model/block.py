@@ -1,0 +1,38 @@
+"""One block of the Transformer. Shapes: `T` positions, `D` model width."""
+
+from flax import nnx
+
+from ttt_e2e.model.attention import Attention, KeyValues
+from ttt_e2e.model.mlp import SwiGLU
+from ttt_e2e.model.norm import RMSNorm
+from ttt_e2e.model.parameters import FastParam
+
+
+class Block(nnx.Module):
+    """Attention, then in a suffix block the fast MLP, then the slow MLP: each `x += post_norm(f(pre_norm(x)))`."""
+
+    def __init__(self, config, rngs: nnx.Rngs, *, fast: bool):
+        D = config.hidden_size
+        self.attention = Attention(config, rngs)
+        self.attention_norm = RMSNorm(D, config)
+        self.mlp = SwiGLU(config.intermediate_size, config, rngs)
+        self.mlp_norm = RMSNorm(D, config)
+        if fast:
+            self.fast_mlp = SwiGLU(config.fast_intermediate_size, config, rngs, FastParam)
+            self.fast_mlp_norm = RMSNorm(D, config)
+        if config.post_norm:
+            self.attention_post_norm = RMSNorm(D, config)
+            self.mlp_post_norm = RMSNorm(D, config)
+            if fast:
+                self.fast_mlp_post_norm = RMSNorm(D, config)
+        self.fast, self.post_norm = fast, config.post_norm
+
+    def __call__(self, x_TD, *, window: int, cache: KeyValues | None = None, num_empty=0):
+        """Hidden states [T, D] to hidden states [T, D] and the new keys and values [T, G, H]; see `Attention`."""
+        y_TD, new = self.attention(self.attention_norm(x_TD), window=window, cache=cache, num_empty=num_empty)
+        x_TD = x_TD + (self.attention_post_norm(y_TD) if self.post_norm else y_TD)
+        if self.fast:
+            y_TD = self.fast_mlp(self.fast_mlp_norm(x_TD))
+            x_TD = x_TD + (self.fast_mlp_post_norm(y_TD) if self.post_norm else y_TD)
+        y_TD = self.mlp(self.mlp_norm(x_TD))
+        return x_TD + (self.mlp_post_norm(y_TD) if self.post_norm else y_TD), new

@@ -1,0 +1,20 @@
+"""The feed-forward network. Shapes: `T` positions, `D` model width, `F` MLP width."""
+
+import jax
+from flax import nnx
+
+from ttt_e2e.model.parameters import matrix
+
+
+class SwiGLU(nnx.Module):
+    """w2(silu(w1 x) * w3 x). With `kind=FastParam` its three matrices are fast weights."""
+
+    def __init__(self, width: int, config, rngs: nnx.Rngs, kind: type[nnx.Param] = nnx.Param):
+        self.w1 = matrix(rngs, (config.hidden_size, width), config, kind)
+        self.w2 = matrix(rngs, (width, config.hidden_size), config, kind)
+        self.w3 = matrix(rngs, (config.hidden_size, width), config, kind)
+
+    def __call__(self, x_TD):
+        """[T, D] to [T, D]; the products are computed in the dtype of `x_TD`."""
+        gate_TF = jax.nn.silu(x_TD @ self.w1[...].astype(x_TD.dtype))
+        return (gate_TF * (x_TD @ self.w3[...].astype(x_TD.dtype))) @ self.w2[...].astype(x_TD.dtype)

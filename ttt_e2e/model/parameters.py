@@ -1,0 +1,31 @@
+"""Parameter types and initialisers. `FastParam` is the boundary between fast and slow weights."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class FastParam(nnx.Param):
+    """A weight that the inner loop changes; its stored value is the meta-learned initialisation W_0."""
+
+
+def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], config, kind: type[nnx.Param] = nnx.Param) -> nnx.Param:
+    """A matrix stored [in, out], drawn from a normal of standard deviation `config.initializer_range`."""
+    init = jax.nn.initializers.normal(config.initializer_range)
+    return kind(init(rngs.params(), shape, jnp.dtype(config.param_dtype)))
+
+
+def at_least_float32(dtype):
+    """float32, or `dtype` where that is wider: what norms, rotations, logits and losses are computed in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def split(model: nnx.Module):
+    """(graphdef, fast, slow): the static structure and the two sets of weights, as nested dicts of arrays."""
+    graphdef, fast, slow = nnx.split(model, FastParam, ...)
+    return graphdef, nnx.to_pure_dict(fast), nnx.to_pure_dict(slow)
+
+
+def merge(graphdef, fast, slow) -> nnx.Module:
+    """The model whose weights are those of the nested dicts `fast` and `slow`: the inverse of `split`."""
+    return nnx.merge(graphdef, nnx.State(fast), nnx.State(slow))

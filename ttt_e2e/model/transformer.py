@@ -1,0 +1,109 @@
+"""The language model: embedding, prefix blocks, suffix blocks, head.
+
+Shapes: `T` positions, `b` inner mini-batch, `K` cached positions, `D` model width, `V` vocabulary, `L` blocks of a stack,
+`G` key/value heads, `H` head width. Everything is written for one sequence; callers batch it with `jax.vmap`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ttt_e2e.model.attention import KeyValues
+from ttt_e2e.model.block import Block
+from ttt_e2e.model.loss import token_nll
+from ttt_e2e.model.norm import RMSNorm
+from ttt_e2e.model.parameters import matrix
+
+
+class Transformer(nnx.Module):
+    """A decoder whose last `num_fast_blocks` blocks (the suffix) carry fast MLPs; the others are the prefix.
+
+    The blocks of a stack live in one `Block` whose parameters have a leading axis over blocks, and run under
+    `jax.lax.scan`: neither the program nor its compile time grows with depth.
+    """
+
+    def __init__(self, config, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = matrix(rngs, (config.vocab_size, config.hidden_size), config)
+        if config.num_prefix_blocks:
+            self.prefix = _stack(config, rngs, config.num_prefix_blocks, fast=False)
+        if config.num_fast_blocks:
+            self.suffix = _stack(config, rngs, config.num_fast_blocks, fast=True)
+        self.final_norm = RMSNorm(config.hidden_size, config)
+        if not config.tie_word_embeddings:
+            self.head = matrix(rngs, (config.hidden_size, config.vocab_size), config)
+
+    def embed(self, tokens_T):
+        """Token embeddings [T, D] in the compute dtype."""
+        return self.embedding[...][tokens_T].astype(jnp.dtype(self.config.compute_dtype))
+
+    def run_prefix(self, x_TD):
+        """All prefix blocks over a whole sequence [T, D] in parallel, each rematerialised in the backward pass."""
+        if not self.config.num_prefix_blocks:
+            return x_TD
+        return _scan_blocks(self.prefix, self.config.windows, x_TD, remat=True)[0]
+
+    def run_suffix(self, x_bD, cache_LKGH: KeyValues, num_empty):
+        """All suffix blocks over one mini-batch.
+
+        Args:
+          x_bD: the mini-batch's hidden states after the prefix.
+          cache_LKGH: the window caches of the suffix blocks.
+          num_empty: leading positions of the caches that hold nothing yet (may be traced).
+
+        Returns:
+          Hidden states [b, D] and the mini-batch's own keys and values [L, b, G, H].
+        """
+        return _scan_blocks(self.suffix, self.config.windows, x_bD, cache_LKGH, num_empty)
+
+    def empty_cache(self, seq_len: int) -> KeyValues:
+        """Window caches [L, K, G, H] of the suffix blocks, K enough for a sequence of `seq_len` tokens."""
+        config = self.config
+        K = min(config.sliding_window, seq_len) if all(config.windows) else seq_len
+        shape = (config.num_fast_blocks, K, config.num_key_value_heads, config.head_dim)
+        zeros = jnp.zeros(shape, jnp.dtype(config.compute_dtype))
+        return KeyValues(zeros, zeros)
+
+    def nll(self, x_TD, targets_T):
+        """Negative log likelihood [T] of the targets, float32 nats, from the last block's hidden states."""
+        head_DV = self.embedding[...].T if self.config.tie_word_embeddings else self.head[...]
+        return token_nll(self.final_norm(x_TD), head_DV, targets_T)
+
+
+def _stack(config, rngs: nnx.Rngs, num_blocks: int, *, fast: bool) -> Block:
+    """`num_blocks` independently initialised blocks as one, every parameter with a leading axis over blocks."""
+
+    def make(key):
+        return Block(config, nnx.Rngs(params=key), fast=fast)
+
+    keys = jax.random.split(rngs.params(), num_blocks)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(keys[0])))
+    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(key)))(keys))
+
+
+def _scan_blocks(stack: Block, windows: tuple[int, ...], x_TD, cache_LKGH=None, num_empty=0, *, remat: bool = False):
+    """Runs stacked blocks one after another; block i has window `windows[i % len(windows)]`.
+
+    Returns the hidden states and, where there are caches, the new keys and values [L, T, G, H].
+    """
+    graphdef, state = nnx.split(stack)
+
+    def run_block(x_TD, state, cache_KGH, window):
+        return nnx.merge(graphdef, state)(x_TD, window=window, cache=cache_KGH, num_empty=num_empty)
+
+    if remat:
+        run_block = jax.checkpoint(run_block, static_argnums=3, prevent_cse=False)
+
+    def run_period(x_TD, period):
+        new = []
+        for i, window in enumerate(windows):
+            state, cache_KGH = jax.tree.map(lambda a, i=i: a[i], period)
+            x_TD, new_TGH = run_block(x_TD, state, cache_KGH, window)
+            new.append(new_TGH)
+        if cache_LKGH is None:
+            return x_TD, None
+        return x_TD, jax.tree.map(lambda *arrays: jnp.stack(arrays), *new)
+
+    periods = jax.tree.map(lambda a: a.reshape(-1, len(windows), *a.shape[1:]), (state, cache_LKGH))
+    x_TD, new = jax.lax.scan(run_period, x_TD, periods)
+    return x_TD, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), new)
