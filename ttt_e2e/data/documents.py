@@ -24,8 +24,8 @@ LEGAL_INPUTS = f"'stdlib', or a file, directory or glob of {' '.join(SUFFIXES)},
 
 # Not library code, vendored, or different from one build of the interpreter to the next.
 _STDLIB_EXCLUDED = re.compile(
-    r"(^|/)(test|tests|idle_test|site-packages|dist-packages|idlelib|lib2to3|turtledemo|ensurepip|__pycache__"
-    r"|lib-dynload|config-[^/]*|_sysconfigdata[^/]*)(/|$)"
+    r"test|tests|site-packages|dist-packages|idlelib|lib2to3|turtledemo|ensurepip|__pycache__|lib-dynload"
+    r"|config-.*|_sysconfigdata.*"
 )
 
 
@@ -59,7 +59,8 @@ class Corpus:
 def standard_library() -> Corpus:
     """The Python sources of the running interpreter's standard library, without its tests: about 10 MB of code."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    return Corpus(root, tuple(n for n in _names_below(root) if n.endswith(".py") and not _STDLIB_EXCLUDED.search(n)))
+    names = (name for name in _names_below(root, _STDLIB_EXCLUDED) if name.endswith(".py"))
+    return Corpus(root, tuple(names))
 
 
 def standard_library_documents() -> Iterator[Document]:
@@ -92,9 +93,14 @@ def find_documents(input_spec: str | os.PathLike) -> Corpus:
     return Corpus(root, tuple(names))
 
 
-def _names_below(root: Path) -> list[str]:
-    below = (Path(directory) / file for directory, _, files in os.walk(root) for file in files)
-    return sorted(path.relative_to(root).as_posix() for path in below)
+def _names_below(root: Path, excluded: re.Pattern = re.compile("(?!)")) -> list[str]:
+    """Relative names of all files below `root`, sorted, but for files and directories whose name is excluded."""
+    names = []
+    for directory, subdirectories, files in os.walk(root):
+        subdirectories[:] = [name for name in subdirectories if not excluded.fullmatch(name)]
+        below = Path(directory).relative_to(root)
+        names += [(below / file).as_posix() for file in files if not excluded.fullmatch(file)]
+    return sorted(names)
 
 
 def _kind(name: str) -> str:

@@ -100,7 +100,7 @@ class TokenStore:
         """
         count = self.num_sequences(seq_len)
         indices = np.asarray(indices, np.int64)
-        if indices.size and not (0 <= indices.min() and indices.max() < count):
+        if indices.size and not (indices.min() >= 0 and indices.max() < count):
             raise IndexError(f"sequence {indices.min()} to {indices.max()} of {count}")
         reads = [self._array[start : start + seq_len + 1].read() for start in (indices * seq_len).tolist()]
         tokens = np.empty((len(reads), seq_len + 1), self._array.dtype.numpy_dtype)

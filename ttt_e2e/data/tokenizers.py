@@ -19,6 +19,7 @@ LEGAL_SPECS = "'bytes' or the path of a SentencePiece model ending in '.model'"
 # about 1 GB at the very worst, some tens of MB for ordinary text.
 _MAX_TRAINING_LINES = 500_000
 _MAX_LINE_CHARACTERS = 500
+_MIN_VOCAB_SIZE = 259  # every byte, BOS, the unknown piece that SentencePiece insists on, and one character
 
 # SentencePiece spells a space like this, and so cannot tell a literal one from a space.
 _SPACE_MARK = "\u2581"
@@ -105,6 +106,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, output_path: str 
     Reads every text once, keeps a uniform sample of their lines in memory, and gives the same model every time.
     Raises UserError if `vocab_size` does not suit the texts; then, no file is written.
     """
+    if vocab_size < _MIN_VOCAB_SIZE:
+        raise UserError(f"tokenizer train:{vocab_size}: the vocabulary must have at least {_MIN_VOCAB_SIZE} entries")
     lines = _TrainingLines(texts)
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(0)
@@ -132,7 +135,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, output_path: str 
             num_threads=1,
             minloglevel=2,
         )
-    except (RuntimeError, OverflowError, SystemError) as error:
+    except (RuntimeError, ValueError) as error:
         raise _training_error(lines, vocab_size, error) from None
     if lines.error:
         raise lines.error

@@ -8,8 +8,13 @@ import re
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
 
+from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
+from ttt_e2e.outer.checkpoint import parameter_name, progress_of, save_params
+from ttt_e2e.outer.steps import abstract_model
 
 _BLOCKS = "language_model.model.h.blocks."
 _FAST = "language_model.model.h.prime_storage."
@@ -35,6 +40,31 @@ _NAMES = {
     "final_norm.weight": "language_model.model.ln_f.weight",
     "head": "language_model.lm_head.weight",
 }
+
+
+def import_checkpoint(config: Config, checkpoint, output) -> epath.Path:
+    """Converts a checkpoint of the released implementation into one of ours, step 0 of the directory `output`.
+
+    Args:
+      config: `config.model` says what the parameters must be.
+      checkpoint: directory of its checkpoint manager, of one step in it, or of that step's `model_weights`.
+      output: directory to write, which must not exist yet.
+
+    Returns:
+      The step directory written.
+
+    Raises:
+      UserError: there is no such checkpoint, or a parameter is missing, has another shape or is left over.
+    """
+    path = _find_weights(checkpoint)
+    try:
+        tree = ocp.StandardCheckpointer().restore(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    official = {parameter_name(key): np.asarray(leaf) for key, leaf in leaves}
+    params = from_official(official, abstract_model(config)[1])
+    return save_params(output, params, progress_of(0, 0, config.model))
 
 
 def from_official(official: dict[str, np.ndarray], like):
@@ -86,3 +116,13 @@ def _own_name(path) -> str:
 
 def _stack_depth(leaves, stack: str) -> int:
     return max((leaf.shape[0] for path, leaf in leaves if _own_name(path).startswith(stack + ".")), default=0)
+
+
+def _find_weights(checkpoint) -> epath.Path:
+    path = epath.Path(checkpoint)
+    if path.is_dir():
+        steps = sorted((child for child in path.iterdir() if child.name.isdigit()), key=lambda child: int(child.name))
+        for candidate in (path, path / "model_weights", *(step / "model_weights" for step in reversed(steps))):
+            if (candidate / "_METADATA").exists():
+                return candidate
+    raise UserError(f"checkpoint {path} holds no `model_weights` of the released implementation")

@@ -1,0 +1,123 @@
+import gzip
+import itertools
+import json
+
+import pytest
+
+from ttt_e2e.data.documents import Document, find_documents, standard_library_documents
+from ttt_e2e.errors import UserError
+
+
+def json_lines(*texts):
+    return "".join(json.dumps({"text": text, "id": 7}) + "\n" for text in texts)
+
+
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    root = tmp_path / "corpus"
+    put(root / "b.txt", "b\r\nb")
+    put(root / "a.md", "\ufeff# a")
+    put(root / "deep/c.txt.gz", "c")
+    put(root / "deep/d.jsonl", json_lines("d1", "d2\n") + "\n" + json_lines("é"))
+    put(root / "deep/e.jsonl.gz", json_lines("e"))
+    put(root / "picture.png", b"\xff")
+    return root
+
+
+def test_standard_library():
+    documents = list(standard_library_documents())
+    names = [document.name for document in documents]
+    assert names == sorted(names)
+    assert {"argparse.py", "json/decoder.py"} <= set(names)
+    assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
+    assert sum(len(document.text) for document in documents) > 5e6
+    assert list(find_documents("stdlib")) == documents
+
+
+def test_directory(corpus):
+    assert list(find_documents(corpus)) == [
+        Document("a.md", "# a"),
+        Document("b.txt", "b\r\nb"),
+        Document("deep/c.txt.gz", "c"),
+        Document("deep/d.jsonl:1", "d1"),
+        Document("deep/d.jsonl:2", "d2\n"),
+        Document("deep/d.jsonl:4", "é"),
+        Document("deep/e.jsonl.gz:1", "e"),
+    ]
+
+
+def test_file_and_glob(corpus, monkeypatch):
+    assert list(find_documents(corpus / "b.txt")) == [Document("b.txt", "b\r\nb")]
+    assert [d.name for d in find_documents(f"{corpus}/deep/*.jsonl*")] == [f"d.jsonl:{i}" for i in (1, 2, 4)] + [
+        "e.jsonl.gz:1"
+    ]
+    recursive = [d.name for d in find_documents(f"{corpus}/**/*.txt*")]
+    assert recursive == ["b.txt", "deep/c.txt.gz"]
+    monkeypatch.chdir(corpus)
+    assert [d.name for d in find_documents("**/*.txt*")] == recursive
+    put(corpus / "odd[1].txt", "odd")
+    assert list(find_documents("odd[1].txt")) == [Document("odd[1].txt", "odd")]
+
+
+def test_python_source_keeps_its_line_ends_and_encoding(tmp_path):
+    put(tmp_path / "x.py", "# -*- coding: latin-1 -*-\r\nx = 'é'\r\n".encode("latin-1"))
+    assert next(iter(find_documents(tmp_path))).text.endswith("x = 'é'\r\n")
+
+
+def test_json_lines_are_read_lazily(tmp_path):
+    put(tmp_path / "x.jsonl", json_lines(*map(str, range(1000))) + "broken")
+    first = list(itertools.islice(find_documents(tmp_path), 5))
+    assert [document.text for document in first] == ["0", "1", "2", "3", "4"]
+
+
+def test_nothing_found(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for spec in (tmp_path / "absent", tmp_path / "empty", tmp_path / "*.txt"):
+        with pytest.raises(UserError, match=r"no document found; legal: 'stdlib', or .*\.txt \.md"):
+            find_documents(spec)
+
+
+def test_unsupported_suffix(corpus):
+    for spec in (corpus / "picture.png", f"{corpus}/*"):
+        with pytest.raises(UserError, match=r"picture.png: unsupported suffix '.png'; legal: .*\.txt"):
+            find_documents(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", b"ok\nok\nbad \xff", r"x.txt:3: byte 0xff is not valid utf-8"),
+        ("x.md", b"\xc3", r"x.md:1: byte 0xc3"),
+        ("x.py", b"# coding: nonsense\n", r"x.py: unknown encoding"),
+        ("x.jsonl", json_lines("ok") + '{"text": ', r"x.jsonl:2: not a line of JSON"),
+        ("x.jsonl", b'{"text": "\xff"}', r"x.jsonl:1: not a line of JSON in UTF-8"),
+        ("x.jsonl", json_lines("ok", "ok") + '{"txt": "x"}', r'x.jsonl:3: no string "text"'),
+        ("x.jsonl", '{"text": 5}', r'x.jsonl:1: no string "text"'),
+        ("x.jsonl", '["text"]', r'x.jsonl:1: no string "text"'),
+        ("x.jsonl", '{"text": "\\ud800"}', r"x.jsonl:1: .*surrogate"),
+        ("x.jsonl.gz", json_lines("ok") + "{", r"x.jsonl.gz:2: not a line of JSON"),
+    ],
+)
+def test_bad_content(name, content, message, tmp_path):
+    put(tmp_path / name, content)
+    with pytest.raises(UserError, match=message) as caught:
+        list(find_documents(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "plain"])
+@pytest.mark.parametrize("name", ["x.txt.gz", "x.jsonl.gz"])
+def test_damaged_gzip(damage, name, tmp_path):
+    whole = bytearray(gzip.compress(json_lines(*map(str, range(100))).encode()))
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0x55
+    (tmp_path / name).write_bytes({"cut": whole[:-12], "flipped": flipped, "plain": b"plain text"}[damage])
+    with pytest.raises(UserError, match=name):
+        list(find_documents(tmp_path))

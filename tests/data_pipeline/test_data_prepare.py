@@ -1,0 +1,253 @@
+import gzip
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tensorstore as ts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ttt_e2e.data import prepare as prepare_module
+from ttt_e2e.data.documents import Document, find_documents
+from ttt_e2e.data.prepare import prepare
+from ttt_e2e.data.store import TokenStore, write_attributes
+from ttt_e2e.data.tokenizers import load_tokenizer
+from ttt_e2e.errors import UserError
+
+SPLITS = ("train", "val")
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    root = tmp_path / "corpus"
+    root.mkdir()
+    for i in range(12):
+        (root / f"{i}.txt").write_text(f"document number {i}, é, " * (i + 1))
+    (root / "lines.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps({"text": f"line {i} of the file"}) + "\n" for i in range(28)).encode())
+    )
+    return root
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "runs" / "store"
+
+
+def run(corpus, output, tokenizer="bytes", **arguments):
+    return prepare(str(corpus), tokenizer, output, progress=False, **dict(num_workers=0) | arguments)
+
+
+def documents_in(output, split):
+    """The texts of a split; checks that each starts with BOS."""
+    store = TokenStore.open(output, split)
+    tokens = store.sequences([0], store.num_tokens - 1, store.attributes["vocab_size"])[0]
+    tokenizer = load_tokenizer(store.tokenizer_spec)
+    starts = np.flatnonzero(tokens == tokenizer.bos_id)
+    assert starts[0] == 0
+    return [tokenizer.decode(part[1:]) for part in np.split(tokens, starts[1:])]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "train:300"])
+def test_every_document_is_in_one_split(tokenizer, corpus, output):
+    summary = run(corpus, output, tokenizer)
+    found = {split: documents_in(output, split) for split in SPLITS}
+    everything = [document.text for document in find_documents(corpus)]
+    assert sorted(found["train"] + found["val"]) == sorted(everything)
+    for texts in found.values():
+        assert texts == [text for text in everything if text in set(texts)]  # the corpus's order
+    assert summary["num_documents"] == {split: len(texts) for split, texts in found.items()} == {"train": 38, "val": 2}
+    assert summary["num_tokens"] == {split: TokenStore.open(output, split).num_tokens for split in SPLITS}
+    assert summary["vocab_size"] == (257 if tokenizer == "bytes" else 300)
+    assert summary["already_prepared"] is False
+    assert sorted(path.name for path in output.parent.iterdir()) == ["store"]
+
+
+def test_model_is_copied(corpus, output, tmp_path):
+    run(corpus, output, "train:300")
+    model = (output / "tokenizer.model").read_bytes()
+    (tmp_path / "mine.model").write_bytes(model)
+    summary = run(corpus, tmp_path / "second", str(tmp_path / "mine.model"))
+    assert (tmp_path / "second/tokenizer.model").read_bytes() == model
+    assert summary["tokenizer"] == "tokenizer.model"
+    assert documents_in(tmp_path / "second", "val") == documents_in(output, "val")
+
+
+def test_split_does_not_depend_on_where_the_corpus_lies(corpus, output, tmp_path):
+    first = run(corpus, output)
+    shutil.copytree(corpus, tmp_path / "elsewhere/deep")
+    second = run(tmp_path / "elsewhere/deep", tmp_path / "second")
+    assert first["digest"] == second["digest"]
+    third = run(tmp_path / "elsewhere/*/**/*", tmp_path / "third")  # names begin with "deep/" here
+    assert third["digest"] != second["digest"]
+
+
+def test_held_out_share(monkeypatch):
+    class Names:
+        names, root = (), ""
+
+        def __init__(self, count):
+            self.count = count
+
+        def __iter__(self):
+            return (Document(f"{i}.txt", "text") for i in range(self.count))
+
+    @settings(max_examples=20, deadline=None, derandomize=True)
+    @given(st.integers(2, 60), st.floats(0.001, 0.999))
+    def check_small(count, val_fraction):
+        rule = prepare_module._held_out_rule(Names(count), 0, val_fraction)
+        held_out = sum(rule(f"{i}.txt") for i in range(count))
+        assert 1 <= held_out <= count - 1 and abs(held_out - val_fraction * count) <= 1
+
+    check_small()
+    rules = [prepare_module._held_out_rule(Names(count), 0, 0.1) for count in (3000, 10_000)]
+    held_out = [rules[0](f"{i}.txt") for i in range(3000)]
+    assert 250 < sum(held_out) < 350
+    assert held_out == [rules[1](f"{i}.txt") for i in range(3000)]  # a larger corpus moves no document
+
+
+def test_min_tokens(corpus, output):
+    run(corpus, output, min_tokens=100)
+    texts = documents_in(output, "train") + documents_in(output, "val")
+    assert len(texts) == 8 and all(len(text.encode()) >= 100 for text in texts)
+
+
+def test_second_run_finds_it_prepared(corpus, output, capfd):
+    first = run(corpus, output)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    assert run(corpus, output) == first | {"already_prepared": True}
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    with pytest.raises(UserError, match=r"exists already, made with other settings \(min_tokens 0, not 5\); delete it"):
+        run(corpus, output, min_tokens=5)
+    with pytest.raises(UserError, match=r"\(tokenizer 'bytes', not 'train:300'\)"):
+        run(corpus, output, "train:300")
+    (corpus / "new.txt").write_text("more")
+    with pytest.raises(UserError, match=r"files_digest"):
+        run(corpus, output)
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_output_that_is_something_else(corpus, output, tmp_path):
+    output.mkdir(parents=True)
+    run(corpus, output)  # an empty directory is as good as none
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/precious").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("other", "file"):
+        with pytest.raises(UserError, match=f"{name}: exists already, and is no token store; delete it, or"):
+            run(corpus, tmp_path / name)
+    write_attributes(tmp_path / "official", {})
+    with pytest.raises(UserError, match="official: exists already"):
+        run(corpus, tmp_path / "official")
+    with pytest.raises(UserError, match="output gs://bucket/x: legal: a local directory"):
+        run(corpus, "gs://bucket/x")
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "train:300"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, UserError])
+def test_interrupted_leaves_nothing(error, tokenizer, corpus, output, monkeypatch):
+    written = []
+
+    def append(self, tokens):
+        if len(written) == 10:
+            assert [path.name.startswith(".store.partial") for path in output.parent.iterdir()] == [True]
+            raise error("no more")
+        written.append(tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ttt_e2e.data.prepare.TokenWriter.append", append)
+        with pytest.raises(error):
+            run(corpus, output, tokenizer)
+    assert len(written) == 10 and not list(output.parent.iterdir())
+    run(corpus, output, tokenizer)
+
+
+def test_bad_document_in_the_middle_leaves_nothing(corpus, output):
+    (corpus / "zz.jsonl").write_text('{"text": "fine"}\n{"text": ')
+    with pytest.raises(UserError, match=r"zz.jsonl:2: not a line of JSON"):
+        run(corpus, output, "train:300")
+    assert not output.exists() and not (output.parent.exists() and list(output.parent.iterdir()))
+
+
+def test_corpus_too_small(tmp_path, output, corpus):
+    root = tmp_path / "small"
+    root.mkdir()
+    for name, text in (("a.txt", "one"), ("empty.txt", "")):
+        (root / name).write_text(text)
+        with pytest.raises(UserError, match=r"small: . files with 1 documents .* legal: two or more documents"):
+            run(root, output)
+    (root / "b.txt").write_text("two")
+    assert run(root, output)["num_documents"] == {"train": 1, "val": 1}
+    with pytest.raises(UserError, match=r"with 0 documents that can have 1000000 tokens or more"):
+        run(corpus, tmp_path / "other", min_tokens=1_000_000)
+
+
+def test_filter_that_empties_a_split(tmp_path, output):
+    """Two documents have bytes enough to be kept, but not tokens enough."""
+    root = tmp_path / "repetitive"
+    root.mkdir()
+    for name in "abcd":
+        (root / f"{name}.txt").write_text("the same words again and again " * 20)
+    with pytest.raises(UserError, match=r"min_tokens 600: leaves no document for the split 'train' \(0 in all\)"):
+        run(root, output, "train:275", min_tokens=600)
+    assert not list(output.parent.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ("gpt2", "tokenizer 'gpt2': unknown; legal: 'bytes' or .*or train:VOCAB"),
+        ("train:", "legal: train:VOCAB with a number"),
+        ("train:2k", "legal: train:VOCAB with a number"),
+        ("train:100", "train:100: .*at least 259"),
+        ("train:99999", "train:99999: .*at most"),
+        ("absent.model", r"absent.model: cannot be read"),
+    ],
+)
+def test_bad_tokenizer(tokenizer, message, corpus, output):
+    with pytest.raises(UserError, match=message):
+        run(corpus, output, tokenizer)
+    assert not output.exists() and not (output.parent.exists() and list(output.parent.iterdir()))
+
+
+def test_bad_numbers(corpus, output):
+    with pytest.raises(UserError, match="val_fraction 0: legal"):
+        run(corpus, output, val_fraction=0)
+    with pytest.raises(UserError, match="min_tokens -1: legal"):
+        run(corpus, output, min_tokens=-1)
+
+
+def test_workers_change_nothing(corpus, output, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "_MIN_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(prepare_module, "_TASK_CHARACTERS", 200)
+    alone = run(corpus, output, "train:300")
+    together = run(corpus, tmp_path / "second", "train:300", num_workers=2)
+    assert alone["digest"] == together["digest"]
+
+
+def test_documents_are_consumed_no_faster_than_tokens():
+    """However large the corpus, only a bounded number of tasks is ahead of the writer."""
+    submitted = []
+
+    class Executor:
+        def submit(self, _, task):
+            submitted.append(task)
+            return type("Done", (), {"result": lambda self: [(split, np.arange(3)) for split, _ in task]})()
+
+    endless = (Document(str(i), "x" * prepare_module._TASK_CHARACTERS) for i in iter(int, 1))
+    tokenized = prepare_module._tokenized(endless, lambda name: False, None, Executor(), max_pending=4)
+    for number in range(20):
+        next(tokenized)
+        assert len(submitted) == number + 4
+
+
+def test_stdlib_with_progress(output, capfd):
+    summary = prepare("stdlib", "bytes", output)
+    assert summary["num_tokens"]["train"] > 5_000_000 and summary["num_tokens"]["val"] > 100_000
+    out, err = capfd.readouterr()
+    assert out == "" and "tokenizing" in err
+    kvstore = {"driver": "file", "path": f"{output}/train/"}
+    array = ts.open({"driver": "zarr3", "kvstore": kvstore}).result()
+    assert array.dtype.name == "uint16" and array.read().result().max() == 256

@@ -1,0 +1,144 @@
+import hashlib
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ttt_e2e.data.documents import standard_library_documents
+from ttt_e2e.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+from ttt_e2e.errors import UserError
+
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+SOURCE = "def f(x):\n\treturn  [x   + 1,\r\n\n\n  'é 漢字 🎉 ▁ a▁b <s> <0x0A>\x00\u2028\u00a0 end']  "
+
+
+def library_texts(count=15):
+    return [document.text for document, _ in zip(standard_library_documents(), range(count))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_sentencepiece(library_texts(), 600, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def piece_tokenizer(model):
+    return load_tokenizer(model)
+
+
+@quick
+@given(st.text())
+@example(SOURCE)
+def test_bytes_round_trip(text):
+    tokenizer = load_tokenizer("bytes")
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32 and ids.shape == (len(text.encode()),)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([tokenizer.bos_id, *ids.tolist(), tokenizer.bos_id]) == text
+
+
+def test_bytes_decode_replaces_what_is_no_utf8():
+    assert ByteTokenizer().decode([65, 0xFF, 256, 9999, 66]) == "A\ufffdB"
+
+
+def test_sentencepiece_round_trip(piece_tokenizer):
+    @quick
+    @given(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \t\n\r▁<>0123abc_():"))))
+    @example(SOURCE)
+    @example("▁")
+    @example("")
+    def check(text):
+        ids = piece_tokenizer.encode(text)
+        assert ids.dtype == np.int32 and ids.ndim == 1
+        assert not np.isin(ids, [0, piece_tokenizer.bos_id]).any()  # never <unk>, and no BOS
+        assert piece_tokenizer.decode(ids) == text
+        with_others = [piece_tokenizer.bos_id, *ids.tolist(), piece_tokenizer.vocab_size + 5]
+        assert piece_tokenizer.decode(with_others) == text
+
+    check()
+
+
+def test_sentencepiece_round_trip_and_compression_on_source_code(piece_tokenizer):
+    for text in library_texts(40):
+        ids = piece_tokenizer.encode(text)
+        assert piece_tokenizer.decode(ids) == text
+        assert len(ids) < 0.75 * len(text.encode()) or len(text) < 200
+
+
+def test_training_is_deterministic_and_silent(tmp_path, capfd):
+    for name in "ab":
+        train_sentencepiece(iter(library_texts(4)), 400, tmp_path / f"{name}.model")
+        load_tokenizer(tmp_path / f"{name}.model")
+    a, b = (hashlib.sha256((tmp_path / f"{name}.model").read_bytes()).digest() for name in "ab")
+    assert a == b
+    assert capfd.readouterr() == ("", "")
+
+
+def test_training_samples_very_long_lines_and_stays_lazy(tmp_path):
+    taken = []
+
+    def texts():
+        for i in range(3):
+            taken.append(i)
+            yield f"{i} one very long line " * 500
+
+    train_sentencepiece(texts(), 280, tmp_path / "tokenizer.model")
+    assert taken == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "message"),
+    [
+        (["some text\n" * 3], 5, "train:5: .*at least 259"),
+        (["".join(map(chr, range(0x4E00, 0x4F00)))], 300, r"train:300: .*at least \d+"),
+        (["some text\n" * 3], 100_000, r"train:100000: .*at most \d+"),
+        (["some text\n" * 3], 10**12, "train:1000000000000: "),
+        ([], 300, "no text"),
+        (["", "\n"], 300, "no text"),
+    ],
+)
+def test_training_refuses(texts, vocab_size, message, tmp_path, capfd):
+    with pytest.raises(UserError, match=message):
+        train_sentencepiece(texts, vocab_size, tmp_path / "tokenizer.model")
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_error_in_the_texts_ends_training(tmp_path):
+    def texts():
+        yield "some text " * 100
+        raise UserError("line 3 is bad")
+
+    with pytest.raises(UserError, match="line 3 is bad"):
+        train_sentencepiece(texts(), 265, tmp_path / "tokenizer.model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_load_refuses(tmp_path, capfd):
+    with pytest.raises(UserError, match="'gpt2': unknown; legal: 'bytes' or"):
+        load_tokenizer("gpt2")
+    with pytest.raises(UserError, match=r"absent.model: cannot be read"):
+        load_tokenizer(tmp_path / "absent.model")
+    for content in (b"", b"no model at all"):
+        (tmp_path / "bad.model").write_bytes(content)
+        with pytest.raises(UserError, match=r"bad.model: not a SentencePiece model"):
+            SentencePieceTokenizer(tmp_path / "bad.model")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_load_refuses_a_model_without_bos(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some text to learn from"] * 5),
+        model_prefix=str(tmp_path / "no_bos"),
+        vocab_size=20,
+        model_type="bpe",
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(UserError, match=r"no_bos.model: the model has no BOS"):
+        load_tokenizer(tmp_path / "no_bos.model")

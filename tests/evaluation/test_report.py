@@ -1,0 +1,237 @@
+"""Reports on synthetic run directories."""
+
+import json
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from ttt_e2e.config import default_config, from_config_dict, to_dict
+from ttt_e2e.errors import UserError
+from ttt_e2e.evaluation.report import format_table, write_report
+
+T, b, k = 1024, 64, 128
+VOID = {"meta", "img", "link", "br"}
+
+
+def make_run(workdir, *, kind="e2e", evaluated=True, floor=1.3, steps=200):
+    """A run directory with curves of a plausible shape; learning lowers the loss more, the more has been read."""
+    rng = np.random.default_rng(len(kind))
+    config = default_config()
+    config.train.seq_len, config.train.num_steps, config.optimizer.warmup_steps = T, steps, 1
+    config.inner.mini_batch_size = b if kind == "e2e" else T
+    config.model.sliding_window = 0 if kind == "full" else k
+    config.model.num_fast_blocks = 1 if kind == "e2e" else 0
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps(to_dict(from_config_dict(config))))
+    lines = []
+    for step in range(1, steps + 1):
+        loss = floor + 4 * np.exp(-step / 15) + 1 / (1 + step / 40) + rng.normal(0, 0.05)
+        speed = {"tokens_per_second": rng.normal(2e4, 500), "model_flops_per_second": 1e10, "mfu": None}
+        rates = {"learning_rate": 1e-3, "inner_learning_rate": 1.0}
+        lines.append({"step": step, "loss": loss, "grad_norm": rng.lognormal(0, 0.2), **rates, **speed})
+        if step % 50 == 0:
+            lines.append({"step": step, "eval_loss": loss + 0.1, "eval_token_loss": loss + 0.1})
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if evaluated:
+        evaluate(workdir, kind, floor, steps, rng)
+    return workdir
+
+
+def evaluate(workdir, kind, floor, steps, rng):
+    folder = workdir / "evaluation"
+    folder.mkdir()
+    position = np.arange(T)
+    text = rng.normal(0, 0.7, (16, T))
+    forgetting = floor + 2 / np.sqrt(1 + np.minimum(position, T if kind == "full" else k))
+    learned = 0.15 * np.log1p(position / k) if kind == "e2e" else 0
+    metrics = {"step": steps, "num_tokens": 16 * T - 3, "num_sequences": 16, "seq_len": T}
+    for suffix, nll in (("", forgetting - learned), ("_without_learning", forgetting + 0.05)):
+        if suffix and kind != "e2e":
+            continue
+        nll = (nll + text).astype(np.float32)
+        np.save(folder / f"token_nll{suffix}.npy", nll)
+        metrics |= {f"loss{suffix}": float(nll.mean()), f"token_loss{suffix}": float(nll.mean()) + 0.001}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+class Balanced(HTMLParser):
+    """Checks that every element is closed, and keeps what the page shows as text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.sources = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parse(page):
+    assert page.startswith("<!DOCTYPE html>")
+    parser = Balanced()
+    parser.feed(page)
+    assert not parser.open
+    return parser
+
+
+def test_report_on_several_runs(tmp_path):
+    workdirs = [make_run(tmp_path / kind, kind=kind) for kind in ("e2e", "window", "full")]
+    summary = write_report(workdirs, tmp_path / "out" / "report")
+    names = ["loss_by_position.png", "report.html", "report.json", "training.png"]
+    assert sorted(path.name for path in (tmp_path / "out" / "report").iterdir()) == names
+    for name in ("training", "loss_by_position"):
+        with open(summary["files"][name], "rb") as file:
+            assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    assert json.loads((tmp_path / "out/report/report.json").read_text()) == summary["rows"]
+    assert [row["kind"] for row in summary["rows"]] == ["e2e", "window", "full"]
+
+    page = parse((tmp_path / "out/report/report.html").read_text())
+    assert len(page.sources) == 2 and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    text = " ".join(page.text)
+    for row in summary["rows"]:
+        assert row["run"] in text and f"{row['loss']:.4f}" in text
+    assert "not learning" in text and '"sliding_window": 128' in text
+
+
+def test_rows_are_means_over_the_parts_of_the_context(tmp_path):
+    workdir = make_run(tmp_path / "run")
+    (row,) = write_report([workdir], tmp_path / "report")["rows"]
+    nll = np.load(workdir / "evaluation/token_nll.npy").astype(float)
+    without = np.load(workdir / "evaluation/token_nll_without_learning.npy").astype(float)
+    parts = {"first window": (0, k), "second window": (k, 2 * k), "last quarter": (T - T // 4, T)}
+    assert {part["name"]: (part["start"], part["stop"]) for part in row["by_position"]} == parts
+    for part in row["by_position"]:
+        assert part["loss"] == pytest.approx(nll[:, part["start"] : part["stop"]].mean())
+        assert part["loss_without_learning"] == pytest.approx(without[:, part["start"] : part["stop"]].mean())
+    assert row["difference"] == pytest.approx(row["loss"] - row["loss_without_learning"]) and row["difference"] < 0
+
+
+def test_parts_are_quarters_where_no_window_is_shorter(tmp_path):
+    (row,) = write_report([make_run(tmp_path / "run", kind="full")], tmp_path / "report")["rows"]
+    assert [part["name"] for part in row["by_position"]] == ["first quarter", "second quarter", "last quarter"]
+    assert row["loss_without_learning"] is None and row["difference"] is None
+
+
+def test_table_for_the_terminal(tmp_path):
+    runs = [make_run(tmp_path / "e2e"), make_run(tmp_path / "new", kind="window", evaluated=False)]
+    rows = write_report(runs, tmp_path / "report")["rows"]
+    header, rule, *lines = format_table(rows).splitlines()
+    assert "first window" in header and set(rule) == {"-", " "}
+    assert ["learning" in lines[0], "not learning" in lines[1], "difference" in lines[2]] == [True] * 3
+    assert f"{rows[0]['difference']:+.4f}" in lines[2] and lines[3].startswith("new") and "not evaluated" in lines[3]
+    assert "first window 0 to 127, second window 128 to 255, last quarter 768 to 1023" in "\n".join(lines)
+
+
+def test_a_run_not_evaluated_has_no_plot_by_position(tmp_path):
+    summary = write_report([make_run(tmp_path / "run", evaluated=False)], tmp_path / "report")
+    assert "loss_by_position" not in summary["files"] and not (tmp_path / "report/loss_by_position.png").exists()
+    assert "Positions in context" not in format_table(summary["rows"])
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    workdirs = [make_run(tmp_path / parent / "run", evaluated=False) for parent in ("a", "b")]
+    workdirs.append(make_run(tmp_path / "other", evaluated=False))
+    rows = write_report(workdirs, tmp_path / "report")["rows"]
+    assert [row["run"] for row in rows] == ["a/run", "b/run", "other"]
+    with pytest.raises(UserError, match="twice"):
+        write_report([workdirs[0], tmp_path / "b" / ".." / "a" / "run"], tmp_path / "report")
+
+
+def test_names_are_escaped(tmp_path):
+    write_report([make_run(tmp_path / "<b>&run", evaluated=False)], tmp_path / "report")
+    page = (tmp_path / "report/report.html").read_text()
+    parse(page)
+    assert "&lt;b&gt;&amp;run" in page and "<b>" not in page
+
+
+def test_a_last_line_cut_short_is_forgiven_and_nothing_else(tmp_path):
+    workdir = make_run(tmp_path / "run", evaluated=False, steps=20)
+    metrics = workdir / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + '{"step": 21, "lo')
+    (row,) = write_report([workdir], tmp_path / "report")["rows"]
+    assert row["step"] == 20
+    for broken in (whole + '{"step": 21, "lo\n', '{"step": 0, "lo\n' + whole):
+        metrics.write_text(broken)
+        with pytest.raises(UserError, match=r"metrics.jsonl, line \d+ is not readable JSON"):
+            write_report([workdir], tmp_path / "report")
+
+
+def test_steps_logged_again_after_a_restart_count_once(tmp_path):
+    workdir = make_run(tmp_path / "run", evaluated=False, steps=20)
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 10, "loss": 9.0}) + "\n")
+    (row,) = write_report([workdir], tmp_path / "report")["rows"]
+    assert row["step"] == 20 and row["train_loss"] < 9
+
+
+def test_a_run_with_nothing_but_broken_numbers_is_still_drawn(tmp_path):
+    workdir = make_run(tmp_path / "run", evaluated=False)
+    (workdir / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": Infinity}\n')
+    assert write_report([workdir], tmp_path / "report")["rows"][0]["step"] == 2
+
+
+def _remove(name):
+    return lambda workdir: (workdir / name).unlink()
+
+
+def _write(name, text):
+    return lambda workdir: (workdir / name).write_text(text)
+
+
+def _save(array):
+    return lambda workdir: np.save(workdir / "evaluation/token_nll.npy", array)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (_remove("config.json"), "is no run directory: it has no config.json"),
+        (_write("config.json", "{"), "config.json is not readable JSON"),
+        (_write("config.json", "[]"), "config.json holds list"),
+        (_write("config.json", '{"model": {"windw": 1}}'), "config.json: config.model has no field 'windw'"),
+        (_remove("metrics.jsonl"), "metrics.jsonl is missing"),
+        (_write("metrics.jsonl", ""), "holds no training step"),
+        (_write("metrics.jsonl", "[1]\n"), "integer 'step'"),
+        (_write("evaluation/metrics.json", "{}"), "has no 'loss'"),
+        (_write("evaluation/metrics.json", "nonsense"), "metrics.json is not readable JSON"),
+        (_remove("evaluation/token_nll.npy"), "token_nll.npy is missing"),
+        (_remove("evaluation/token_nll_without_learning.npy"), "token_nll_without_learning.npy is missing"),
+        (_write("evaluation/token_nll.npy", ""), "not a readable .npy array"),
+        (_save(np.zeros((2, 7), np.float32)), r"takes floats \[sequences, 1024\]"),
+        (_save(np.zeros((0, T), np.float32)), "takes floats"),
+    ],
+)
+def test_damage_is_named_and_nothing_is_written(tmp_path, spoil, message):
+    workdir = make_run(tmp_path / "run", steps=3)
+    spoil(workdir)
+    with pytest.raises(UserError, match=message) as error:
+        write_report([workdir], tmp_path / "report")
+    assert "\n" not in str(error.value) and str(workdir) in str(error.value)
+    assert not (tmp_path / "report").exists()
+
+
+def test_no_runs(tmp_path):
+    with pytest.raises(UserError, match="--workdirs is empty"):
+        write_report([], tmp_path / "report")
+
+
+def test_output_that_is_a_file(tmp_path):
+    (tmp_path / "report").write_text("mine")
+    with pytest.raises(UserError, match="cannot be made a directory"):
+        write_report([make_run(tmp_path / "run", steps=3)], tmp_path / "report")
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"pip install 'ttt-e2e\[plot\]'"):
+        write_report([tmp_path], tmp_path / "report")

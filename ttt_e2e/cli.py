@@ -1,0 +1,158 @@
+"""The command line: `ttt-e2e COMMAND --flag=value ...`."""
+
+import json
+import logging
+import sys
+
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict
+
+from ttt_e2e.config import Config, suggestion, to_dict
+from ttt_e2e.errors import UserError
+from ttt_e2e.flags import load_config_file, override, parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 after bad input, whose one line goes to stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ttt_e2e").setLevel(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax narrates every save
+    try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(_help())
+        elif argv[0] not in COMMANDS:
+            raise UserError(f"unknown command {argv[0]!r}: {suggestion(argv[0], list(COMMANDS))}")
+        else:
+            COMMANDS[argv[0]](argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def prepare(argv: list[str]) -> None:
+    """Tokenise text into a token store."""
+
+    def define(values):
+        _string(values, "input", "stdlib, or a file, directory or glob of .txt, .md, .jsonl, plain or .gz.")
+        _string(values, "tokenizer", "bytes, a SentencePiece MODEL.model, or train:VOCAB to train one on the input.")
+        _string(values, "output", "Directory of the token store to write.")
+        flags.DEFINE_integer("min_tokens", 0, "Leave out shorter documents.", lower_bound=0, flag_values=values)
+        flags.DEFINE_integer("num_workers", -1, "Tokenising processes; -1 = one per core.", flag_values=values)
+
+    values, _ = parse(argv, define, "ttt-e2e prepare: tokenise text into a token store.")
+    _require(values, "input", "tokenizer", "output")
+    from ttt_e2e.data.prepare import prepare
+
+    workers = {} if values.num_workers < 0 else {"num_workers": values.num_workers}
+    summary = prepare(values.input, values.tokenizer, values.output, min_tokens=values.min_tokens, **workers)
+    print(json.dumps(summary, indent=2, default=str))
+
+
+def train(argv: list[str]) -> None:
+    """Train, or resume, the run of a working directory."""
+
+    def define(values):
+        _config(values)
+        _string(values, "workdir", "Run directory; a run that it holds is resumed.")
+
+    values, overrides = parse(argv, define, "ttt-e2e train: train a model, or resume its run.")
+    _require(values, "workdir")
+    config = _resolve(values, overrides)
+    from ttt_e2e.outer.loop import train
+
+    metrics = train(config, values.workdir)
+    loss = f"loss {metrics['loss']:.4f}" if metrics else "nothing left to do"
+    print(f"{values.workdir}: {config.train.num_steps} steps done, {loss}")
+
+
+def evaluate(argv: list[str]) -> None:
+    """Measure a checkpoint's loss on held-out text, with and without learning while reading."""
+
+    def define(values):
+        _config(values)
+        _string(values, "workdir", "Run directory to evaluate the newest checkpoint of.")
+        _string(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
+        _string(values, "output", "Directory for metrics.json and token_nll.npy; default: WORKDIR/evaluation.")
+
+    values, overrides = parse(argv, define, "ttt-e2e evaluate: held-out loss of a checkpoint.")
+    config = _resolve(values, overrides)
+    if not values.workdir:
+        _require(values, "checkpoint", "output")
+    from ttt_e2e.evaluation.token_losses import evaluate
+
+    output = values.output or f"{values.workdir}/evaluation"
+    metrics = evaluate(config, values.checkpoint or values.workdir, output)
+    print(json.dumps({"output": output, **metrics}, indent=2))
+
+
+def import_(argv: list[str]) -> None:
+    """Convert a checkpoint of another program into ours."""
+
+    def define(values):
+        flags.DEFINE_enum("source", None, ["official"], "Program that wrote it.", flag_values=values)
+        _config(values)
+        _string(values, "checkpoint", "The checkpoint to read.")
+        _string(values, "output", "Checkpoint directory to write, for --checkpoint or config.train.init_from.")
+
+    values, overrides = parse(argv, define, "ttt-e2e import: convert a checkpoint of another program.")
+    _require(values, "source", "checkpoint", "output")
+    config = _resolve(values, overrides)
+    from ttt_e2e.interop.official import import_checkpoint
+
+    print(f"imported as {import_checkpoint(config, values.checkpoint, values.output)}")
+
+
+def report(argv: list[str]) -> None:
+    """Plot and tabulate runs."""
+
+    def define(values):
+        flags.DEFINE_list("workdirs", None, "Run directories, A,B,...", flag_values=values)
+        _string(values, "output", "Directory for the plots and report.html.")
+
+    values, _ = parse(argv, define, "ttt-e2e report: plots and a page of one or several runs.")
+    _require(values, "workdirs", "output")
+    from ttt_e2e.evaluation.report import format_table, write_report
+
+    summary = write_report(values.workdirs, values.output)
+    print(format_table(summary["rows"]))
+    print(f"report: {values.output}/report.html")
+
+
+COMMANDS = {"prepare": prepare, "train": train, "evaluate": evaluate, "import": import_, "report": report}
+
+
+def _help() -> str:
+    lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: ttt-e2e COMMAND --flag=value ...  (ttt-e2e COMMAND --help lists its flags)", *lines])
+
+
+def _string(values: flags.FlagValues, name: str, text: str) -> None:
+    flags.DEFINE_string(name, "", text, flag_values=values)
+
+
+def _config(values: flags.FlagValues) -> None:
+    _string(values, "config", "Config file, FILE.py[:ARG]; override fields by --config.section.field=value.")
+
+
+def _require(values: flags.FlagValues, *names: str) -> None:
+    for name in names:
+        if not values[name].value:
+            raise UserError(f"--{name} is missing: {values[name].help}")
+
+
+def _resolve(values: flags.FlagValues, overrides: list[str]) -> Config:
+    """The config of `--config`, else the one that the run directory recorded; then the overrides."""
+    if values.config:
+        return override(load_config_file(values.config), overrides)
+    workdir = values["workdir"].value if "workdir" in values else ""
+    if not workdir:
+        raise UserError("--config is missing: give a config file, or the --workdir of a run")
+    from ttt_e2e.outer.run_directory import load_config
+
+    return override(ConfigDict(to_dict(load_config(workdir))), overrides)

@@ -1,0 +1,86 @@
+"""Batches of sequences for training and evaluation.
+
+The order is computed on indices alone, by Grain: batch s is a pure function of the seed and s, whatever the number of
+processes, workers and restarts. Each process reads only its own rows of each batch.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from ttt_e2e.data.store import TokenStore
+from ttt_e2e.errors import UserError
+
+# Sequences in all epochs. With `repeat()` and no number, the length of a data set of batches of one overflows in Grain.
+_ENDLESS = 2**52
+
+
+def training_batches(
+    store: TokenStore,
+    *,
+    seq_len: int,
+    global_batch_size: int,
+    seed: int,
+    shuffle: bool,
+    start_batch: int = 0,
+    rows: Any = slice(None),
+    vocab_size: int,
+    num_workers: int = 0,
+    prefetch: int = 8,
+) -> Iterator[np.ndarray]:
+    """Endless batches from number `start_batch` on, int32 [len(rows), seq_len + 1].
+
+    Each epoch visits every sequence once, in an order of its own; batches run across the ends of epochs. `rows` (a
+    slice or an array of indices) are the rows of the global batch that this process reads. Up to `prefetch` batches
+    are read ahead, by threads, and by `num_workers` processes if that is not 0. Close the iterator to stop these.
+    Raises UserError, also while iterating, for a store too small or damaged, and for ids not below `vocab_size`.
+    """
+    order = grain.MapDataset.range(store.num_sequences(seq_len))
+    if shuffle:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"data.seed {seed}: legal: 0 to 2**32 - 1")
+        order = order.shuffle(seed=seed)
+    # Grain's default, `reseed_each_epoch`, is what gives each epoch its own order.
+    batches = order.repeat(_ENDLESS // len(order)).batch(global_batch_size)[start_batch:]
+    batches = batches.map(lambda indices: store.sequences(indices[rows], seq_len, vocab_size))
+    ahead = max(prefetch // max(num_workers, 1), 1)
+    batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=min(ahead, 4), prefetch_buffer_size=ahead))
+    if num_workers:
+        # Grain's workers read absl flags, which a program that is not an absl app never parses.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=ahead))
+    return iter(batches)
+
+
+def evaluation_batches(
+    store: TokenStore,
+    *,
+    seq_len: int,
+    num_sequences: int,
+    batch_size: int,
+    rows: Any = slice(None),
+    vocab_size: int,
+) -> Iterator[tuple[np.ndarray, int]]:
+    """The first `num_sequences` sequences (0 = all) in order: int32 [len(rows), seq_len + 1], and how many count.
+
+    The last batch is filled up with copies of the last sequence; the second item says how many rows of the global
+    batch, from the first, are no copies. Raises UserError if there are fewer sequences, and as `training_batches`.
+    """
+    available = store.num_sequences(seq_len)
+    if not 0 <= num_sequences <= available:
+        raise UserError(
+            f"eval.num_sequences {num_sequences}: {store.path}/{store.split} has {available} sequences of {seq_len}"
+            f" tokens; legal: 0 (all) to {available}"
+        )
+    count = num_sequences or available
+
+    def batches():
+        for start in range(0, count, batch_size):
+            indices = np.minimum(np.arange(start, start + batch_size), count - 1)
+            yield store.sequences(indices[rows], seq_len, vocab_size), min(batch_size, count - start)
+
+    return batches()

@@ -1,0 +1,1 @@
+"""Measuring models: losses on held-out text, and reports."""

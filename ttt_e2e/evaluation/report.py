@@ -1,0 +1,283 @@
+"""One small HTML page, with its plots, about one or several runs: training, and loss by position in context."""
+
+import base64
+import html
+import json
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from ttt_e2e.config import ModelConfig, to_dict
+from ttt_e2e.errors import UserError
+from ttt_e2e.evaluation.plots import position_figure, require_matplotlib, training_figure
+from ttt_e2e.evaluation.runs import Run, read_runs
+from ttt_e2e.model import Transformer
+
+NUM_WORD_COLUMNS = 4  # of the table; the others are numbers
+
+SIZE_NOTE = "Size: blocks x width, parameters."
+NOTE = (
+    "Losses in nats per token of held-out text; lower is better. Not learning is the same model with its inner "
+    "learning rate at 0: what it costs to switch off what the model was trained to rely on, not what a model trained "
+    "without it would lose."
+)
+
+
+def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLike) -> dict:
+    """Writes `training.png`, `loss_by_position.png` (if a run was evaluated), `report.json` and `report.html`.
+
+    Args:
+      workdirs: run directories, in the order in which to show them; the first evaluated one is what the lower panel
+        of `loss_by_position.png` compares with.
+      output: directory to write into, created if needed.
+
+    Returns:
+      `files`, paths by name, and `rows`, one dict a run (the contents of `report.json`).
+
+    Raises `UserError`, before anything is written, if there are no workdirs, if one of them is no run directory or
+    holds a file that cannot be read, or if matplotlib is not installed.
+    """
+    require_matplotlib()
+    runs = read_runs(workdirs)
+    sections = _sections(runs)
+    rows = [_row(run, sections) for run in runs]
+
+    output = Path(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be made a directory: {error.strerror}") from None
+    files = {"training": output / "training.png"}
+    _save_figure(training_figure(runs), files["training"])
+    if any(run.nll_T is not None for run in runs):
+        files["loss_by_position"] = output / "loss_by_position.png"
+        _save_figure(position_figure(runs), files["loss_by_position"])
+    files["json"], files["html"] = output / "report.json", output / "report.html"
+    _write(files["json"], (json.dumps(rows, indent=2) + "\n").encode())
+    _write(files["html"], _page(runs, rows, files).encode())
+    return {"files": {name: str(path) for name, path in files.items()}, "rows": rows}
+
+
+def format_table(rows: Sequence[dict]) -> str:
+    """The rows of `write_report` as plain text for a terminal, with what its columns mean below."""
+    header, lines = _table(rows)
+    cells = [header, *lines]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+
+    def text(line):
+        is_words = [i < NUM_WORD_COLUMNS for i in range(len(line))]
+        return "  ".join(c.ljust(w) if words else c.rjust(w) for c, w, words in zip(line, widths, is_words)).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    notes = [textwrap.fill(note, 110) for note in (_section_note(rows), SIZE_NOTE, NOTE) if note]
+    return "\n".join([text(header), rule, *map(text, lines), "", *notes])
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+def _sections(runs: list[Run]) -> tuple[int, str]:
+    """Length and name of the first two parts of the context that the table shows, the same for all runs.
+
+    That is the shortest window if two of them fit, as past it a block's attention no longer sees all; else a quarter.
+    """
+    lengths = [len(run.nll_T) for run in runs if run.nll_T is not None]
+    windows = [window for run in runs for window in run.config.model.windows if window]
+    shortest = min(lengths, default=4)
+    if windows and 2 * min(windows) <= shortest:
+        return min(windows), "window"
+    return max(1, shortest // 4), "quarter"
+
+
+def _row(run: Run, sections: tuple[int, str]) -> dict:
+    model, metrics = run.config.model, run.metrics or {}
+    loss, without = metrics.get("loss"), metrics.get("loss_without_learning")
+    num_parameters = _num_parameters(model)
+    return {
+        "run": run.name,
+        "kind": model_kind(model),
+        "model": _describe(model),
+        "size": f"{model.num_hidden_layers} x {model.hidden_size}, {num_parameters / 1e6:.2f}M",
+        "num_parameters": num_parameters,
+        "step": metrics.get("step", run.training[-1]["step"]),
+        "train_loss": run.training[-1]["loss"],
+        "loss": loss,
+        "loss_without_learning": without,
+        "difference": None if without is None else loss - without,
+        "token_loss": metrics.get("token_loss"),
+        "token_loss_without_learning": metrics.get("token_loss_without_learning"),
+        "num_sequences": metrics.get("num_sequences"),
+        "seq_len": metrics.get("seq_len", run.config.train.seq_len),
+        "by_position": [] if run.nll_T is None else _by_position(run, *sections),
+    }
+
+
+def _by_position(run: Run, length: int, unit: str) -> list[dict]:
+    T = len(run.nll_T)
+    bounds = [(f"first {unit}", 0, length), (f"second {unit}", length, 2 * length), ("last quarter", T - T // 4, T)]
+    without_T = run.nll_without_learning_T
+    return [
+        {
+            "name": name,
+            "start": start,
+            "stop": stop,
+            "loss": float(run.nll_T[start:stop].mean()),
+            "loss_without_learning": None if without_T is None else float(without_T[start:stop].mean()),
+        }
+        for name, start, stop in bounds
+    ]
+
+
+def model_kind(model: ModelConfig) -> str:
+    """`e2e` (has fast weights), `window`, `full` (attention), or `mixed` (some blocks of each)."""
+    if model.num_fast_blocks:
+        return "e2e"
+    return "window" if all(model.windows) else "mixed" if any(model.windows) else "full"
+
+
+def _describe(model: ModelConfig) -> str:
+    kind = model_kind(model)
+    window = f"window {model.sliding_window}" if any(model.windows) else ""
+    return window if kind == "window" else f"{kind}, {window}" if window else kind
+
+
+def _num_parameters(model: ModelConfig) -> int:
+    abstract = nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0)))
+    return sum(parameter.size for parameter in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
+
+
+def _table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of cells: one line for a run, or three where it was evaluated with and without learning."""
+    names = next(([part["name"] for part in row["by_position"]] for row in rows if row["by_position"]), [])
+    header = ["run", "model", "size", "reading", "step", "loss", "token loss", *names]
+    lines = []
+    for row in rows:
+        begin = [row["run"], row["model"], row["size"]]
+        if row["loss"] is None:
+            lines.append([*begin, "not evaluated", str(row["step"]), *["–"] * (2 + len(names))])
+            continue
+        pairs = [
+            (row["loss"], row["loss_without_learning"]),
+            (row["token_loss"], row["token_loss_without_learning"]),
+            *((part["loss"], part["loss_without_learning"]) for part in row["by_position"]),
+        ]
+        has_both = row["loss_without_learning"] is not None
+        reading = "learning" if has_both else "no fast weights"
+        lines.append([*begin, reading, str(row["step"]), *(f"{loss:.4f}" for loss, _ in pairs)])
+        if has_both:
+            lines.append(["", "", "", "not learning", "", *(f"{without:.4f}" for _, without in pairs)])
+            lines.append(["", "", "", "difference", "", *(f"{loss - without:+.4f}" for loss, without in pairs)])
+    return header, lines
+
+
+def _section_note(rows: Sequence[dict]) -> str:
+    """Which positions the columns by position are, or nothing where no run was evaluated."""
+    parts = {}
+    for row in rows:
+        for part in row["by_position"]:
+            parts.setdefault(part["name"], {})[f"{part['start']} to {part['stop'] - 1}"] = None
+    described = [f"{name} {' or '.join(positions)}" for name, positions in parts.items()]
+    return f"Positions in context: {', '.join(described)}." if described else ""
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --line: #8884; --soft: #888; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+th, td {{ padding: 0.25rem 0.7rem 0.25rem 0; text-align: right; }}
+th:nth-child(-n+{num_words}), td:nth-child(-n+{num_words}) {{ text-align: left; }}
+thead th {{ border-bottom: 2px solid var(--line); }}
+tr.run > * {{ border-top: 1px solid var(--line); }}
+figure {{ margin: 1rem 0; }}
+img {{ width: 100%; height: auto; background: #fff; border-radius: 6px; }}
+figcaption, .note {{ color: var(--soft); font-size: 0.9rem; }}
+pre {{ overflow-x: auto; font-size: 0.8rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{table}
+<p class="note">{note}</p>
+{plots}
+<h2>Configurations</h2>
+{configs}
+</body>
+</html>
+"""
+
+POSITION_CAPTION = (
+    "Held-out loss by position in context: mean over the sequences, every target counted. Solid: as trained; dashed: "
+    "the same model not learning. Grey lines: the window, from which on a block's attention misses the beginning."
+)
+TRAINING_CAPTION = (
+    "Training: loss of each logged step and its running mean (solid), held-out loss (dots); a training loss is that "
+    "of the inner learning rate of its step, which may still be warming up, a held-out loss that of the full one."
+)
+
+
+def _page(runs: list[Run], rows: list[dict], files: dict[str, Path]) -> str:
+    title = f"Report on {', '.join(run.name for run in runs)}"
+    plots = [
+        f'<figure><img alt="{html.escape(caption.partition(":")[0])}" src="data:image/png;base64,'
+        f'{base64.b64encode(files[name].read_bytes()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        for name, caption in (("loss_by_position", POSITION_CAPTION), ("training", TRAINING_CAPTION))
+        if name in files
+    ]
+    configs = [
+        f"<details><summary>{html.escape(run.name)}: {row['model']}, {row['size']}</summary>"
+        f"<pre>{html.escape(json.dumps(to_dict(run.config), indent=2))}</pre></details>"
+        for run, row in zip(runs, rows)
+    ]
+    return PAGE.format(
+        title=html.escape(title),
+        num_words=NUM_WORD_COLUMNS,
+        table=_html_table(rows),
+        note=html.escape(f"{_section_note(rows)} {SIZE_NOTE} {NOTE}".strip()),
+        plots="\n".join(plots),
+        configs="\n".join(configs),
+    )
+
+
+def _html_table(rows: list[dict]) -> str:
+    header, lines = _table(rows)
+    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
+    body = []
+    for line in lines:
+        name, *cells = (html.escape(cell) for cell in line)
+        begin = '<tr class="run">' if name else "<tr>"
+        body.append(f'{begin}<th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    rows_html = "\n".join(body)
+    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows_html}\n</tbody></table></div>'
+
+
+# ------------------------------------------------------------------------------------------------------- writing files
+
+
+def _save_figure(figure, path: Path) -> None:
+    temporary = _temporary(path)
+    figure.savefig(temporary, format="png", dpi=150)
+    os.replace(temporary, path)
+
+
+def _write(path: Path, contents: bytes) -> None:
+    temporary = _temporary(path)
+    temporary.write_bytes(contents)
+    os.replace(temporary, path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

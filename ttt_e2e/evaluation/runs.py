@@ -1,0 +1,140 @@
+"""Reading what a run directory tells about its run.
+
+It holds `config.json` and `metrics.jsonl`, and once evaluated `evaluation/metrics.json`, `evaluation/token_nll.npy`
+and, where the model has fast weights, `evaluation/token_nll_without_learning.npy`. Losses are in nats per token.
+Shapes: `T` positions of a sequence.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ttt_e2e.config import Config, from_config_dict
+from ttt_e2e.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of one run: its name among the others, and the lines of its metrics in the order of their steps.
+
+    The last three are None where it has not been evaluated, the last also where the model has no fast weights.
+    """
+
+    name: str
+    config: Config
+    training: list[dict]
+    held_out: list[dict]
+    metrics: dict | None
+    nll_T: np.ndarray | None
+    nll_without_learning_T: np.ndarray | None
+
+
+def read_runs(workdirs: Sequence[str | os.PathLike]) -> list[Run]:
+    """The runs of these directories, in their order.
+
+    Raises `UserError` if there are none, if one is no run directory or named twice, or for a file that cannot be read.
+    """
+    if not workdirs:
+        raise UserError("--workdirs is empty, but it takes one or more run directories")
+    paths = [Path(os.path.abspath(workdir)) for workdir in workdirs]
+    return [_read_run(path, name) for path, name in zip(paths, _names(paths))]
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The end of each path, as short as tells it from the others."""
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"--workdirs names {path} twice")
+
+    def is_unique(end):
+        return sum(other.parts[-len(end) :] == end for other in paths) == 1
+
+    ends = [[path.parts[-n:] for n in range(1, len(path.parts) + 1)] for path in paths]
+    return ["/".join(next(end for end in of_path if is_unique(end))) for of_path in ends]
+
+
+def _read_run(workdir: Path, name: str) -> Run:
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"{workdir} is no run directory: it has no config.json")
+    try:
+        config = from_config_dict(_read_json(workdir / "config.json"))
+    except UserError as error:
+        raise UserError(f"{workdir / 'config.json'}: {error}") from None
+    lines = _read_json_lines(workdir / "metrics.jsonl")
+    # A run that was killed and resumed logs the steps since its checkpoint again: the later line counts.
+    training = {line["step"]: line for line in lines if "loss" in line}
+    held_out = {line["step"]: line for line in lines if "eval_loss" in line}
+    if not training:
+        raise UserError(f"{workdir / 'metrics.jsonl'} holds no training step yet")
+    by_step = [[of[step] for step in sorted(of)] for of in (training, held_out)]
+    return Run(name, config, *by_step, *_read_evaluation(workdir / "evaluation"))
+
+
+def _read_evaluation(folder: Path):
+    """Contents of `metrics.json`, and mean NLL [T] with and without learning; each None where there is none."""
+    if not (folder / "metrics.json").is_file():
+        return None, None, None
+    metrics = _read_json(folder / "metrics.json")
+    for field in ("loss", "token_loss", "seq_len", "step"):
+        if field not in metrics:
+            raise UserError(f"{folder / 'metrics.json'} has no {field!r}: evaluate the run again")
+    nll_T = _read_nll(folder / "token_nll.npy", metrics["seq_len"])
+    if "loss_without_learning" not in metrics:
+        return metrics, nll_T, None
+    return metrics, nll_T, _read_nll(folder / "token_nll_without_learning.npy", metrics["seq_len"])
+
+
+def _read_nll(path: Path, seq_len: int) -> np.ndarray:
+    """Mean over sequences [T] of the array [sequences, T] in a file; BOS targets count here."""
+    try:
+        nll = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: evaluate the run again") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is not a readable .npy array: {error}") from None
+    if nll.ndim != 2 or nll.shape[0] == 0 or nll.shape[1] != seq_len or nll.dtype.kind != "f":
+        raise UserError(f"{path} holds {nll.dtype} {list(nll.shape)}, but it takes floats [sequences, {seq_len}]")
+    return nll.mean(axis=0, dtype=np.float64)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__}, but it takes a JSON object")
+    return values
+
+
+def _read_json_lines(path: Path) -> list[dict]:
+    """The objects of a JSONL file; only a last line without its end may be broken: a kill cuts it short."""
+    *whole, rest = _read_text(path).split("\n")
+    objects = [_metrics_line(path, number, line) for number, line in enumerate(whole, start=1) if line.strip()]
+    with contextlib.suppress(UserError):
+        objects += [_metrics_line(path, len(whole) + 1, rest)] if rest else []
+    return objects
+
+
+def _metrics_line(path: Path, number: int, line: str) -> dict:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {number} is not readable JSON: {error}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise UserError(f"{path}, line {number} is {line[:80]!r}, but it takes a JSON object with an integer 'step'")
+    return values

@@ -1,0 +1,65 @@
+"""Held-out loss of a checkpoint, token by token, with and without learning while reading."""
+
+import json
+
+import jax
+import numpy as np
+from etils import epath
+
+from ttt_e2e.config import Config
+from ttt_e2e.outer import sharding
+from ttt_e2e.outer.batches import check_batch, held_out_loss, open_store
+from ttt_e2e.outer.checkpoint import find_step, load_params, load_progress
+from ttt_e2e.outer.steps import abstract_model, make_eval_step
+
+
+def evaluate(config: Config, checkpoint, output) -> dict:
+    """Evaluates a checkpoint on `data.eval_split` and writes what it finds into the directory `output`.
+
+    Writes `token_nll.npy` (float32 [sequences, seq_len], nats, unmasked, each token scored with the weights in force
+    when it was read) and `metrics.json`, which is returned; for a model with fast weights also
+    `token_nll_without_learning.npy`, the same at inner learning rate 0.
+
+    Raises:
+      UserError: no such checkpoint, or it or the token store does not fit the config.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
+    store = open_store(config, config.data.eval_split)
+    step_directory = find_step(checkpoint)
+    _, abstract = abstract_model(config)
+    placed = sharding.shardings(abstract, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+    params = load_params(step_directory, abstract)
+    eval_step = make_eval_step(config, mesh, placed)
+
+    def read(inner_rate, desc):
+        return held_out_loss(eval_step, params, store, config, mesh, inner_rate, desc)
+
+    learning = read(config.inner.learning_rate, "evaluate")
+    metrics = {
+        "step": load_progress(step_directory)["step"],
+        "loss": learning.loss,
+        "token_loss": learning.token_loss,
+        "num_tokens": learning.num_tokens,
+        "num_sequences": learning.token_nll.shape[0],
+        "seq_len": learning.token_nll.shape[1],
+    }
+    arrays = {"token_nll": learning.token_nll}
+    if config.model.num_fast_blocks:
+        static = read(0.0, "evaluate without learning")
+        metrics |= {"loss_without_learning": static.loss, "token_loss_without_learning": static.token_loss}
+        arrays["token_nll_without_learning"] = static.token_nll
+    if jax.process_index() == 0:
+        _write(epath.Path(output), metrics, arrays)
+    return metrics
+
+
+def _write(output: epath.Path, metrics: dict, arrays: dict[str, np.ndarray]) -> None:
+    """Writes the arrays, then `metrics.json`, which says that they are whole."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "metrics.json").unlink(missing_ok=True)
+    for name, array in arrays.items():
+        with (output / f"{name}.npy").open("wb") as file:
+            np.save(file, array.astype(np.float32))
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

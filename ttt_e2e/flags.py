@@ -1,0 +1,91 @@
+"""Command-line flags: absl's, defined after the subcommand is known, and ml_collections' for overrides of the config."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from ttt_e2e.config import Config, default_config, from_config_dict, suggestion
+from ttt_e2e.errors import UserError
+
+
+def parse(argv: list[str], define: Callable[[flags.FlagValues], None], usage: str) -> tuple[flags.FlagValues, list[str]]:
+    """Parses the flags of one subcommand; `--help` prints them and exits.
+
+    Args:
+      argv: what follows the subcommand.
+      define: defines the subcommand's flags in the FlagValues that it is given.
+      usage: the first lines of the help text.
+
+    Returns:
+      The flags, and the overrides of the config (`--config.section.field=value`) for `override`.
+
+    Raises:
+      UserError: unknown flag (with a suggestion), illegal value, or an argument that is no flag.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("help", False, "Print this and exit.", flag_values=values, short_name="h")
+    define(values)
+    try:
+        rest = values(["ttt-e2e", *argv], known_only=True)[1:]
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if values.help:
+        print(f"{usage}\n{values.main_module_help() or values.get_help()}")
+        sys.exit(0)
+    overrides = [argument for argument in rest if argument.startswith("--config.") and "config" in values]
+    for argument in rest:
+        name, _, _ = argument.lstrip("-").partition("=")
+        if not argument.startswith("-"):
+            raise UserError(f"unexpected argument {argument!r}: every argument has the form --name=value")
+        if argument not in overrides:
+            raise UserError(f"unknown flag --{name}: {suggestion(name, sorted(values))}")
+    return values, overrides
+
+
+def load_config_file(spec: str) -> ConfigDict:
+    """What `get_config(ARG)` of a config file returns, for "FILE.py:ARG" or "FILE.py".
+
+    Raises:
+      UserError: there is no such file, or it cannot be run.
+    """
+    path, colon, arg = spec.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"config file {path} does not exist")
+    module_spec = importlib.util.spec_from_file_location("config_file", path)
+    if module_spec is None:
+        raise UserError(f"config file {path} is no Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        return module.get_config(arg) if colon else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's own file raises is the user's to mend
+        raise UserError(f"config file {spec}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def override(base: ConfigDict, overrides: list[str]) -> Config:
+    """The validated config: `base` under the overrides `--config.section.field=value`.
+
+    Raises:
+      UserError: an override names no field or has a value of the wrong type, or the result is not legal.
+    """
+    known = {f"{section}.{field}" for section, fields in default_config().items() for field in fields}
+    for argument in overrides:
+        name, equals, value = argument.removeprefix("--config.").partition("=")
+        if name not in known:
+            raise UserError(f"unknown config field config.{name}: {suggestion(name, sorted(known))}")
+        if not equals:
+            raise UserError(f"config.{name} has no value: write --config.{name}=VALUE")
+    values = flags.FlagValues()
+    argv = ["ttt-e2e", *overrides]
+    config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except flags.IllegalFlagValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    return from_config_dict(values.config)

@@ -1,0 +1,1 @@
+"""The outer loop: AdamW over sequences, on a mesh, with checkpoints and metrics."""

@@ -1,0 +1,109 @@
+"""The training loop."""
+
+import logging
+
+import jax
+from etils import epath
+
+from ttt_e2e.config import Config
+from ttt_e2e.data.pipeline import training_batches
+from ttt_e2e.outer import run_directory, sharding
+from ttt_e2e.outer.batches import check_batch, held_out_loss, open_store, to_device
+from ttt_e2e.outer.checkpoint import Checkpoints, load_params, progress_of
+from ttt_e2e.outer.optimizer import make_optimizer
+from ttt_e2e.outer.step_log import StepLog
+from ttt_e2e.outer.steps import TrainState, abstract_model, init_state, make_eval_step, make_train_step
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Config, workdir) -> dict:
+    """Trains to `config.train.num_steps`, resuming where the run directory left off; returns the last metrics.
+
+    Raises:
+      UserError: data, mesh, checkpoint or run directory do not fit the config; a metric became NaN; a save failed.
+    """
+    # ---------------------------------------------------------------- set up
+    workdir = epath.Path(workdir)
+    batch_size, num_steps = config.train.global_batch_size, config.train.num_steps
+    mesh = sharding.make_mesh(config.mesh)
+    check_batch("config.train.global_batch_size", batch_size, mesh, config.train.accumulation_steps)
+    check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
+    train_store = open_store(config, config.data.train_split)
+    eval_store = open_store(config, config.data.eval_split) if config.eval.every_steps else None
+    optimizer = make_optimizer(config.optimizer, abstract_model(config)[1])
+    run_directory.claim(workdir, config)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+    state, next_batch = restore_or_init(config, optimizer, mesh, checkpoints)
+    first_step = int(state.step)
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    train_step = make_train_step(config, optimizer, mesh, placed)
+    eval_step = make_eval_step(config, mesh, placed.params)
+    batches = training_batches(
+        train_store,
+        seq_len=config.train.seq_len,
+        global_batch_size=batch_size,
+        seed=config.data.seed,
+        shuffle=config.data.shuffle,
+        start_batch=next_batch,
+        rows=sharding.local_rows(mesh, batch_size),
+        vocab_size=config.model.vocab_size,
+        num_workers=config.data.num_workers,
+    )
+    log = StepLog(config, workdir, first_step)
+
+    # ---------------------------------------------------------------- the loop
+    pending = None
+    for step in range(first_step + 1, num_steps + 1):
+        log.profile(step)
+        tokens = to_device(next(batches), mesh, batch_size)
+        state, device_metrics = train_step(state, tokens)
+
+        # The device works on this step while the host waits for the one before.
+        if pending:
+            log.finish_step(*pending)
+        pending = (step, device_metrics)
+
+        save = _due(step, config.checkpoint.every_steps) or step == num_steps
+        evaluate = eval_store and (_due(step, config.eval.every_steps) or step == num_steps)
+        if save or evaluate:
+            log.finish_step(*pending)
+            pending = None
+        if evaluate:
+            held_out = held_out_loss(eval_step, state.params, eval_store, config, mesh, config.inner.learning_rate)
+            log.write(step, {"eval_loss": held_out.loss, "eval_token_loss": held_out.token_loss})
+        if save:
+            checkpoints.save(state, progress_of(step, next_batch + step - first_step, config.model))
+        if save or evaluate:
+            log.restart_clock()
+
+    # ---------------------------------------------------------------- finish
+    log.close()
+    checkpoints.wait()
+    checkpoints.close()
+    return log.last
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def restore_or_init(config: Config, optimizer, mesh, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    """The state to start from, sharded, and the index of the next batch.
+
+    In this order: 1. the run's own newest checkpoint, 2. the parameters of `train.init_from` under a fresh optimizer,
+    3. fresh parameters.
+    """
+    abstract = jax.eval_shape(lambda: init_state(config, optimizer))
+    placed = sharding.shardings(abstract, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+    step = checkpoints.latest_step()
+    if step is not None:
+        logger.info("resuming from step %d of %s", step, checkpoints.directory)
+        state, progress = checkpoints.restore(step, abstract)
+        return state, progress["next_batch"]
+    state = jax.jit(lambda: init_state(config, optimizer), out_shardings=placed)()
+    if config.train.init_from:
+        logger.info("taking the initial parameters from %s", config.train.init_from)
+        state = state._replace(params=load_params(config.train.init_from, abstract.params))
+    return state, 0

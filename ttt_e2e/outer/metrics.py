@@ -1,0 +1,123 @@
+"""Metrics of a run: the writer, and what a step costs.
+
+`metrics.jsonl` is always written; TensorBoard and Weights & Biases are optional copies, never needed to resume.
+"""
+
+import json
+import math
+
+import jax
+from etils import epath
+
+from ttt_e2e.config import Config, ModelConfig
+from ttt_e2e.errors import UserError
+
+# Dense bfloat16 matrix FLOP/s of one device, by the name JAX gives it (vendors' data sheets).
+PEAK_FLOPS = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to `metrics.jsonl`. On resume, lines past the restored step are dropped."""
+
+    def __init__(self, workdir, config: Config, resume_step: int):
+        self.path = epath.Path(workdir) / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step] if self.path.exists() else []
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self.path.open("a")
+        self._tensorboard = _tensorboard(workdir) if config.log.tensorboard else None
+        self._wandb = _wandb(workdir, config) if config.log.wandb else None
+
+    def write(self, step: int, values: dict) -> None:
+        """Writes the metrics of a step; what is not finite becomes null, which JSON knows."""
+        values = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Closes every copy."""
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_metrics(path) -> list[dict]:
+    """Lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
+    lines = epath.Path(path).read_text().splitlines()
+    made = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            made.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise UserError(f"{path} line {number} is no JSON object: {line[:60]!r}") from None
+    return made
+
+
+def first_not_finite(metrics: dict) -> str | None:
+    """Name of the first metric that is NaN or infinite."""
+    return next((name for name, value in metrics.items() if not math.isfinite(value)), None)
+
+
+def peak_flops() -> float | None:
+    """Peak FLOP/s of all devices together, or None where the device is not in the table."""
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return peak * jax.device_count() if peak else None
+
+
+def model_flops_per_token(config: Config) -> float:
+    """FLOPs of one training step per token that the method itself needs, rematerialisation left out.
+
+    In units of one forward of each matrix product: 3 without an inner loop (forward, and the gradients at the input
+    and at the weight); with one, in the suffix and the head, 7 for a slow and 10 for a fast matrix (DESIGN section 4,
+    with the forward scan's activations kept), 4 and 6 under the first-order gradient.
+    """
+    model = config.model
+    head = 2 * model.hidden_size * model.vocab_size
+    prefix = model.num_prefix_blocks * _block_flops(model, config.train.seq_len)
+    if not model.num_fast_blocks:
+        return 3 * (prefix + head)
+    suffix = model.num_fast_blocks * _block_flops(model, config.train.seq_len)
+    fast = model.num_fast_blocks * 6 * model.hidden_size * model.fast_intermediate_size
+    slow_units, fast_units = (4, 6) if config.inner.gradient == "first_order" else (7, 10)
+    return 3 * prefix + slow_units * (suffix + head) + fast_units * fast
+
+
+def _block_flops(model: ModelConfig, seq_len: int) -> float:
+    """Forward FLOPs per token of a block's slow matrices and attention, averaged over the mixer pattern."""
+    D, H = model.hidden_size, model.head_dim
+    projections = 4 * D * H * (model.num_attention_heads + model.num_key_value_heads)
+    seen = [(seq_len + 1) / 2 if not k or k >= seq_len else k - k * (k - 1) / (2 * seq_len) for k in model.windows]
+    attention = 4 * model.num_attention_heads * H * sum(seen) / len(seen)
+    return projections + attention + 6 * D * model.intermediate_size
+
+
+def _tensorboard(workdir):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("config.log.tensorboard needs the extra: pip install 'ttt-e2e[tensorboard]'") from None
+    return SummaryWriter(str(epath.Path(workdir) / "logs"))
+
+
+def _wandb(workdir, config: Config):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("config.log.wandb needs the extra: pip install 'ttt-e2e[wandb]'") from None
+    return wandb.init(project=config.log.wandb, dir=str(workdir), name=epath.Path(workdir).name, resume="allow")

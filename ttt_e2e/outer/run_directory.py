@@ -1,0 +1,43 @@
+"""The run directory's `config.json`: what ties a directory to one model."""
+
+import json
+
+import jax
+from etils import epath
+
+from ttt_e2e.config import Config, from_config_dict, to_dict
+from ttt_e2e.errors import UserError
+
+
+def claim(workdir, config: Config) -> None:
+    """Writes `config.json` into the run directory, unless that holds a run of another model.
+
+    Raises:
+      UserError: it does; the message names the first field that differs.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if path.exists():
+        theirs = load_config(workdir).model
+        for field in type(theirs).__dataclass_fields__:
+            ours, other = getattr(config.model, field), getattr(theirs, field)
+            if ours != other:
+                raise UserError(
+                    f"workdir {workdir} holds a run whose model.{field} is {other!r}, but the config says {ours!r}: "
+                    "choose another workdir"
+                )
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / "config.json.tmp"
+        temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        temporary.replace(path)
+
+
+def load_config(workdir) -> Config:
+    """The resolved config of a run. Raises `UserError` where the directory holds none, or it is damaged."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"workdir {workdir} holds no run: it has no config.json")
+    try:
+        return from_config_dict(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no valid JSON: {error}") from None

@@ -1,0 +1,114 @@
+"""The compiled programs of the outer loop: one training step, one evaluation step.
+
+Shapes: `B` batch, `A` accumulation steps, `T` sequence.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ttt_e2e.config import Config
+from ttt_e2e.inner import Reading, inner_learning_rate, read_sequence
+from ttt_e2e.model import Transformer
+from ttt_e2e.model.parameters import split
+from ttt_e2e.outer import sharding
+from ttt_e2e.outer.optimizer import gradient_norm, learning_rate_schedule
+
+
+class TrainState(NamedTuple):
+    """What a training step maps to its successor, and what a checkpoint holds."""
+
+    params: Any  # {"fast": W_0, "slow": theta}, nested dicts of arrays
+    optimizer: Any
+    step: jax.Array  # number of updates made
+
+
+def abstract_model(config: Config):
+    """(graphdef, params): the model's static structure and the shapes of {"fast", "slow"}; computes nothing."""
+    graphdef, fast, slow = split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
+    return graphdef, {"fast": fast, "slow": slow}
+
+
+def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """Fresh parameters and optimizer state. Pure: call it under `jit` to have it made in place."""
+    _, fast, slow = split(Transformer(config.model, nnx.Rngs(config.train.seed)))
+    params = {"fast": fast, "slow": slow}
+    return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+def read_batch(graphdef, params, tokens, config: Config, mesh: Mesh, learning_rate) -> Reading:
+    """`read_sequence` over tokens [B, T + 1]: every field of the result gains a leading axis over sequences."""
+    read = partial(read_sequence, graphdef, inner=config.inner, learning_rate=learning_rate, bos_id=config.data.bos_id)
+    fast = sharding.per_sequence(params["fast"], tokens.shape[0], mesh)
+    return jax.vmap(read, in_axes=(0, None, 0), spmd_axis_name="data")(fast, params["slow"], tokens)
+
+
+def make_train_step(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, state_shardings) -> Callable:
+    """The compiled outer step: (state, tokens [B, T + 1]) -> (state, metrics). The state passed in is donated.
+
+    metrics: scalars `loss`, `grad_norm` (before clipping), `learning_rate` and `inner_learning_rate` of this step.
+    """
+    graphdef, _ = abstract_model(config)
+    rate_at = learning_rate_schedule(config.optimizer)
+
+    def loss(params, tokens, inner_rate):
+        return read_batch(graphdef, params, tokens, config, mesh, inner_rate).loss.mean()
+
+    def train_step(state: TrainState, tokens):
+        inner_rate = inner_learning_rate(config.inner, state.step)
+        mean_loss, gradient = _accumulate(
+            lambda part: jax.value_and_grad(loss)(state.params, part, inner_rate),
+            tokens,
+            config.train.accumulation_steps,
+        )
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": mean_loss,
+            "grad_norm": gradient_norm(gradient),
+            "learning_rate": rate_at(state.step),
+            "inner_learning_rate": inner_rate,
+        }
+        return TrainState(params, optimizer_state, state.step + 1), metrics
+
+    return jax.jit(
+        train_step,
+        in_shardings=(state_shardings, NamedSharding(mesh, sharding.BATCH)),
+        out_shardings=(state_shardings, NamedSharding(mesh, P())),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
+    """The compiled evaluation: (params, tokens [B, T + 1], inner learning rate) -> (loss [B], token_nll [B, T])."""
+    graphdef, _ = abstract_model(config)
+
+    def eval_step(params, tokens, inner_rate):
+        reading = read_batch(graphdef, params, tokens, config, mesh, inner_rate)
+        return reading.loss, reading.token_nll_T
+
+    return jax.jit(
+        eval_step,
+        in_shardings=(params_shardings, NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())),
+        out_shardings=NamedSharding(mesh, P()),
+    )
+
+
+def _accumulate(function, tokens, num_parts: int):
+    """Mean of `function` over `num_parts` parts of the batch, one after the other.
+
+    Part a takes every num_parts-th row, so that each part is spread over the `data` axis as the batch is.
+    """
+    if num_parts == 1:
+        return function(tokens)
+    parts = jnp.moveaxis(tokens.reshape(-1, num_parts, tokens.shape[1]), 1, 0)
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, parts[0]))
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), total, parts)
+    return jax.tree.map(lambda x: x / num_parts, total)
