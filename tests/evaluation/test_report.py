@@ -134,7 +134,8 @@ def test_table_for_the_terminal(tmp_path):
 def test_a_run_not_evaluated_has_no_plot_by_position(tmp_path):
     summary = write_report([make_run(tmp_path / "run", evaluated=False)], tmp_path / "report")
     assert "loss_by_position" not in summary["files"] and not (tmp_path / "report/loss_by_position.png").exists()
-    assert "Positions in context" not in format_table(summary["rows"])
+    table = format_table(summary["rows"])
+    assert "Positions in context" not in table and "ttt-e2e evaluate --workdir" in table
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

@@ -49,9 +49,9 @@ def test_scan_equals_a_loop_over_mini_batches(reference, make_tokens):
 
 def test_without_a_clip_too(reference_without_clip):
     model, tokens_T1 = reference_without_clip.model, distinct_tokens()
-    reading, _ = reference_without_clip(model.params, tokens_T1, learning_rate=0.05)
+    reading, _ = reference_without_clip(model.params, tokens_T1)
     expected = naive_reading(
-        model.params, model.config, tokens_T1, windows=[6] * 3, learning_rate=0.05, clip_norm=0, bos_id=BOS
+        model.params, model.config, tokens_T1, windows=[6] * 3, learning_rate=LEARNING_RATE, clip_norm=0, bos_id=BOS
     )
     assert max(expected.gradient_norm_M) > CLIP_NORM
     assert_same_reading(reading, expected)

@@ -52,7 +52,7 @@ def tiny_model(*, seed: int = 0, inner=None, train=None, **model) -> TinyModel:
 
     def fill(path, leaf):
         is_norm = path[-1].key == "weight"
-        value = random.normal(1.0 if is_norm else 0.0, 0.3 if is_norm else 0.5, leaf.shape)
+        value = random.normal(1.0 if is_norm else 0.0, 0.3 if is_norm else 0.35, leaf.shape)
         return jax.numpy.asarray(value, leaf.dtype)
 
     return TinyModel(config, graphdef, jax.tree_util.tree_map_with_path(fill, {"fast": fast, "slow": slow}))

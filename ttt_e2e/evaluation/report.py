@@ -19,11 +19,9 @@ from ttt_e2e.model import Transformer
 
 NUM_WORD_COLUMNS = 4  # of the table; the others are numbers
 
-SIZE_NOTE = "Size: blocks x width, parameters."
-NOTE = (
-    "Losses in nats per token of held-out text; lower is better. Not learning is the same model with its inner "
-    "learning rate at 0: what it costs to switch off what the model was trained to rely on, not what a model trained "
-    "without it would lose."
+NOT_LEARNING_NOTE = (
+    "Not learning: the same model with its inner learning rate at 0. That is what it costs to switch off what the "
+    "model was trained to rely on, not what a model trained without it would lose."
 )
 
 
@@ -73,7 +71,7 @@ def format_table(rows: Sequence[dict]) -> str:
         return "  ".join(c.ljust(w) if words else c.rjust(w) for c, w, words in zip(line, widths, is_words)).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
-    notes = [textwrap.fill(note, 110) for note in (_section_note(rows), SIZE_NOTE, NOTE) if note]
+    notes = [textwrap.fill(note, 110) for note in _notes(rows)]
     return "\n".join([text(header), rule, *map(text, lines), "", *notes])
 
 
@@ -174,14 +172,21 @@ def _table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     return header, lines
 
 
-def _section_note(rows: Sequence[dict]) -> str:
-    """Which positions the columns by position are, or nothing where no run was evaluated."""
+def _notes(rows: Sequence[dict]) -> list[str]:
+    """What the table's columns and lines mean, as far as it has them."""
     parts = {}
     for row in rows:
         for part in row["by_position"]:
             parts.setdefault(part["name"], {})[f"{part['start']} to {part['stop'] - 1}"] = None
     described = [f"{name} {' or '.join(positions)}" for name, positions in parts.items()]
-    return f"Positions in context: {', '.join(described)}." if described else ""
+    notes = ["Size: blocks x width, parameters. Losses in nats per token of held-out text; lower is better."]
+    if described:
+        notes.append(f"Positions in context: {', '.join(described)}.")
+    if any(row["loss_without_learning"] is not None for row in rows):
+        notes.append(NOT_LEARNING_NOTE)
+    if any(row["loss"] is None for row in rows):
+        notes.append("Not evaluated: ttt-e2e evaluate --workdir=RUN --output=RUN/evaluation, then report again.")
+    return notes
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -246,7 +251,7 @@ def _page(runs: list[Run], rows: list[dict], files: dict[str, Path]) -> str:
         title=html.escape(title),
         num_words=NUM_WORD_COLUMNS,
         table=_html_table(rows),
-        note=html.escape(f"{_section_note(rows)} {SIZE_NOTE} {NOTE}".strip()),
+        note=html.escape(" ".join(_notes(rows))),
         plots="\n".join(plots),
         configs="\n".join(configs),
     )

@@ -119,7 +119,7 @@ def _stack_depth(leaves, stack: str) -> int:
 
 
 def _find_weights(checkpoint) -> epath.Path:
-    path = epath.Path(checkpoint)
+    path = epath.Path(checkpoint).resolve()
     if path.is_dir():
         steps = sorted((child for child in path.iterdir() if child.name.isdigit()), key=lambda child: int(child.name))
         for candidate in (path, path / "model_weights", *(step / "model_weights" for step in reversed(steps))):

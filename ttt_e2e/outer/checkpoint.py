@@ -18,7 +18,7 @@ class Checkpoints:
     """The checkpoints of a run, saved asynchronously."""
 
     def __init__(self, directory, config: CheckpointConfig):
-        self.directory = epath.Path(directory)
+        self.directory = epath.Path(directory).resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, keep_period=config.keep_every or None)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -80,7 +80,7 @@ def find_step(path) -> epath.Path:
     Raises:
       UserError: there is no complete checkpoint.
     """
-    path = epath.Path(path)
+    path = epath.Path(path).resolve()
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
     if (path / "params").is_dir():
@@ -113,7 +113,7 @@ def load_progress(step_directory) -> dict:
 
 def save_params(directory, params, progress: dict) -> epath.Path:
     """Writes a checkpoint of parameters alone, as step 0 of `directory`, for `--checkpoint` or `train.init_from`."""
-    directory = epath.Path(directory)
+    directory = epath.Path(directory).resolve()
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"output {directory} already exists and is not empty: remove it or choose another")
     with ocp.CheckpointManager(directory) as manager:
