@@ -1,11 +1,16 @@
 """What every test runs under: the CPU as eight virtual devices, float32 by default, examples drawn from fixed seeds."""
 
 import os
+from pathlib import Path
 
 # Before JAX starts. Compiling dominates these tests: without LLVM's optimisations it takes about 0.6 of the time.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Many tests, and the commands that some of them start, compile the same programs.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "xla")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import hypothesis
 import jax

@@ -1,4 +1,4 @@
-"""Command-line flags: absl's, defined after the subcommand is known, and ml_collections' for overrides of the config."""
+"""Command-line flags: absl's, defined once the subcommand is known, and ml_collections' for overrides of the config."""
 
 import importlib.util
 import sys
@@ -12,7 +12,9 @@ from ttt_e2e.config import Config, default_config, from_config_dict, suggestion
 from ttt_e2e.errors import UserError
 
 
-def parse(argv: list[str], define: Callable[[flags.FlagValues], None], usage: str) -> tuple[flags.FlagValues, list[str]]:
+def parse(
+    argv: list[str], define: Callable[[flags.FlagValues], None], usage: str
+) -> tuple[flags.FlagValues, list[str]]:
     """Parses the flags of one subcommand; `--help` prints them and exits.
 
     Args:
@@ -76,7 +78,7 @@ def override(base: ConfigDict, overrides: list[str]) -> Config:
     """
     known = {f"{section}.{field}" for section, fields in default_config().items() for field in fields}
     for argument in overrides:
-        name, equals, value = argument.removeprefix("--config.").partition("=")
+        name, equals, _ = argument.removeprefix("--config.").partition("=")
         if name not in known:
             raise UserError(f"unknown config field config.{name}: {suggestion(name, sorted(known))}")
         if not equals:

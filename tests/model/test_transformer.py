@@ -66,21 +66,21 @@ def test_half_style_is_interleaved_with_the_channels_of_queries_and_keys_reorder
     np.testing.assert_allclose(forward(half, tokens_T1), forward(model, tokens_T1), rtol=1e-10)
 
 
-def test_suffix_over_a_cache_equals_the_last_positions_of_a_longer_run(float64):
-    """Reading b tokens after K cached ones, and after fewer than fit the cache, gives what reading all at once does."""
-    model = tiny_model(num_hidden_layers=2, num_fast_blocks=2, sliding_window=5).merge()
+def test_suffix_over_window_caches_equals_a_loop_over_blocks_of_the_whole_sequence(float64):
+    """Wherever it is cut into mini-batches: over empty caches, partly filled ones and full ones."""
+    model = tiny_model(num_hidden_layers=2, num_fast_blocks=2, sliding_window=5)
     x_TD = jnp.asarray(np.random.default_rng(0).normal(size=(T, 8)))
+    expected_TD = x_TD
+    for p in naive.suffix_blocks(model.params["fast"], model.params["slow"], model.config.model):
+        expected_TD = naive.block(p, expected_TD, model.config.model, window=5)
 
-    def read(x_bD, cache, num_empty):
-        return model.run_suffix(x_bD, cache, num_empty)
-
-    empty = model.empty_cache(T)
+    transformer = model.merge()
+    empty = transformer.empty_cache(T)
     assert empty.k.shape == (2, 5, 2, 4)  # blocks, window, key/value heads, head width
-    all_at_once, _ = read(x_TD, empty, 5)
-    first, new = read(x_TD[:3], empty, 5)
-    second, newer = read(x_TD[3:7], empty.append(new), 2)
-    third, _ = read(x_TD[7:], empty.append(new).append(newer), 0)
-    np.testing.assert_allclose(jnp.concatenate([first, second, third]), all_at_once, rtol=1e-10)
+    first, new = transformer.run_suffix(x_TD[:3], empty, 5)
+    second, newer = transformer.run_suffix(x_TD[3:7], empty.append(new), 2)
+    third, _ = transformer.run_suffix(x_TD[7:], empty.append(new).append(newer), 0)
+    np.testing.assert_allclose(jnp.concatenate([first, second, third]), expected_TD, rtol=1e-10, atol=1e-12)
 
 
 def test_cache_keeps_the_most_recent_positions():
@@ -149,37 +149,32 @@ def test_blocks_of_a_stack_are_initialised_independently():
     assert len(np.unique(w1_LDF)) == w1_LDF.size
 
 
-def bfloat16_model():
-    return tiny_model(
-        num_fast_blocks=2,
-        sliding_window=4,
-        compute_dtype="bfloat16",
-        param_dtype="float32",
-        inner={"mini_batch_size": 4},
-        train={"seq_len": T},
-    )
+def bfloat16_forward():
+    """A model that computes in bfloat16; a function of its weights, and what that gives at every stage."""
+    model = tiny_model(num_fast_blocks=2, sliding_window=4, compute_dtype="bfloat16", param_dtype="float32")
+
+    def forward(params):
+        transformer = merge(model.graphdef, params["fast"], params["slow"])
+        tokens_T, cache = jnp.arange(T), transformer.empty_cache(T)
+        x_TD = transformer.run_prefix(transformer.embed(tokens_T))
+        y_TD, new = transformer.run_suffix(x_TD, cache, 0)
+        return {"narrow": (x_TD, y_TD, cache, new), "wide": transformer.nll(y_TD, tokens_T)}
+
+    return forward, model.params
 
 
 def test_bfloat16_compute_keeps_hidden_states_and_caches_in_bfloat16_and_losses_in_float32():
-    model = bfloat16_model().merge()
-    tokens_T = jnp.arange(1, T + 1)
-    x_TD = jax.eval_shape(lambda: model.run_prefix(model.embed(tokens_T)))
-    cache = jax.eval_shape(lambda: model.empty_cache(T))
-    x_bD, new = jax.eval_shape(lambda x_TD, cache: model.run_suffix(x_TD, cache, 0), x_TD, cache)
-    nll_T = jax.eval_shape(lambda x_TD: model.nll(x_TD, tokens_T), x_bD)
-    assert {a.dtype for a in jax.tree.leaves((x_TD, cache, x_bD, new))} == {jnp.dtype(jnp.bfloat16)}
-    assert nll_T.dtype == jnp.float32
+    results = jax.eval_shape(*bfloat16_forward())
+    assert {a.dtype for a in jax.tree.leaves(results["narrow"])} == {jnp.dtype("bfloat16")}
+    assert results["wide"].dtype == jnp.float32
 
 
 def test_bfloat16_compute_multiplies_bfloat16_matrices():
-    model = bfloat16_model()
-
-    def loss(params):
-        return read(model, params, np.arange(T + 1)).loss
-
-    program = jax.jit(loss).lower(model.params).as_text()
-    operands = re.findall(r"dot_general.* : \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\)", program)
-    assert len(operands) > 10
+    forward, params = bfloat16_forward()
+    program = jax.jit(forward).lower(params).as_text()
+    operands = re.findall(r"dot_general.* : \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\)", program)
+    # Of a block q, k, v, o, scores, values and an MLP, one more MLP in a suffix block, and the head.
+    assert len(operands) == (6 + 3) + (6 + 3 + 3) + 1
     assert {dtype for pair in operands for dtype in pair} == {"bf16"}
 
 

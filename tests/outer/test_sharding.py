@@ -70,14 +70,14 @@ def test_parameters_and_optimizer_state_are_sharded_over_both_axes(config):
 
 @pytest.mark.parametrize(("data", "model"), ((16, 1), (0, 16), (5, 2)))
 def test_a_mesh_larger_than_the_machine_is_refused(data, model):
-    with pytest.raises(UserError, match=f"config.mesh is data={data} x model={model}.* 8 device"):
+    with pytest.raises(UserError, match=rf"config.mesh is data={data} x model={model}.* 8 device"):
         sharding.make_mesh(MeshConfig(data=data, model=model))
 
 
 def test_a_batch_that_does_not_spread_over_the_data_axis_is_refused():
     mesh = sharding.make_mesh(MeshConfig(data=4, model=2))
     check_batch("config.train.global_batch_size", 16, mesh, accumulation_steps=2)
-    with pytest.raises(UserError, match="config.train.global_batch_size is 12, but it must be a multiple of 8"):
+    with pytest.raises(UserError, match=r"config.train.global_batch_size is 12, but it must be a multiple of 8"):
         check_batch("config.train.global_batch_size", 12, mesh, accumulation_steps=2)
 
 

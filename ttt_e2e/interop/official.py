@@ -100,12 +100,16 @@ def from_official(official: dict[str, np.ndarray], like):
         unused.discard(theirs)
         value = np.asarray(official[theirs])
         if value.shape != shape:
-            raise UserError(f"parameter {theirs!r} is {value.shape} in the checkpoint, but config.model makes it {shape}")
+            raise UserError(
+                f"parameter {theirs!r} is {value.shape} in the checkpoint, but config.model makes it {shape}"
+            )
         return value[rows].astype(leaf.dtype)
 
     made = jax.tree_util.tree_map_with_path(take, like)
     if unused:
-        raise UserError(f"config.model has no place for these parameters of the checkpoint: {', '.join(sorted(unused))}")
+        raise UserError(
+            f"config.model has no place for these parameters of the checkpoint: {', '.join(sorted(unused))}"
+        )
     return made
 
 

@@ -6,6 +6,8 @@ Shapes: `T` queries, `S` keys, `W` consecutive keys that one block of queries is
 from functools import lru_cache
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 MAX_BLOCK = 128  # queries; more no longer makes the matrix products faster, and the scores outgrow the caches
 MIN_BLOCK = 16  # queries; with fewer the loop costs more than the keys it saves
 MAX_WASTE = 1.25  # scores computed / scores seen, where the block size allows it
@@ -37,6 +39,15 @@ class Band(NamedTuple):
     def end(self, block):
         """Position after the last query of a block, which may be traced; positions count keys."""
         return self.num_keys - self.num_queries + (block + 1) * self.block
+
+    def stop(self, block, num_keys: int):
+        """Position after the last of the `num_keys` keys that a block is given; the block may be traced."""
+        return jnp.clip(self.end(block), num_keys, self.num_keys)
+
+    def padding(self, length: int) -> int:
+        """Keys missing before the last `length`, for a slice of up to that many to exist for every block."""
+        stops = [(min(max(self.end(s.first_block), s.num_keys), self.num_keys), s.num_keys) for s in self.segments]
+        return max(0, *(self.num_keys - length - (stop - min(length, num_keys)) for stop, num_keys in stops))
 
     @property
     def num_scores(self) -> int:

@@ -1,14 +1,14 @@
-"""The algebra of every pass over one block of queries and all the keys that it can see, in plain jax.numpy.
+"""The algebra of every pass, over one block of queries and all the keys that it can see, in plain jax.numpy.
 
-Source: docs/kernels.md. `o` and `lse` are the forward's outputs, `do` and `dlse` their cotangents, `q_dot` the tangent of
-`q` and so on; mu is the tangent of lse. All of a row's keys are here, so its statistics are plain sums over the
-last axis; nothing is accumulated and rescaled from tile to tile, and the tangent is centred before it is summed
-(in bfloat16 it would otherwise cancel where |mu| is large).
+Source: docs/kernels.md. A name with `_dot` is the tangent of the name without, one with `_bar` its cotangent; lse is
+the log of a softmax's denominator, and lse_dot the `mu` of the derivation. All of a row's keys are here, so its
+statistics are plain sums over the last axis, and the tangent is centred *before* it is summed over keys: in bfloat16 it
+would otherwise cancel where |mu| is large.
 
-Shapes: rows [..., R, t, H] for t queries of each of the R query heads that share a key head, row statistics
-[..., R, t, 1], keys [..., W, H], scores [..., R, t, W]. Tangents of keys may cover the last w of the W keys only (the others are
-constant); likewise the gradients with respect to keys cover as many as `num_keys` says. Matrix products take operands in the dtype of the inputs and accumulate at least in
-float32; scores and statistics are float32 or wider.
+Shapes: rows [..., R, t, H], t queries of each of the R query heads that share a key head; row statistics
+[..., R, t, 1]; keys [..., W, H]; scores [..., R, t, W]. Tangents of keys may cover the last w of the W keys only, the
+others being constant; gradients likewise cover the last `num_keys`. Matrix products take operands of the inputs' dtype
+and accumulate in float32 or wider, as all scores and statistics are.
 """
 
 import jax
@@ -16,3 +16,100 @@ import jax.numpy as jnp
 
 # Finite, unlike finfo.min and -inf: with those the second derivative of a softmax is NaN.
 MASKED_SCORE = -1e30
+
+
+def wide(dtype):
+    """The dtype of scores and statistics."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def forward(q, k, v, visible):
+    """Output and lse [2 matrix products]."""
+    scores = jnp.where(visible, _scores(q, k), MASKED_SCORE)
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    p = jnp.exp(scores - largest)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    return _sum_keys(p, v) / total, largest + jnp.log(total)
+
+
+def tangent(q, k, v, lse, q_dot, k_dot, v_dot, visible):
+    """o_dot and lse_dot [5]."""
+    p = _probabilities(q, k, lse, visible)
+    scores_dot = _add_last(_scores(q_dot, k), _scores(q, k_dot))
+    lse_dot = _sum(p * scores_dot)
+    o_dot = _sum_keys(p * (scores_dot - lse_dot), v) + _sum_keys(_last(p, v_dot), v_dot)
+    return o_dot, lse_dot
+
+
+def reverse(q, k, v, o, lse, o_bar, lse_bar, visible, num_keys):
+    """Gradients of q, k, v [5]."""
+    p = _probabilities(q, k, lse, visible)
+    scores_bar = p * (_products(o_bar, v) - (_sum(o_bar * o) - lse_bar))
+    p, last_bar = p[..., -num_keys:], scores_bar[..., -num_keys:]
+    scale = q.shape[-1] ** -0.5
+    return _sum_keys(scores_bar, k) * scale, _sum_rows(last_bar, q) * scale, _sum_rows(p, o_bar)
+
+
+def second_reverse(q, k, v, o, lse, q_dot, k_dot, v_dot, o_dot, lse_dot, bars, visible, num_keys):
+    """Reverse of the forward and its tangent at once [15; 13 without the cotangents of o and lse].
+
+    Args:
+      bars: cotangents of (o_dot, lse_dot) or of (o_dot, lse_dot, o, lse).
+
+    Returns:
+      Gradients of q, k, v and of q_dot, k_dot, v_dot, the latter for as many keys as there are tangents of.
+    """
+    o_dot_bar, lse_dot_bar, *o_bars = bars
+    p = _probabilities(q, k, lse, visible)
+    centred = _add_last(_scores(q_dot, k), _scores(q, k_dot)) - lse_dot
+    dot_bar = _products(o_dot_bar, v) - (_sum(o_dot_bar * o) - lse_dot_bar)
+    bar = _add_last(centred * dot_bar - _sum(o_dot_bar * o_dot), _products(o_dot_bar, v_dot))
+    v_bar = _sum_rows((p * centred)[..., -num_keys:], o_dot_bar)
+    if o_bars:
+        o_bar, lse_bar = o_bars
+        bar += _products(o_bar, v) - (_sum(o_bar * o) - lse_bar)
+        v_bar += _sum_rows(p[..., -num_keys:], o_bar)
+    scores_dot_bar, scores_bar = p * dot_bar, p * bar
+    scale = q.shape[-1] ** -0.5
+    q_bar = _sum_keys(scores_bar, k) + _sum_keys(_last(scores_dot_bar, k_dot), k_dot)
+    k_bar = _sum_rows(scores_bar[..., -num_keys:], q) + _sum_rows(scores_dot_bar[..., -num_keys:], q_dot)
+    dots = _sum_keys(scores_dot_bar, k) * scale, _sum_rows(_last(scores_dot_bar, k_dot), q) * scale
+    return q_bar * scale, k_bar * scale, v_bar, *dots, _sum_rows(_last(p, v_dot), o_dot_bar)
+
+
+def _probabilities(q, k, lse, visible):
+    return jnp.exp(jnp.where(visible, _scores(q, k), MASKED_SCORE) - lse)
+
+
+def _products(rows, keys):
+    return jnp.einsum("...rth,...wh->...rtw", rows, keys, preferred_element_type=wide(keys.dtype))
+
+
+def _scores(q, k):
+    return _products(q, k) * q.shape[-1] ** -0.5
+
+
+def _sum_keys(weights, keys):
+    weights = weights.astype(keys.dtype)
+    return jnp.einsum("...rtw,...wh->...rth", weights, keys, preferred_element_type=wide(keys.dtype))
+
+
+def _sum_rows(weights, rows):
+    weights = weights.astype(rows.dtype)
+    return jnp.einsum("...rtw,...rth->...wh", weights, rows, preferred_element_type=wide(rows.dtype))
+
+
+def _sum(products):
+    """Row statistics."""
+    return jnp.sum(products, axis=-1, keepdims=True, dtype=wide(products.dtype))
+
+
+def _last(scores, keys):
+    """The columns of as many last keys as `keys` has."""
+    return scores[..., -keys.shape[-2] :]
+
+
+def _add_last(scores, more):
+    """Adds to the last columns."""
+    missing = scores.shape[-1] - more.shape[-1]
+    return scores + jnp.pad(more, [(0, 0)] * (more.ndim - 1) + [(missing, 0)])

@@ -1,7 +1,7 @@
 """The language model: embedding, prefix blocks, suffix blocks, head.
 
-Shapes: `T` positions, `b` inner mini-batch, `K` cached positions, `D` model width, `V` vocabulary, `L` blocks of a stack,
-`G` key/value heads, `H` head width. Everything is written for one sequence; callers batch it with `jax.vmap`.
+Shapes: `T` positions, `b` inner mini-batch, `K` cached positions, `D` model width, `V` vocabulary, `L` blocks of a
+stack, `G` key/value heads, `H` head width. Everything is written for one sequence; callers batch it with `jax.vmap`.
 """
 
 import jax

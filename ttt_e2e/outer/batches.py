@@ -37,7 +37,9 @@ def open_store(config: Config, split: str) -> TokenStore:
     if (theirs := store.attributes.get("vocab_size", ours)) > ours:
         raise UserError(f"config.model.vocab_size is {ours}, but token store {path} was prepared with {theirs}")
     if (theirs := store.attributes.get("bos_id", config.data.bos_id)) != config.data.bos_id:
-        raise UserError(f"config.data.bos_id is {config.data.bos_id}, but token store {path} was prepared with {theirs}")
+        raise UserError(
+            f"config.data.bos_id is {config.data.bos_id}, but token store {path} was prepared with {theirs}"
+        )
     return store
 
 

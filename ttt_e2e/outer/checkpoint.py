@@ -56,8 +56,8 @@ class Checkpoints:
         return type(abstract_state)(params, optimizer, restored), progress
 
     def close(self) -> None:
-        """Releases the manager's threads without waiting for a save to succeed."""
-        self._manager.close()
+        """Finishes a save under way and releases the manager's threads."""
+        self._report_failure(self._manager.close)
 
     def _report_failure(self, action) -> None:
         try:
@@ -145,7 +145,9 @@ def _restore(path, abstract):
         if name not in stored:
             raise UserError(f"parameter {name!r} is not in checkpoint {path}, but the config asks for it, {shape}")
         if stored[name] != shape:
-            raise UserError(f"parameter {name!r} is {stored[name]} in checkpoint {path}, but the config makes it {shape}")
+            raise UserError(
+                f"parameter {name!r} is {stored[name]} in checkpoint {path}, but the config makes it {shape}"
+            )
     if extra := sorted(set(stored) - set(wanted)):
         raise UserError(f"checkpoint {path} has parameters that the config has no place for: {', '.join(extra)}")
     try:

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import logging
+from contextlib import ExitStack, closing
 
 import jax
 from etils import epath
@@ -20,11 +21,17 @@ logger = logging.getLogger(__name__)
 def train(config: Config, workdir) -> dict:
     """Trains to `config.train.num_steps`, resuming where the run directory left off; returns the last metrics.
 
+    Whatever ends the run, a save under way is finished and the files are closed.
+
     Raises:
       UserError: data, mesh, checkpoint or run directory do not fit the config; a metric became NaN; a save failed.
     """
+    with ExitStack() as stack:
+        return _train(config, epath.Path(workdir), stack)
+
+
+def _train(config: Config, workdir: epath.Path, stack: ExitStack) -> dict:
     # ---------------------------------------------------------------- set up
-    workdir = epath.Path(workdir)
     batch_size, num_steps = config.train.global_batch_size, config.train.num_steps
     mesh = sharding.make_mesh(config.mesh)
     check_batch("config.train.global_batch_size", batch_size, mesh, config.train.accumulation_steps)
@@ -33,7 +40,7 @@ def train(config: Config, workdir) -> dict:
     eval_store = open_store(config, config.data.eval_split) if config.eval.every_steps else None
     optimizer = make_optimizer(config.optimizer, abstract_model(config)[1])
     run_directory.claim(workdir, config)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+    checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", config.checkpoint)))
     state, next_batch = restore_or_init(config, optimizer, mesh, checkpoints)
     first_step = int(state.step)
     placed = jax.tree.map(lambda x: x.sharding, state)
@@ -50,7 +57,8 @@ def train(config: Config, workdir) -> dict:
         vocab_size=config.model.vocab_size,
         num_workers=config.data.num_workers,
     )
-    log = StepLog(config, workdir, first_step)
+    stack.enter_context(closing(batches))
+    log = stack.enter_context(closing(StepLog(config, workdir, first_step)))
 
     # ---------------------------------------------------------------- the loop
     pending = None
@@ -78,9 +86,7 @@ def train(config: Config, workdir) -> dict:
             log.restart_clock()
 
     # ---------------------------------------------------------------- finish
-    log.close()
     checkpoints.wait()
-    checkpoints.close()
     return log.last
 
 

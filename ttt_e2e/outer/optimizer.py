@@ -51,5 +51,7 @@ def _frozen(train_only: str, params):
     frozen = jax.tree_util.tree_map_with_path(lambda path, _: not pattern.search(parameter_name(path)), params)
     if all(jax.tree.leaves(frozen)):
         names = [parameter_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        raise UserError(f"config.optimizer.train_only {train_only!r} matches no parameter; there are {', '.join(names)}")
+        raise UserError(
+            f"config.optimizer.train_only {train_only!r} matches no parameter; there are {', '.join(names)}"
+        )
     return frozen

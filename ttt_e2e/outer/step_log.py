@@ -11,7 +11,7 @@ from ttt_e2e.outer.metrics import MetricsWriter, first_not_finite, model_flops_p
 
 
 class StepLog:
-    """What the loop says of its steps: metrics on disk, a progress bar, a profile when asked. Quiet but on process 0."""
+    """What the loop says of its steps: metrics on disk, a progress bar, a profile when asked; only process 0 does."""
 
     def __init__(self, config: Config, workdir, first_step: int):
         self._config, self._workdir, self._first_step = config, workdir, first_step
@@ -44,8 +44,9 @@ class StepLog:
         )
         self._bar.update()
         if bad:
-            self.close()
-            raise UserError(f"{bad} is {self.last[bad]} at step {step}; training stopped, earlier checkpoints are whole")
+            raise UserError(
+                f"{bad} is {self.last[bad]} at step {step}; training stopped, earlier checkpoints are whole"
+            )
 
     def write(self, step: int, values: dict) -> None:
         """Writes the metrics of a step."""
