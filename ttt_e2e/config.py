@@ -67,7 +67,11 @@ class InnerConfig:
     clip_norm: float = 1.0  # over all fast weights of a sequence; 0 = off
     warmup_steps: int = 0  # outer steps over which eta rises from warmup_init; 0 = off
     warmup_init: float = 0.1
-    gradient: str = "reference"  # or "first_order": the updates are constants to the meta-gradient
+    gradient: str = "exact"  # "first_order": updates are constants to it; "reference": plain autodiff, for tests
+    trajectory: str = "store"  # what rebuilds W_i on the way back: "store", "delta", "segment"
+    segment_length: int = 8  # mini-batches, of trajectory "segment"
+    remat: str = "mini_batch"  # what the reverse of a mini-batch recomputes: all of it, or "block" by block
+    truncate: int = 0  # the meta-gradient flows back through at most this many updates; 0 = all
 
 
 @dataclass(frozen=True)
@@ -310,7 +314,12 @@ def _check_run(config: Config) -> None:
     inner, train, optimizer = config.inner, config.train, config.optimizer
     _at_least(inner, "config.inner", 1, "mini_batch_size")
     _at_least(inner, "config.inner", 0, "learning_rate", "clip_norm", "warmup_steps", "warmup_init")
-    _one_of(inner, "config.inner", "gradient", ("reference", "first_order"))
+    _one_of(inner, "config.inner", "gradient", ("exact", "first_order", "reference"))
+    _one_of(inner, "config.inner", "trajectory", ("store", "delta", "segment"))
+    _one_of(inner, "config.inner", "remat", ("mini_batch", "block"))
+    _at_least(inner, "config.inner", 0, "truncate")
+    _at_least(inner, "config.inner", 1, "segment_length")
+
     _at_least(train, "config.train", 1, "seq_len", "global_batch_size", "accumulation_steps", "num_steps")
     _at_least(train, "config.train", 0, "seed")
     _require(
@@ -318,6 +327,13 @@ def _check_run(config: Config) -> None:
         "config.train.seq_len",
         train.seq_len,
         f"a multiple of config.inner.mini_batch_size {inner.mini_batch_size}",
+    )
+    num_mini_batches = train.seq_len // inner.mini_batch_size
+    _require(
+        inner.trajectory != "segment" or num_mini_batches % inner.segment_length == 0,
+        "config.inner.segment_length",
+        inner.segment_length,
+        f"a divisor of the {num_mini_batches} mini-batches of a sequence",
     )
     _require(
         train.global_batch_size % train.accumulation_steps == 0,

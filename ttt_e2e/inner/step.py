@@ -1,9 +1,33 @@
-"""One inner step: W_{i+1} = W_i - eta * s * g, with s = min(1, clip / |g|) (DESIGN section 3)."""
+"""One inner step: W_{i+1} = W_i - eta * s * g, with s = min(1, clip / |g|) (DESIGN section 3).
+
+Shapes: `b` inner mini-batch, `D` model width.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ttt_e2e.config import InnerConfig
+from ttt_e2e.model import KeyValues
+from ttt_e2e.model.loss import masked_mean
+from ttt_e2e.model.parameters import merge
+
+
+class MiniBatch(NamedTuple):
+    """What an inner step reads; with a leading axis, all mini-batches of a sequence."""
+
+    x_bD: jax.Array  # hidden states after the prefix
+    targets_b: jax.Array
+    is_target_b: jax.Array  # False where a target does not count
+
+
+def mini_batch_loss(suffix_def, fast, slow, cache: KeyValues, num_empty, mini_batch: MiniBatch, *, remat=False):
+    """Mean NLL over the unmasked targets, and (NLL [b] of all targets, the window cache after the mini-batch)."""
+    suffix = merge(suffix_def, fast, slow)
+    x_bD, new = suffix(mini_batch.x_bD, cache, num_empty, remat=remat)
+    nll_b = suffix.nll(x_bD, mini_batch.targets_b)
+    return masked_mean(nll_b, mini_batch.is_target_b), (nll_b, new)
 
 
 def inner_learning_rate(inner: InnerConfig, step):
@@ -26,7 +50,6 @@ def clip_scale(gradient, clip_norm: float):
     return jnp.where(clipped, clip_norm * jax.lax.rsqrt(jnp.where(clipped, squared_norm, 1.0)), 1.0)
 
 
-def sgd_update(fast, gradient, learning_rate, clip_norm: float):
-    """The fast weights after one step of clipped SGD."""
-    rate = learning_rate * clip_scale(gradient, clip_norm)
+def sgd_update(fast, gradient, rate):
+    """W - rate * g. `rate` is the learning rate times the clip scale."""
     return jax.tree.map(lambda w, g: w - (rate * g).astype(w.dtype), fast, gradient)

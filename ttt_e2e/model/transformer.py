@@ -43,31 +43,54 @@ class Transformer(nnx.Module):
             return x_TD
         return _scan_blocks(self.prefix, self.config.windows, x_TD, remat=True)[0]
 
-    def run_suffix(self, x_bD, cache_LKGH: KeyValues, num_empty):
-        """All suffix blocks over one mini-batch.
-
-        Args:
-          x_bD: the mini-batch's hidden states after the prefix.
-          cache_LKGH: the window caches of the suffix blocks.
-          num_empty: leading positions of the caches that hold nothing yet (may be traced).
-
-        Returns:
-          Hidden states [b, D] and the mini-batch's own keys and values [L, b, G, H].
-        """
-        return _scan_blocks(self.suffix, self.config.windows, x_bD, cache_LKGH, num_empty)
-
-    def empty_cache(self, seq_len: int) -> KeyValues:
-        """Window caches [L, K, G, H] of the suffix blocks, K enough for a sequence of `seq_len` tokens."""
-        config = self.config
-        K = min(config.sliding_window, seq_len) if all(config.windows) else seq_len
-        shape = (config.num_fast_blocks, K, config.num_key_value_heads, config.head_dim)
-        zeros = jnp.zeros(shape, jnp.dtype(config.compute_dtype))
-        return KeyValues(zeros, zeros)
+    def make_suffix(self) -> "Suffix":
+        """The part of the model that reads mini-batch by mini-batch; it shares this model's weights."""
+        return Suffix(self.config, self.suffix, self.final_norm, nnx.Param(self._head()))
 
     def nll(self, x_TD, targets_T):
         """Negative log likelihood [T] of the targets, float32 nats, from the last block's hidden states."""
-        head_DV = self.embedding[...].T if self.config.tie_word_embeddings else self.head[...]
-        return token_nll(self.final_norm(x_TD), head_DV, targets_T)
+        return token_nll(self.final_norm(x_TD), self._head(), targets_T)
+
+    def _head(self):
+        """[D, V]"""
+        return self.embedding[...].T if self.config.tie_word_embeddings else self.head[...]
+
+
+class Suffix(nnx.Module):
+    """The suffix blocks, final norm and head: all that an inner step runs."""
+
+    def __init__(self, config, blocks: Block, final_norm: RMSNorm, head_DV: nnx.Param):
+        self.config, self.blocks, self.final_norm, self.head = config, blocks, final_norm, head_DV
+
+    def __call__(self, x_bD, cache_LKGH: KeyValues, num_empty, *, remat: bool = False):
+        """All suffix blocks and the final norm over one mini-batch.
+
+        Args:
+          x_bD: the mini-batch's hidden states after the prefix.
+          cache_LKGH: the window caches of the blocks.
+          num_empty: leading positions of the caches that hold nothing yet (may be traced).
+          remat: whether each block is rematerialised in the backward pass.
+
+        Returns:
+          Normed hidden states [b, D] and the mini-batch's own keys and values [L, b, G, H].
+        """
+        x_bD, new = _scan_blocks(self.blocks, self.config.windows, x_bD, cache_LKGH, num_empty, remat=remat)
+        return self.final_norm(x_bD), new
+
+    def nll(self, x_bD, targets_b):
+        """Negative log likelihood [b] of the targets, float32 nats, from what `__call__` returns."""
+        return token_nll(x_bD, self.head[...], targets_b)
+
+    def cache_size(self, seq_len: int) -> int:
+        """K, the positions that the window caches must hold for a sequence of `seq_len` tokens."""
+        return min(self.config.sliding_window, seq_len) if all(self.config.windows) else seq_len
+
+    def empty_cache(self, size: int) -> KeyValues:
+        """Keys and values [L, size, G, H] of nothing."""
+        config = self.config
+        shape = (config.num_fast_blocks, size, config.num_key_value_heads, config.head_dim)
+        zeros = jnp.zeros(shape, jnp.dtype(config.compute_dtype))
+        return KeyValues(zeros, zeros)
 
 
 def _stack(config, rngs: nnx.Rngs, num_blocks: int, *, fast: bool) -> Block:

@@ -1,0 +1,41 @@
+"""The inner loop with plain autodiff through it: what the production path is tested against.
+
+Shapes: `M` mini-batches of the sequence, `b` inner mini-batch.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from ttt_e2e.config import InnerConfig
+from ttt_e2e.inner.step import MiniBatch, clip_scale, mini_batch_loss, sgd_update
+from ttt_e2e.model.parameters import merge
+
+
+def adapt(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, learning_rate):
+    """Reads all mini-batches in turn; returns (losses [M], NLL [M, b], final fast weights).
+
+    One rematerialisation per mini-batch: of all residuals, only the carry and the inputs are kept. (Inside a scan
+    nothing can be merged across the boundary anyway, so the barrier that prevents it is left out.)
+    """
+    M, b, _ = mini_batches.x_bD.shape
+    suffix = merge(suffix_def, fast, slow)
+    K = suffix.cache_size(M * b)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def inner_step(carry, mini_batch_and_index):
+        fast, cache = carry
+        mini_batch, i = mini_batch_and_index
+        if inner.truncate:
+            fast = jax.tree.map(lambda w: jnp.where(i % inner.truncate, w, jax.lax.stop_gradient(w)), fast)
+        loss = partial(mini_batch_loss, suffix_def)
+        (loss_i, (nll_b, new)), gradient = jax.value_and_grad(loss, has_aux=True)(
+            fast, slow, cache, jnp.maximum(K - i * b, 0), mini_batch
+        )
+        fast = sgd_update(fast, gradient, learning_rate * clip_scale(gradient, inner.clip_norm))
+        return (fast, cache.append(new)), (loss_i, nll_b)
+
+    carry = (fast, suffix.empty_cache(K))
+    (fast, _), (loss_M, nll_Mb) = jax.lax.scan(inner_step, carry, (mini_batches, jnp.arange(M)))
+    return loss_M, nll_Mb, fast
