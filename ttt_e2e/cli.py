@@ -39,7 +39,7 @@ def prepare(argv: list[str]) -> None:
     """Tokenise text into a token store."""
 
     def define(values):
-        _string(values, "input", "stdlib, or a file, directory or glob of .txt, .md, .jsonl, plain or .gz.")
+        _string(values, "input", "stdlib, or a file, directory or glob of .txt .md .py .jsonl, plain or .gz.")
         _string(values, "tokenizer", "bytes, a SentencePiece MODEL.model, or train:VOCAB to train one on the input.")
         _string(values, "output", "Directory of the token store to write.")
         flags.DEFINE_integer("min_tokens", 0, "Leave out shorter documents.", lower_bound=0, flag_values=values)
@@ -66,7 +66,7 @@ def train(argv: list[str]) -> None:
     config = _resolve(values, overrides)
     from ttt_e2e.outer.loop import train
 
-    metrics = train(config, values.workdir)
+    metrics = train(config, values.workdir, overrides)
     loss = f"loss {metrics['loss']:.4f}" if metrics else "nothing left to do"
     print(f"{values.workdir}: {config.train.num_steps} steps done, {loss}")
 

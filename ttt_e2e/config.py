@@ -22,7 +22,7 @@ MIXERS = ("window", "attention")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the network; names as in Hugging Face configurations where one exists (DESIGN section 3)."""
+    """Sizes of the network; names as in Hugging Face configurations where one exists."""
 
     vocab_size: int = 257  # 256 bytes and BOS
     hidden_size: int = 128
@@ -178,7 +178,7 @@ def to_dict(config: Config) -> dict:
 
 def suggestion(name: str, legal: list[str]) -> str:
     """A hint for a mistyped name: the nearest legal one, else all of them."""
-    near = difflib.get_close_matches(name, legal, n=1)
+    near = difflib.get_close_matches(str(name), legal, n=1)
     return f"did you mean {near[0]!r}?" if near else f"legal: {', '.join(legal)}"
 
 
@@ -215,7 +215,7 @@ def _section(cls, name: str, fields: dict):
 
 def _coerce(name: str, value, kind: type):
     """`value` as `kind` where nothing is lost by it (1 is a legal float, 8.0 a legal int)."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
     if kind is bool and isinstance(value, bool):
         return value
     if kind is str and isinstance(value, str):

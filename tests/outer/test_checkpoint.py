@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_e2e.config import CheckpointConfig, ModelConfig
+from ttt_e2e.config import CheckpointConfig, Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.outer import sharding
 from ttt_e2e.outer.checkpoint import Checkpoints, find_step, load_params, progress_of, save_params
@@ -27,7 +27,7 @@ def abstract(tree):
 
 
 def progress(step: int) -> dict:
-    return progress_of(step, next_batch=step + 7, model=ModelConfig())
+    return progress_of(step, next_batch=step + 7, config=Config())
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.outer.conftest import tiny_run
+from tests.outer.conftest import T, tiny_run
 from ttt_e2e.errors import UserError
 from ttt_e2e.outer import loop
 from ttt_e2e.outer.checkpoint import Checkpoints, load_params, load_progress
@@ -45,11 +45,9 @@ def test_the_run_directory_holds_what_the_contract_says(finished):
     assert lines[0]["learning_rate"] == 0  # the schedule is counted from 0
     assert lines[0]["inner_learning_rate"] == pytest.approx(0.1 + 0.4 / 3)
     assert json.loads((workdir / "config.json").read_text()) == dataclasses.asdict(config)
-    assert load_progress(workdir / "checkpoints" / "6") | {"model": None} == {
-        "step": 6,
-        "next_batch": 6,
-        "model": None,
-    }
+    progress = load_progress(workdir / "checkpoints" / "6")
+    assert progress.pop("model") == dataclasses.asdict(config.model)
+    assert progress == {"step": 6, "next_batch": 6, "seq_len": T, "global_batch_size": 8}
 
 
 @pytest.mark.parametrize("stop_after", (3, 4))
@@ -143,3 +141,20 @@ def test_a_workdir_with_another_model_is_refused_untouched(finished, token_store
     with pytest.raises(UserError, match=r"holds a run whose model.hidden_size is 16, but the config says 32"):
         loop.train(tiny_run(token_store, model={"hidden_size": 32}), workdir)
     assert (workdir / "config.json").read_text() == before
+
+
+def test_resuming_in_other_units_of_position_is_refused(finished, token_store):
+    _, workdir = finished
+    with pytest.raises(UserError, match=r"config.train.global_batch_size is 4, but the run to resume has 8"):
+        loop.train(tiny_run(token_store, train={"global_batch_size": 4}), workdir)
+
+
+def test_every_start_is_recorded(finished, token_store, tmp_path):
+    config, _ = finished
+    for _ in range(2):
+        loop.train(
+            dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=1)), tmp_path, ["--x=1"]
+        )
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [start["overrides"] for start in starts] == [["--x=1"], ["--x=1"]]
+    assert starts[0]["jax"] == jax.__version__

@@ -1,4 +1,4 @@
-"""The inner loop with its own reverse: a custom VJP over the whole scan (DESIGN section 4, docs/meta_gradient.md).
+"""The inner loop with its own reverse: a custom VJP over the whole scan (derived in docs/meta_gradient.md).
 
 The reverse of mini-batch i, given the cotangent W_bar of W_{i+1}, takes one reverse pass over the dual program
 
@@ -7,8 +7,8 @@ The reverse of mini-batch i, given the cotangent W_bar of W_{i+1}, takes one rev
 where D = W_i - W_{i+1} and s is the clip scale; the projection stands only where the gradient was clipped. That pass
 holds one mini-batch's residuals at a time and differentiates nothing twice in reverse.
 
-Shapes: `M` mini-batches of the sequence, `b` inner mini-batch, `D` model width, `L` suffix blocks, `K` cached positions,
-`S` = K + M b positions of the key/value stream, `G` key/value heads, `H` head width.
+Shapes: `M` mini-batches of the sequence, `b` inner mini-batch, `D` model width, `L` suffix blocks, `K` cached
+positions, `S` = K + M b positions of the key/value stream, `G` key/value heads, `H` head width.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from ttt_e2e.config import InnerConfig
 from ttt_e2e.inner import trajectory
-from ttt_e2e.inner.step import MiniBatch, clip_scale, mini_batch_loss, sgd_update
+from ttt_e2e.inner.step import MiniBatch, clip_scale, is_cut, mini_batch_loss, sgd_update
 from ttt_e2e.model import KeyValues
 from ttt_e2e.model.parameters import merge
 
@@ -105,7 +105,7 @@ def _reverse(suffix_def, inner: InnerConfig, residuals: _Residuals, cotangents):
         fast_bar_i, cache_bar, slow_bar_i, x_bar_bD = pull_back(seeds)
         fast_bar = jax.tree.map(jnp.add, fast_bar, fast_bar_i)
         if inner.truncate:
-            fast_bar = jax.tree.map(lambda w: jnp.where(i % inner.truncate, w, 0), fast_bar)
+            fast_bar = jax.tree.map(lambda w: jnp.where(is_cut(inner, i), 0, w), fast_bar)
         return (fast_bar, cache_bar, jax.tree.map(jnp.add, slow_bar, slow_bar_i)), x_bar_bD
 
     steps = (mini_batches, jnp.arange(M), scale_M, loss_bar_M, nll_bar_Mb)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_e2e.config import InnerConfig
-from ttt_e2e.inner.step import MiniBatch, clip_scale, mini_batch_loss, sgd_update
+from ttt_e2e.inner.step import MiniBatch, clip_scale, is_cut, mini_batch_loss, sgd_update
 from ttt_e2e.model.parameters import merge
 
 
@@ -28,7 +28,7 @@ def adapt(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, l
         fast, cache = carry
         mini_batch, i = mini_batch_and_index
         if inner.truncate:
-            fast = jax.tree.map(lambda w: jnp.where(i % inner.truncate, w, jax.lax.stop_gradient(w)), fast)
+            fast = jax.tree.map(lambda w: jnp.where(is_cut(inner, i), jax.lax.stop_gradient(w), w), fast)
         loss = partial(mini_batch_loss, suffix_def)
         (loss_i, (nll_b, new)), gradient = jax.value_and_grad(loss, has_aux=True)(
             fast, slow, cache, jnp.maximum(K - i * b, 0), mini_batch

@@ -1,4 +1,4 @@
-"""One inner step: W_{i+1} = W_i - eta * s * g, with s = min(1, clip / |g|) (DESIGN section 3).
+"""One inner step: W_{i+1} = W_i - eta * s * g, with s = min(1, clip / |g|).
 
 Shapes: `b` inner mini-batch, `D` model width.
 """
@@ -53,3 +53,8 @@ def clip_scale(gradient, clip_norm: float):
 def sgd_update(fast, gradient, rate):
     """W - rate * g. `rate` is the learning rate times the clip scale."""
     return jax.tree.map(lambda w, g: w - (rate * g).astype(w.dtype), fast, gradient)
+
+
+def is_cut(inner: InnerConfig, i):
+    """Whether truncation lets no meta-gradient through the update that led to mini-batch i (may be traced)."""
+    return (i > 0) & (i % inner.truncate == 0)

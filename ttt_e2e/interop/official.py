@@ -48,7 +48,7 @@ def import_checkpoint(config: Config, checkpoint, output) -> epath.Path:
     Args:
       config: `config.model` says what the parameters must be.
       checkpoint: directory of its checkpoint manager, of one step in it, or of that step's `model_weights`.
-      output: directory to write, which must not exist yet.
+      output: directory to write, which must not exist yet or be empty.
 
     Returns:
       The step directory written.
@@ -64,7 +64,7 @@ def import_checkpoint(config: Config, checkpoint, output) -> epath.Path:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     official = {parameter_name(key): np.asarray(leaf) for key, leaf in leaves}
     params = from_official(official, abstract_model(config)[1])
-    return save_params(output, params, progress_of(0, 0, config.model))
+    return save_params(output, params, progress_of(0, 0, config))
 
 
 def from_official(official: dict[str, np.ndarray], like):

@@ -36,7 +36,9 @@ def tangent(q, k, v, lse, q_dot, k_dot, v_dot, visible):
     """o_dot and lse_dot [5]."""
     p = _probabilities(q, k, lse, visible)
     scores_dot = _add_last(_scores(q_dot, k), _scores(q, k_dot))
-    lse_dot = _sum(p * scores_dot)
+    # The barrier keeps XLA for CPU from fusing all of this into one kernel, which gives wrong numbers where lse_dot has
+    # no other use (JAX 0.10.2 ... 0.12.0; found by forward-over-forward differentiation).
+    lse_dot = jax.lax.optimization_barrier(_sum(p * scores_dot))
     o_dot = _sum_keys(p * (scores_dot - lse_dot), v) + _sum_keys(_last(p, v_dot), v_dot)
     return o_dot, lse_dot
 

@@ -1,31 +1,114 @@
 """The public operation, and the choice of who computes it.
 
-Shapes: `T` queries, `C` cached keys, `S` keys in all, `N` query heads, `G` key/value heads, `R` = N / G, `H` head width.
+Shapes: `T` queries, `C` cached keys, `S` keys in view, `N` query heads, `G` key/value heads, `R` = N / G, `H` head width.
 """
 
+import logging
+from functools import lru_cache
+
+import jax
 import jax.numpy as jnp
 
-from ttt_e2e.kernels import primitives, reference
+from ttt_e2e.errors import UserError
+from ttt_e2e.kernels import cudnn, primitives, reference, splash
+
+# Differentiable once, and only where queries and keys are the same positions.
+FIRST_ORDER = {"cudnn": cudnn.attend, "splash": splash.attend}
+BACKENDS = ("reference", *primitives.BACKENDS, *FIRST_ORDER)
+
+logger = logging.getLogger(__name__)
 
 
 def window_attention(
-    q_TNH, k_SGH, v_SGH, *, window: int, num_empty=0, cached_k=None, cached_v=None, backend="auto", first_order=False
+    q_TNH,
+    k_SGH,
+    v_SGH,
+    *,
+    window: int,
+    num_empty=0,
+    cached_k=None,
+    cached_v=None,
+    first_order: bool = False,
+    backend: str = "auto",
 ):
     """Causal attention of the last T of S positions to the `window` most recent ones, themselves included.
+
+    Differentiable any number of times, in any nesting of jvp, vjp, vmap, scan, remat, jit and (`check_vma=False`)
+    shard_map. Saves for that its inputs, its output, one number a row, and the tangents of these: nothing of size
+    T x S. Written for one sequence; batch it with `jax.vmap`, which runs all sequences side by side.
+
+    Args:
+      q_TNH: queries; they are the last T of the S positions (S >= T).
+      k_SGH: keys; N must be a multiple of G (grouped-query heads). With cached keys: the T new ones, [T, G, H].
+      v_SGH: values, likewise.
+      window: k, number of positions a query sees; 0 = all before it.
+      num_empty: how many leading keys are empty (may be traced); no query sees them.
+      cached_k: keys [C, G, H] of the positions before the new ones. Equivalent to leading keys in `k_SGH`, but where
+        they are constant no work is spent on their tangents and gradients.
+      cached_v: their values.
+      first_order: the caller differentiates at most once, which admits the fused kernels of GPUs and TPUs.
+      backend: "reference" (dense), "xla" (blocked, everywhere), "cudnn" and "splash" (first order only), or "auto".
+
+    Returns:
+      Attention output [T, N, H] in the dtype of the values.
+
+    Raises:
+      UserError: shapes that do not fit, or a backend that cannot do this.
     """
-    if backend == "reference":
-        if cached_k is not None:
-            k_SGH, v_SGH = jnp.concatenate([cached_k, k_SGH]), jnp.concatenate([cached_v, v_SGH])
-        return reference.attend(q_TNH, k_SGH, v_SGH, window=window, num_empty=num_empty)
+    cached = (cached_k, cached_v)
+    _check_shapes(q_TNH, k_SGH, v_SGH, cached, window)
     T, N, H = q_TNH.shape
     G = k_SGH.shape[1]
+    obstacle = _first_order_obstacle(T, k_SGH.shape[0], num_empty, cached, first_order)
+    if backend == "auto":
+        backend = _choose(jax.default_backend(), first_order and not obstacle and q_TNH.dtype.itemsize == 2)
+    elif backend not in BACKENDS:
+        raise UserError(f"backend = {backend!r} of window_attention: legal are auto, {', '.join(BACKENDS)}")
+    elif backend in FIRST_ORDER and obstacle:
+        raise UserError(f"backend = {backend!r} of window_attention {obstacle}: use auto, xla or reference")
+    if backend in FIRST_ORDER:
+        return FIRST_ORDER[backend](q_TNH, k_SGH, v_SGH, window=window)
+    if backend == "reference":
+        k_SGH, v_SGH = (a if c is None else jnp.concatenate([c, a]) for c, a in zip(cached, (k_SGH, v_SGH)))
+        return reference.attend(q_TNH, k_SGH, v_SGH, window=window, num_empty=num_empty)
+    if cached_k is None:  # an empty cache; its tangent is known to be zero
+        cached = (jnp.zeros((0, *a.shape[1:]), a.dtype) for a in (k_SGH, v_SGH))
     q_GRTH = q_TNH.reshape(T, G, N // G, H).transpose(1, 2, 0, 3)
-    k_GTH, v_GTH = k_SGH.swapaxes(0, 1), v_SGH.swapaxes(0, 1)
-    if cached_k is None:
-        cached = k_GTH[:, :0] * 0, v_GTH[:, :0] * 0
-        cached = jnp.zeros((G, 0, H), k_SGH.dtype), jnp.zeros((G, 0, v_SGH.shape[-1]), v_SGH.dtype)
-    else:
-        cached = cached_k.swapaxes(0, 1), cached_v.swapaxes(0, 1)
+    keys = (a.swapaxes(0, 1) for a in (*cached, k_SGH, v_SGH))
     num_empty = jnp.asarray(num_empty, jnp.int32)
-    out_GRTH = primitives.attend(q_GRTH, *cached, k_GTH, v_GTH, num_empty, window=window, backend="xla")
+    out_GRTH = primitives.attend(q_GRTH, *keys, num_empty, window=window, backend=backend)
     return out_GRTH.transpose(2, 0, 1, 3).reshape(T, N, -1)
+
+
+@lru_cache
+def _choose(platform: str, first_order: bool) -> str:
+    """What `auto` means, logged once for every answer."""
+    backend = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla") if first_order else "xla"
+    order = "first-order" if first_order else "twice differentiable"
+    logger.info("window_attention: backend %s for %s attention on %s", backend, order, platform)
+    return backend
+
+
+def _first_order_obstacle(T, num_keys, num_empty, cached, first_order) -> str:
+    """Why the fused kernels cannot do it; empty where they can."""
+    if not first_order:
+        return "can be differentiated only once, and first_order is not set"
+    if T != num_keys or cached[0] is not None or not isinstance(num_empty, int) or num_empty:
+        return "needs as many keys as queries, no cached and no empty ones"
+    return ""
+
+
+def _check_shapes(q_TNH, k_SGH, v_SGH, cached, window) -> None:
+    (T, N, H), (S, G, _) = q_TNH.shape, k_SGH.shape
+    if (cached[0] is None) != (cached[1] is None):
+        raise UserError("window_attention: give cached_k and cached_v, or neither")
+    if v_SGH.shape[:2] != (S, G) or k_SGH.shape[2] != H or N % G or S < T or window < 0:
+        raise UserError(
+            f"window_attention: queries {q_TNH.shape}, keys {k_SGH.shape}, values {v_SGH.shape}, window {window}: legal "
+            "are [T, N, H], [S, G, H], [S, G, any] with S >= T, N a multiple of G, and window >= 0"
+        )
+    if cached[0] is not None and (S != T or any(c.shape[1:] != a.shape[1:] for c, a in zip(cached, (k_SGH, v_SGH)))):
+        raise UserError(
+            f"window_attention: cached keys {cached[0].shape} and values {cached[1].shape} for {T} queries and new keys "
+            f"{k_SGH.shape}: legal are [C, G, H] and as many new keys as queries"
+        )

@@ -33,7 +33,7 @@ class KeyValues(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with optional QK-norm, applied before RoPE (DESIGN section 3)."""
+    """Grouped-query attention with optional QK-norm, applied before RoPE."""
 
     def __init__(self, config, rngs: nnx.Rngs):
         D, H = config.hidden_size, config.head_dim

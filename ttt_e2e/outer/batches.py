@@ -36,10 +36,11 @@ def open_store(config: Config, split: str) -> TokenStore:
     store.num_sequences(config.train.seq_len)  # raises where there is none
     if (theirs := store.attributes.get("vocab_size", ours)) > ours:
         raise UserError(f"config.model.vocab_size is {ours}, but token store {path} was prepared with {theirs}")
-    if (theirs := store.attributes.get("bos_id", config.data.bos_id)) != config.data.bos_id:
-        raise UserError(
-            f"config.data.bos_id is {config.data.bos_id}, but token store {path} was prepared with {theirs}"
-        )
+    for field in ("bos_id", "tokenizer"):
+        ours = getattr(config.data, field)
+        theirs = store.attributes.get(field, ours)
+        if ours != theirs and ours != "":  # an empty tokenizer means the store's
+            raise UserError(f"config.data.{field} is {ours!r}, but token store {path} was prepared with {theirs!r}")
     return store
 
 

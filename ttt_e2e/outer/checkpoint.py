@@ -9,9 +9,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ttt_e2e.config import CheckpointConfig, ModelConfig
+from ttt_e2e.config import CheckpointConfig, Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.outer.sharding import parameter_name
+
+POSITION_UNITS = ("seq_len", "global_batch_size")
 
 
 class Checkpoints:
@@ -69,9 +71,21 @@ class Checkpoints:
             raise UserError(f"could not save a checkpoint in {self.directory} ({reason}); {still}") from error
 
 
-def progress_of(step: int, next_batch: int, model: ModelConfig) -> dict:
-    """What a checkpoint records besides arrays: updates made, position in the data, and the model."""
-    return {"step": step, "next_batch": next_batch, "model": dataclasses.asdict(model)}
+def progress_of(step: int, next_batch: int, config: Config) -> dict:
+    """What a checkpoint records besides arrays: updates made, position in the data and in what units, the model."""
+    units = {field: getattr(config.train, field) for field in POSITION_UNITS}
+    return {"step": step, "next_batch": next_batch, **units, "model": dataclasses.asdict(config.model)}
+
+
+def check_position(progress: dict, config: Config) -> None:
+    """Raises `UserError` where the position in the data would mean another place under this config."""
+    for field in POSITION_UNITS:
+        ours, theirs = getattr(config.train, field), progress[field]
+        if ours != theirs:
+            raise UserError(
+                f"config.train.{field} is {ours}, but the run to resume has {theirs}, by which its position in the "
+                "data is counted: start a new run from it with config.train.init_from"
+            )
 
 
 def find_step(path) -> epath.Path:

@@ -10,7 +10,7 @@ from ttt_e2e.config import Config
 from ttt_e2e.data.pipeline import training_batches
 from ttt_e2e.outer import run_directory, sharding
 from ttt_e2e.outer.batches import check_batch, held_out_loss, open_store, to_device
-from ttt_e2e.outer.checkpoint import Checkpoints, load_params, progress_of
+from ttt_e2e.outer.checkpoint import Checkpoints, check_position, load_params, progress_of
 from ttt_e2e.outer.optimizer import make_optimizer
 from ttt_e2e.outer.step_log import StepLog
 from ttt_e2e.outer.steps import TrainState, abstract_model, init_state, make_eval_step, make_train_step
@@ -18,8 +18,10 @@ from ttt_e2e.outer.steps import TrainState, abstract_model, init_state, make_eva
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, workdir) -> dict:
+def train(config: Config, workdir, overrides: list[str] = ()) -> dict:
     """Trains to `config.train.num_steps`, resuming where the run directory left off; returns the last metrics.
+
+    `overrides` is how the config was made from its file, for the record.
 
     Whatever ends the run, a save under way is finished and the files are closed.
 
@@ -27,10 +29,10 @@ def train(config: Config, workdir) -> dict:
       UserError: data, mesh, checkpoint or run directory do not fit the config; a metric became NaN; a save failed.
     """
     with ExitStack() as stack:
-        return _train(config, epath.Path(workdir), stack)
+        return _train(config, epath.Path(workdir), list(overrides), stack)
 
 
-def _train(config: Config, workdir: epath.Path, stack: ExitStack) -> dict:
+def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: ExitStack) -> dict:
     # ---------------------------------------------------------------- set up
     batch_size, num_steps = config.train.global_batch_size, config.train.num_steps
     mesh = sharding.make_mesh(config.mesh)
@@ -40,6 +42,7 @@ def _train(config: Config, workdir: epath.Path, stack: ExitStack) -> dict:
     eval_store = open_store(config, config.data.eval_split) if config.eval.every_steps else None
     optimizer = make_optimizer(config.optimizer, abstract_model(config)[1])
     run_directory.claim(workdir, config)
+    run_directory.record_start(workdir, overrides)
     checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", config.checkpoint)))
     state, next_batch = restore_or_init(config, optimizer, mesh, checkpoints)
     first_step = int(state.step)
@@ -81,7 +84,7 @@ def _train(config: Config, workdir: epath.Path, stack: ExitStack) -> dict:
             held_out = held_out_loss(eval_step, state.params, eval_store, config, mesh, config.inner.learning_rate)
             log.write(step, {"eval_loss": held_out.loss, "eval_token_loss": held_out.token_loss})
         if save:
-            checkpoints.save(state, progress_of(step, next_batch + step - first_step, config.model))
+            checkpoints.save(state, progress_of(step, next_batch + step - first_step, config))
         if save or evaluate:
             log.restart_clock()
 
@@ -107,6 +110,7 @@ def restore_or_init(config: Config, optimizer, mesh, checkpoints: Checkpoints) -
     if step is not None:
         logger.info("resuming from step %d of %s", step, checkpoints.directory)
         state, progress = checkpoints.restore(step, abstract)
+        check_position(progress, config)
         return state, progress["next_batch"]
     state = jax.jit(lambda: init_state(config, optimizer), out_shardings=placed)()
     if config.train.init_from:

@@ -84,8 +84,8 @@ def model_flops_per_token(config: Config) -> float:
     """FLOPs of one training step per token that the method itself needs, rematerialisation left out.
 
     In units of one forward of each matrix product: 3 without an inner loop (forward, and the gradients at the input
-    and at the weight); with one, in the suffix and the head, 7 for a slow and 10 for a fast matrix (DESIGN section 4,
-    with the forward scan's activations kept), 4 and 6 under the first-order gradient.
+    and at the weight); with one, in the suffix and the head, 7 for a slow and 10 for a fast matrix (the forward
+    scan's activations kept; docs/meta_gradient.md), 4 and 6 under the first-order gradient.
     """
     model = config.model
     head = 2 * model.hidden_size * model.vocab_size

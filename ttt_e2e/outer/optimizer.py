@@ -1,4 +1,4 @@
-"""The outer optimizer: global-norm clip, then AdamW under warm-up and cosine decay (DESIGN section 3)."""
+"""The outer optimizer: global-norm clip, then AdamW under warm-up and cosine decay."""
 
 import re
 

@@ -1,6 +1,9 @@
-"""The run directory's `config.json`: what ties a directory to one model."""
+"""The run directory: `config.json`, which ties it to one model, and `starts.jsonl`, how it came about."""
 
 import json
+import subprocess
+import time
+from pathlib import Path
 
 import jax
 from etils import epath
@@ -41,3 +44,29 @@ def load_config(workdir) -> Config:
         return from_config_dict(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is no valid JSON: {error}") from None
+
+
+def record_start(workdir, overrides: list[str]) -> None:
+    """Appends to `starts.jsonl`: when, with which overrides of the config, at which git revision, on what."""
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "overrides": overrides,
+        "revision": _git_revision(),
+        "jax": jax.__version__,
+        "devices": [device.device_kind for device in jax.devices()],
+    }
+    if jax.process_index() == 0:
+        directory = epath.Path(workdir)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "starts.jsonl"
+        before = path.read_text() if path.exists() else ""
+        path.write_text(before + json.dumps(start) + "\n")
+
+
+def _git_revision() -> str:
+    """Revision of the checkout that this package runs from, "+" after it if there are changes; "" outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

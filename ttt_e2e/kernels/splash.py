@@ -1,0 +1,30 @@
+"""JAX's splash attention, for first-order callers on TPUs. Run by the tests in interpret mode, not yet on hardware.
+
+Shapes: `T` positions, `N` query heads, `G` key/value heads, `R` = N / G, `H` head width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+TILE = 128  # the kernel takes multiples of it, in positions and in head width
+
+
+def attend(q_TNH, k_TGH, v_TGH, *, window: int, interpret: bool = False):
+    """Attention [T, N, H] of a whole sequence to itself; `interpret` runs it on any platform, slowly."""
+    T, N, H = q_TNH.shape
+    G, width = v_TGH.shape[1:]
+    q_GRTH = (q_TNH * H**-0.5).astype(q_TNH.dtype).reshape(T, G, N // G, H).transpose(1, 2, 0, 3)
+    q_GRTH, k_GTH, v_GTH = (_pad(a) for a in (q_GRTH, k_TGH.swapaxes(0, 1), v_TGH.swapaxes(0, 1)))
+    padded_T = k_GTH.shape[1]
+    band = splash_attention.LocalMask((padded_T, padded_T), (window - 1 if window else None, 0), offset=0)
+    kernel = splash_attention.make_splash_mqa_single_device(
+        splash_attention.MultiHeadMask([band] * (N // G)), interpret=interpret
+    )
+    out_GRTH = jax.vmap(kernel)(q_GRTH, k_GTH, v_GTH)[..., :T, :width]
+    return out_GRTH.transpose(2, 0, 1, 3).reshape(T, N, width).astype(v_TGH.dtype)
+
+
+def _pad(a):
+    """Positions and head width, with zeros: keys after the last query are seen by none, zero channels add nothing."""
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, -size % TILE) for size in a.shape[-2:]])
