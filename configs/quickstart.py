@@ -1,29 +1,43 @@
-"""The quickstart: a model that learns while it reads, on the source code of Python's standard library.
+"""The quickstart: learns while it reads, on the source code of Python's standard library; and what it compares with.
 
-    make train
+    ttt-e2e train --config=configs/quickstart.py:ARG --workdir=DIR      (`make train` runs ARG = e2e)
 
-Hardware: two CPU cores, a few minutes.
+ARG is "e2e" (the default), "window" or "full": a model with fast weights, one without, and one with full attention, of
+equal parameters (the plain ones have wider MLPs instead of a fast one), trained on the same tokens in the same order.
+The window is a sixteenth of the sequence: what a model knows of the rest it must have learned while reading.
+
+Hardware: two CPU cores, minutes. Expected: docs/results.md.
 """
 
 from ttt_e2e.config import default_config
+from ttt_e2e.errors import UserError
 
 
-def get_config(arg: str = ""):
-    """The quickstart's ConfigDict."""
-    if arg:
-        raise ValueError(f"it takes no argument, not {arg!r}")
+def get_config(arg: str = "e2e"):
+    """The ConfigDict of one of the three models."""
+    if arg not in ("e2e", "window", "full"):
+        raise UserError(f"configs/quickstart.py takes e2e, window or full, not {arg!r}")
     config = default_config()
     config.model.update(
-        vocab_size=257,  # bytes and BOS
+        vocab_size=1024,
         hidden_size=128,
-        intermediate_size=256,
+        intermediate_size=256 if arg == "e2e" else 320,
         num_hidden_layers=4,
         num_attention_heads=4,
-        sliding_window=128,
-        num_fast_blocks=1,
+        sliding_window=0 if arg == "full" else 128,
+        num_fast_blocks=1 if arg == "e2e" else 0,
     )
-    config.inner.mini_batch_size = 128
-    config.train.update(seq_len=2048, global_batch_size=4, num_steps=40)
-    config.data.update(path="data/stdlib", bos_id=256)
-    config.eval.update(num_sequences=16, every_steps=20)
+    config.inner.update(mini_batch_size=128, learning_rate=1.0, clip_norm=1.0)
+    config.train.update(seq_len=2048, global_batch_size=2, num_steps=300)
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=30)
+    config.data.update(path="data/stdlib", bos_id=1)
+    config.mesh.data = 1  # two sequences do not spread over more devices
+    config.eval.update(every_steps=100, num_sequences=32, batch_size=4)
     return config
+
+
+def sweep():
+    """The three models under three seeds: the table of docs/results.md."""
+    return [
+        {"arg": arg, "train.seed": seed, "data.seed": seed} for seed in range(3) for arg in ("e2e", "window", "full")
+    ]

@@ -1,12 +1,12 @@
 """Reading a sequence: score each mini-batch, then learn from it.
 
 Pure functions of (fast, slow, tokens); `fast` and `slow` are nested dicts of arrays, the two halves of one
-`split(model)`, and `graphdef` is its static third. Everything is written for one sequence and batched by the caller
-with `jax.vmap`, so that each sequence has fast weights of its own.
+`split(model)`, and `graphdef` is its static third.
 
-Shapes: `T` sequence, `b` inner mini-batch, `D` model width, `M` mini-batches of the sequence.
+Shapes: `B` sequences, `T` tokens of a sequence, `M` mini-batches of a sequence, `b` inner mini-batch, `D` model width.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from ttt_e2e.model.parameters import at_least_float32, merge, split
 
 
 class Reading(NamedTuple):
-    """What reading a sequence gives: its losses, and the fast weights it leaves behind."""
+    """What reading gives: losses, and the fast weights it leaves behind; for a batch, with a leading axis B."""
 
     loss: jax.Array  # mean over mini-batches
     mini_batch_loss_M: jax.Array  # mean over the unmasked targets of each
@@ -28,14 +28,14 @@ class Reading(NamedTuple):
     fast: Any
 
 
-def read_sequence(graphdef, fast, slow, tokens, *, inner: InnerConfig, learning_rate, bos_id: int) -> Reading:
-    """Reads tokens [T + 1]: predicts each of the last T from those before it, learning after every mini-batch.
+def read_batch(graphdef, fast, slow, tokens, *, inner: InnerConfig, learning_rate, bos_id: int) -> Reading:
+    """Reads B sequences: predicts each of their last T tokens from those before it, learning after every mini-batch.
 
     Args:
       graphdef: static structure of the `Transformer`.
-      fast: initial fast weights W_0 (empty for a model without).
+      fast: initial fast weights W_0 with a leading axis over sequences, each of which changes its own.
       slow: slow weights.
-      tokens: integers [T + 1]; T must be a multiple of `inner.mini_batch_size`.
+      tokens: integers [B, T + 1]; T must be a multiple of `inner.mini_batch_size`.
       inner: the inner loop's configuration; `inner.gradient` chooses how the meta-gradient is computed.
       learning_rate: eta, may be traced; 0 reads without learning. A constant to the meta-gradient.
       bos_id: targets equal to it do not count in the loss; 0 = all count.
@@ -43,18 +43,29 @@ def read_sequence(graphdef, fast, slow, tokens, *, inner: InnerConfig, learning_
     Differentiable in `fast` and `slow`, in reverse: the result is the meta-gradient.
     """
     model = merge(graphdef, fast, slow)
-    inputs_T, targets_T = tokens[:-1], tokens[1:]
-    is_target_T = targets_T != bos_id if bos_id else jnp.ones_like(targets_T, dtype=bool)
-    x_TD = model.run_prefix(model.embed(inputs_T))
-    b = inner.mini_batch_size
+    inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
+    is_target_BT = targets_BT != bos_id if bos_id else jnp.ones_like(targets_BT, dtype=bool)
+    x_BTD = jax.vmap(lambda inputs_T: model.run_prefix(model.embed(inputs_T)))(inputs_BT)
+    B, T = inputs_BT.shape
+    M, b = T // inner.mini_batch_size, inner.mini_batch_size
     if not model.config.num_fast_blocks:
-        nll_T = model.nll(x_TD, targets_T)
-        loss_M = masked_mean(nll_T.reshape(-1, b), is_target_T.reshape(-1, b))
-        return Reading(loss_M.mean(), loss_M, nll_T, fast)
+        nll_BT = jax.vmap(model.nll)(x_BTD, targets_BT)
+        loss_BM = masked_mean(nll_BT.reshape(B, M, b), is_target_BT.reshape(B, M, b))
+        return Reading(loss_BM.mean(axis=1), loss_BM, nll_BT, fast)
 
     suffix_def, fast, slow = split(model.make_suffix())
     fast = jax.tree.map(lambda w: w.astype(at_least_float32(w.dtype)), fast)
-    mini_batches = MiniBatch(*(a.reshape(-1, b, *a.shape[1:]) for a in (x_TD, targets_T, is_target_T)))
-    adapt = reference.adapt if inner.gradient == "reference" else meta_gradient.adapt
-    loss_M, nll_Mb, fast = adapt(suffix_def, inner, fast, slow, mini_batches, jax.lax.stop_gradient(learning_rate))
-    return Reading(loss_M.mean(), loss_M, nll_Mb.reshape(-1), {"suffix": fast["blocks"]})
+    mini_batches = MiniBatch(*(a.reshape(B, M, b, *a.shape[2:]) for a in (x_BTD, targets_BT, is_target_BT)))
+    learning_rate = jax.lax.stop_gradient(learning_rate)
+    if inner.gradient == "reference":
+        adapt = jax.vmap(partial(reference.adapt, suffix_def, inner), in_axes=(0, None, 0, None))
+        loss_BM, nll_BMb, fast = adapt(fast, slow, mini_batches, learning_rate)
+    else:
+        loss_BM, nll_BMb, fast = meta_gradient.adapt(suffix_def, inner, fast, slow, mini_batches, learning_rate)
+    return Reading(loss_BM.mean(axis=1), loss_BM, nll_BMb.reshape(B, T), {"suffix": fast["blocks"]})
+
+
+def read_sequence(graphdef, fast, slow, tokens, **options) -> Reading:
+    """`read_batch` of one sequence: tokens [T + 1], and no leading axis in `fast` and in the result."""
+    reading = read_batch(graphdef, jax.tree.map(lambda w: w[None], fast), slow, tokens[None], **options)
+    return jax.tree.map(lambda a: a[0], reading)

@@ -1,4 +1,4 @@
-"""The inner loop with its own reverse: a custom VJP over the whole scan (derived in docs/meta_gradient.md).
+"""The inner loop with its own reverse: a custom VJP over the whole scan, derived in docs/meta_gradient.md.
 
 The reverse of mini-batch i, given the cotangent W_bar of W_{i+1}, takes one reverse pass over the dual program
 
@@ -7,8 +7,10 @@ The reverse of mini-batch i, given the cotangent W_bar of W_{i+1}, takes one rev
 where D = W_i - W_{i+1} and s is the clip scale; the projection stands only where the gradient was clipped. That pass
 holds one mini-batch's residuals at a time and differentiates nothing twice in reverse.
 
-Shapes: `M` mini-batches of the sequence, `b` inner mini-batch, `D` model width, `L` suffix blocks, `K` cached
-positions, `S` = K + M b positions of the key/value stream, `G` key/value heads, `H` head width.
+All sequences of a batch go through together, so that the gradients of the slow weights are summed over them at once.
+
+Shapes: `B` sequences, `M` mini-batches of a sequence, `b` inner mini-batch, `D` model width, `L` suffix blocks,
+`K` cached positions, `S` = K + M b positions of the key/value stream, `G` key/value heads, `H` head width.
 """
 
 from functools import partial
@@ -19,8 +21,10 @@ import jax.numpy as jnp
 
 from ttt_e2e.config import InnerConfig
 from ttt_e2e.inner import trajectory
-from ttt_e2e.inner.step import MiniBatch, clip_scale, is_cut, mini_batch_loss, sgd_update
+from ttt_e2e.inner.step import MiniBatch, clip_scale, is_cut, sgd_update, target_weights
 from ttt_e2e.model import KeyValues
+from ttt_e2e.model.dual_loss import HeadPass, dual_nll, head_pass
+from ttt_e2e.model.loss import token_nll
 from ttt_e2e.model.parameters import merge
 
 
@@ -28,120 +32,156 @@ class _Residuals(NamedTuple):
     """What the forward scan leaves for the reverse one."""
 
     slow: Any
-    mini_batches: MiniBatch
+    mini_batches_M: MiniBatch
     learning_rate: jax.Array
-    stream_LSGH: KeyValues  # K empty positions, then every mini-batch's keys and values; window caches are slices of it
-    scale_M: jax.Array  # clip scales
+    stream_BLSGH: KeyValues  # K empty positions, then all keys and values; window caches are slices of it
+    head_M: HeadPass
+    scale_MB: jax.Array  # clip scales
     trajectory: Any  # what rebuilds W_i
     final_fast: Any  # W_M
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def adapt(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, learning_rate):
-    """Reads all mini-batches in turn; returns (losses [M], NLL [M, b], final fast weights).
+    """Reads the sequences of a batch, mini-batch by mini-batch.
 
-    Differentiable in `fast`, `slow` and the hidden states; the learning rate is a constant.
+    Args:
+      suffix_def: static structure of the `Suffix`.
+      inner: the inner loop's configuration.
+      fast: initial fast weights, with a leading axis over the B sequences.
+      slow: slow weights.
+      mini_batches: arrays with leading axes [B, M].
+      learning_rate: eta; a constant to the meta-gradient.
+
+    Returns:
+      Losses [B, M], NLL [B, M, b] and final fast weights. Differentiable in `fast`, `slow` and the hidden states.
     """
     return _forward(suffix_def, inner, fast, slow, mini_batches, learning_rate)[0]
 
 
 def _forward(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, learning_rate):
-    M, b, _ = mini_batches.x_bD.shape
+    B, M, b, _ = mini_batches.x_bD.shape
     suffix = merge(suffix_def, fast, slow)
     K = suffix.cache_size(M * b)
 
     def inner_step(carry, step):
         fast, stream = carry
         mini_batch, i = step
-        (loss, (nll_b, new)), gradient = _inner_gradient(suffix_def, fast, slow, stream, mini_batch, i, K)
-        scale = clip_scale(gradient, inner.clip_norm)
-        next_fast, saved = trajectory.take_step(inner, fast, gradient, learning_rate * scale)
-        stream = jax.tree.map(lambda s, n: jax.lax.dynamic_update_slice_in_dim(s, n, K + i * b, axis=1), stream, new)
-        return (next_fast, stream), ((loss, nll_b, scale), saved)
+        gradient, head, new = _inner_gradient(suffix_def, fast, slow, stream, mini_batch, i, K)
+        scale_B = jax.vmap(partial(clip_scale, clip_norm=inner.clip_norm))(gradient)
+        next_fast, saved = jax.vmap(partial(trajectory.take_step, inner))(fast, gradient, learning_rate * scale_B)
+        stream = jax.tree.map(lambda s, n: jax.lax.dynamic_update_slice_in_dim(s, n, K + i * b, axis=2), stream, new)
+        return (next_fast, stream), ((head, scale_B), saved)
 
-    carry = (fast, suffix.empty_cache(K + M * b))
-    steps = (mini_batches, jnp.arange(M))
-    (final, stream), ((loss_M, nll_Mb, scale_M), saved) = trajectory.scan(inner, inner_step, carry, steps)
-    residuals = _Residuals(slow, mini_batches, learning_rate, stream, scale_M, saved, final)
-    return (loss_M, nll_Mb, final), residuals
+    empty = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape)), suffix.empty_cache(K + M * b))
+    mini_batches_M = jax.tree.map(lambda a: a.swapaxes(0, 1), mini_batches)
+    steps = (mini_batches_M, jnp.arange(M))
+    (final, stream), ((head_M, scale_MB), saved) = trajectory.scan(inner, inner_step, (fast, empty), steps)
+    nll_BMb = head_M.nll_T.swapaxes(0, 1)
+    loss_BM = jnp.sum(target_weights(mini_batches.is_target_b, nll_BMb.dtype) * nll_BMb, axis=-1)
+    residuals = _Residuals(slow, mini_batches_M, learning_rate, stream, head_M, scale_MB, saved, final)
+    return (loss_BM, nll_BMb, final), residuals
 
 
 def _reverse(suffix_def, inner: InnerConfig, residuals: _Residuals, cotangents):
-    loss_bar_M, nll_bar_Mb, final_bar = cotangents
-    slow, mini_batches, learning_rate, stream, scale_M, saved, final = residuals
-    M, b, _ = mini_batches.x_bD.shape
-    K = stream.k.shape[1] - M * b
-    zeros = partial(jax.tree.map, jnp.zeros_like)
+    loss_bar_BM, nll_bar_BMb, final_bar = cotangents
+    slow, mini_batches_M, learning_rate, stream, head_M, scale_MB, saved, final = residuals
+    M, _, b, _ = mini_batches_M.x_bD.shape
+    K = stream.k.shape[2] - M * b
 
     def replay_step(fast, step):
-        mini_batch, i, scale, *_ = step
-        _, gradient = _inner_gradient(suffix_def, fast, slow, stream, mini_batch, i, K)
-        return sgd_update(fast, gradient, learning_rate * scale)
+        mini_batch, i, _, scale_B, *_ = step
+        gradient, _, _ = _inner_gradient(suffix_def, fast, slow, stream, mini_batch, i, K)
+        return jax.vmap(sgd_update)(fast, gradient, learning_rate * scale_B)
 
     def reverse_step(carry, fast, update, step):
         fast_bar, cache_bar, slow_bar = carry
-        mini_batch, i, scale, loss_bar, nll_bar_b = step
-        cache = _window_cache(stream, i, b, K)
-
-        def loss(fast, cache, slow, x_bD):
-            here = mini_batch._replace(x_bD=x_bD)
-            loss, (nll_b, new) = mini_batch_loss(
-                suffix_def, fast, slow, cache, jnp.maximum(K - i * b, 0), here, remat=inner.remat == "block"
-            )
-            return loss, nll_b, cache.append(new)
-
-        seeds = (loss_bar, nll_bar_b, cache_bar)
+        mini_batch, i, head, scale_B, loss_bar_B, nll_bar_Bb = step
+        weight_Bb = target_weights(mini_batch.is_target_b, nll_bar_Bb.dtype)
+        seeds = (nll_bar_Bb + loss_bar_B[:, None] * weight_Bb, cache_bar)
+        cache, num_empty = _window_cache(stream, i, b, K)
+        run = partial(_run_suffix, suffix_def, num_empty=num_empty, remat=inner.remat == "block")
         if inner.gradient == "first_order":
-            _, pull_back = jax.vjp(loss, fast, cache, slow, mini_batch.x_bD)
+            program = partial(_first_order_program, run, mini_batch.targets_b)
         else:
-            direction = _update_cotangent(fast_bar, update, learning_rate, scale)
-
-            def dual(fast, cache, slow, x_bD):
-                out, tangent = jax.jvp(lambda fast: loss(fast, cache, slow, x_bD), (fast,), (direction,))
-                return out, tangent[0]
-
-            (_, loss_dot), pull_back = jax.vjp(dual, fast, cache, slow, mini_batch.x_bD)
-            seeds = (seeds, jnp.ones_like(loss_dot))
-        fast_bar_i, cache_bar, slow_bar_i, x_bar_bD = pull_back(seeds)
+            direction = jax.vmap(_update_cotangent)(fast_bar, update, learning_rate * scale_B, scale_B < 1)
+            program = partial(_dual_program, run, direction, mini_batch.targets_b, head)
+            seeds = (*seeds, weight_Bb)
+        _, pull_back = jax.vjp(program, fast, cache, slow, mini_batch.x_bD)
+        fast_bar_i, cache_bar, slow_bar_i, x_bar_BbD = pull_back(seeds)
         fast_bar = jax.tree.map(jnp.add, fast_bar, fast_bar_i)
         if inner.truncate:
             fast_bar = jax.tree.map(lambda w: jnp.where(is_cut(inner, i), 0, w), fast_bar)
-        return (fast_bar, cache_bar, jax.tree.map(jnp.add, slow_bar, slow_bar_i)), x_bar_bD
+        return (fast_bar, cache_bar, jax.tree.map(jnp.add, slow_bar, slow_bar_i)), x_bar_BbD
 
-    steps = (mini_batches, jnp.arange(M), scale_M, loss_bar_M, nll_bar_Mb)
-    carry = (final_bar, zeros(_window_cache(stream, 0, b, K)), zeros(slow))
-    (fast_bar, _, slow_bar), x_bar = trajectory.reverse_scan(
+    steps = (mini_batches_M, jnp.arange(M), head_M, scale_MB, loss_bar_BM.T, nll_bar_BMb.swapaxes(0, 1))
+    carry = (final_bar, *jax.tree.map(jnp.zeros_like, (_window_cache(stream, 0, b, K)[0], slow)))
+    (fast_bar, _, slow_bar), x_bar_M = trajectory.reverse_scan(
         inner, reverse_step, replay_step, carry, final, saved, steps
     )
-    return fast_bar, slow_bar, MiniBatch(x_bar, None, None), None
+    return fast_bar, slow_bar, MiniBatch(x_bar_M.swapaxes(0, 1), None, None), None
 
 
 adapt.defvjp(_forward, _reverse)
 
 
+def _run_suffix(suffix_def, fast, slow, cache: KeyValues, x_BbD, *, num_empty, remat: bool = False):
+    """The suffix over a mini-batch of every sequence: normed hidden states [B, b, D], new keys and values."""
+
+    def run(fast, cache, x_bD):
+        return merge(suffix_def, fast, slow)(x_bD, cache, num_empty, remat=remat)
+
+    return jax.vmap(run)(fast, cache, x_BbD)
+
+
 def _inner_gradient(suffix_def, fast, slow, stream: KeyValues, mini_batch: MiniBatch, i, K: int):
-    """Value and gradient of `mini_batch_loss` of mini-batch i with respect to the fast weights."""
-    b = mini_batch.targets_b.shape[0]
-    loss = partial(mini_batch_loss, suffix_def)
-    cache = _window_cache(stream, i, b, K)
-    return jax.value_and_grad(loss, has_aux=True)(fast, slow, cache, jnp.maximum(K - i * b, 0), mini_batch)
+    """Gradient of each sequence's loss_i at its fast weights, the head's forward pass, the new keys and values."""
+    cache, num_empty = _window_cache(stream, i, mini_batch.targets_b.shape[1], K)
+
+    def run(fast):
+        return _run_suffix(suffix_def, fast, slow, cache, mini_batch.x_bD, num_empty=num_empty)
+
+    hidden_BbD, pull_back, new = jax.vjp(run, fast, has_aux=True)
+    head = jax.vmap(head_pass, in_axes=(0, None, 0))(hidden_BbD, slow["head"], mini_batch.targets_b)
+    weight_Bb = target_weights(mini_batch.is_target_b, head.nll_T.dtype)
+    (gradient,) = pull_back((weight_Bb[..., None] * head.gradient_TD).astype(hidden_BbD.dtype))
+    return gradient, head, new
 
 
-def _window_cache(stream_LSGH: KeyValues, i, b: int, K: int) -> KeyValues:
-    """The window caches [L, K, G, H] that mini-batch i sees: the K positions before it."""
-    return jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, i * b, K, axis=1), stream_LSGH)
+def _dual_program(run, direction, targets_Bb, head: HeadPass, fast, cache: KeyValues, slow, x_BbD):
+    """(NLL, window cache after the mini-batch, derivative of the NLL along `direction` of the fast weights)."""
+
+    def primal(fast):
+        hidden_BbD, new = run(fast, slow, cache, x_BbD)
+        return hidden_BbD, cache.append(new)
+
+    (hidden_BbD, cache), (hidden_dot_BbD, _) = jax.jvp(primal, (fast,), (direction,))
+    dual = jax.vmap(dual_nll, in_axes=(0, 0, None, 0, 0))
+    nll_Bb, nll_dot_Bb = dual(hidden_BbD, hidden_dot_BbD, slow["head"], targets_Bb, head)
+    return nll_Bb, cache, nll_dot_Bb
 
 
-def _update_cotangent(fast_bar, update, learning_rate, scale):
-    """u: the cotangent of g in W_{i+1} = W_i - eta s(g) g, given that of W_{i+1}.
+def _first_order_program(run, targets_Bb, fast, cache: KeyValues, slow, x_BbD):
+    """(NLL, window cache after the mini-batch): what is left where updates are constants."""
+    hidden_BbD, new = run(fast, slow, cache, x_BbD)
+    return jax.vmap(token_nll, in_axes=(0, None, 0))(hidden_BbD, slow["head"], targets_Bb), cache.append(new)
+
+
+def _window_cache(stream_BLSGH: KeyValues, i, b: int, K: int):
+    """The window caches [B, L, K, G, H] that mini-batch i sees, and how many of their leading positions are empty."""
+    cache = jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, i * b, K, axis=2), stream_BLSGH)
+    return cache, jnp.maximum(K - i * b, 0)
+
+
+def _update_cotangent(fast_bar, update, rate, is_clipped):
+    """u: the cotangent of g in W_{i+1} = W_i - eta s(g) g, given that of W_{i+1}; `rate` is eta s.
 
     `update` is D = W_i - W_{i+1}, parallel to g: where the gradient was clipped, s(g) g has a constant norm, and what
     is parallel to g drops out. Nothing is divided by eta, which may be 0.
     """
     squared_norm = _inner_product(update, update)
-    clipped = (scale < 1) & (squared_norm > 0)
-    parallel = jnp.where(clipped, _inner_product(update, fast_bar) / jnp.where(clipped, squared_norm, 1), 0)
-    rate = learning_rate * scale
+    is_clipped &= squared_norm > 0
+    parallel = jnp.where(is_clipped, _inner_product(update, fast_bar) / jnp.where(is_clipped, squared_norm, 1), 0)
     return jax.tree.map(lambda w_bar, d: -(rate * (w_bar - parallel * d)).astype(w_bar.dtype), fast_bar, update)
 
 

@@ -30,6 +30,12 @@ def mini_batch_loss(suffix_def, fast, slow, cache: KeyValues, num_empty, mini_ba
     return masked_mean(nll_b, mini_batch.is_target_b), (nll_b, new)
 
 
+def target_weights(is_target_b, dtype):
+    """What each token counts in the mini-batch's loss (last axis): 1 / (number of targets), or 0."""
+    count = jnp.maximum(is_target_b.sum(axis=-1, keepdims=True), 1)
+    return is_target_b.astype(dtype) / count
+
+
 def inner_learning_rate(inner: InnerConfig, step):
     """Inner learning rate eta at outer step `step` (from 0, may be traced): a linear warm-up, then constant."""
     if inner.warmup_steps == 0:

@@ -3,6 +3,7 @@
 Shapes: `T` queries, `S` keys, `W` consecutive keys that one block of queries is given.
 """
 
+import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 MAX_BLOCK = 128  # queries; more no longer makes the matrix products faster, and the scores outgrow the caches
 MIN_BLOCK = 16  # queries; with fewer the loop costs more than the keys it saves
-MAX_WASTE = 1.25  # scores computed / scores seen, where the block size allows it
+MAX_WASTE = 1.3  # scores computed / scores seen, where the block size allows it
 MAX_RAMP_SEGMENTS = 8  # bounds compile time
 
 
@@ -80,7 +81,7 @@ def plan(num_queries: int, num_keys: int, window: int) -> Band:
     bands = []
     for num_segments in range(min(ramp, MAX_RAMP_SEGMENTS) + 1):
         edges = [ramp * i // num_segments for i in range(num_segments + 1)] if num_segments else [0]
-        ends = [(a, b, num_keys - num_queries + b * block) for a, b in zip(edges, edges[1:])]
+        ends = [(a, b, num_keys - num_queries + b * block) for a, b in itertools.pairwise(edges)]
         if edges[-1] < num_blocks:
             ends.append((edges[-1], num_blocks, num_keys_seen))
         band = Band(num_queries, num_keys, window, block, tuple(Segment(*s) for s in ends))

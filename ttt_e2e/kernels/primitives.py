@@ -1,22 +1,22 @@
-"""Window attention as JAX primitives: what to do under jvp, transposition and vmap. The passes are a backend's.
+"""Window attention as JAX primitives: what becomes of it under jvp, transposition and vmap.
 
-JAX's custom_jvp and custom_vjp allow some nestings and break in others; primitives with rules of their own allow all
-of them. The family is closed. In the notation of docs/kernels.md, x = (q, k, v) and y, z are directions of the same shape:
+JAX's custom_jvp and custom_vjp allow some nestings and break in others; primitives with rules of their own allow all.
+The family is closed. In the notation of docs/kernels.md, with x = (q, k, v) and directions y, z of x:
 
     forward         (o, lse)(x)
-    tangent         D(o, lse)[y]; linear in y                     transposes to reverse
-    reverse         D(o, lse)^T bars; linear in bars              transposes to tangent
-    hessian         derivative of reverse; linear in (y, bars)    transposes to itself
-    second_tangent  derivative of tangent; linear in (z, z_dot)   transposes to second_reverse
-    second_reverse  what that transposes to; linear in bars       transposes to second_tangent
+    tangent         D(o, lse) y                                   linear in y           transposes to reverse
+    reverse         D(o, lse)^T bars                              linear in bars        transposes to tangent
+    hessian         derivative of reverse along (y, bars_dot)     linear in these       transposes to itself
+    second_tangent  derivative of tangent along (z, z_dot)        linear in these       transposes to second_reverse
+    second_reverse  what that transposes to                       linear in bars        transposes to second_tangent
 
-Only x, (o, lse) and tangents of them are ever saved. Derivatives of the last three, third derivatives of attention,
-come from autodiff of the XLA passes.
+Only x, (o, lse) and tangents of them are ever saved. The derivatives of the last three, which are third derivatives of
+attention, come from autodiff of their passes, and may save more.
 
-Operands of all but `forward` begin with a `point`: q, k, v, num_empty, o, lse. `forward` takes the keys and values in two
-parts, the cached and the new (the cached may be of length 0): where the cached ones are constant, tangents and gradients
-are those of the new keys alone. Parameter `num_keys`: how many of the last keys the gradients are wanted of.
-Shapes are those of xla.py; o, lse and tangents of the same shapes.
+The passes themselves are a backend's, and arrays have the shapes of xla.py. All operands but those of `forward` begin
+with a point: q, k, v, num_empty, o, lse. `forward` takes keys and values in two parts, cached (of length 0 if none)
+and new: where the cached ones are constant, tangents and gradients are of the new ones alone.
+Parameter `num_keys`: how many of the last keys gradients are wanted of.
 """
 
 from functools import partial
@@ -67,7 +67,7 @@ def _second_reverse(*operands, window, backend, num_keys):
 
 
 def _second_tangent(*operands, window, backend):
-    """(operands: point, y, tangents of (o, lse), z, z_dot) -> tangents of `tangent` in direction z, as y moves by z_dot."""
+    """(operands: point, y, tangents of (o, lse), z, z_dot) -> tangents of `tangent` as x moves by z and y by z_dot."""
     (q, k, v, num_empty, *_), y, _, z, z_dot = _split(operands, POINT, 3, 2, 3)
     k_dot, v_dot = (jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(k.shape[-2] - a.shape[-2], 0), (0, 0)]) for a in z[1:])
 
@@ -82,7 +82,9 @@ def _second_tangent(*operands, window, backend):
 
 
 def _out_avals(q, v):
-    return q.update(shape=(*q.shape[:-1], v.shape[-1]), dtype=v.dtype), q.update(shape=q.shape[:-1], dtype=tiles.wide(q.dtype))
+    return q.update(shape=(*q.shape[:-1], v.shape[-1]), dtype=v.dtype), q.update(
+        shape=q.shape[:-1], dtype=tiles.wide(q.dtype)
+    )
 
 
 def _x_avals(q, k, v, num_keys):

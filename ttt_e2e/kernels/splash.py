@@ -5,13 +5,14 @@ Shapes: `T` positions, `N` query heads, `G` key/value heads, `R` = N / G, `H` he
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
 
 TILE = 128  # the kernel takes multiples of it, in positions and in head width
 
 
 def attend(q_TNH, k_TGH, v_TGH, *, window: int, interpret: bool = False):
     """Attention [T, N, H] of a whole sequence to itself; `interpret` runs it on any platform, slowly."""
+    from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import, and only TPUs want it
+
     T, N, H = q_TNH.shape
     G, width = v_TGH.shape[1:]
     q_GRTH = (q_TNH * H**-0.5).astype(q_TNH.dtype).reshape(T, G, N // G, H).transpose(1, 2, 0, 3)

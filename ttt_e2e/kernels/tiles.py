@@ -36,23 +36,22 @@ def tangent(q, k, v, lse, q_dot, k_dot, v_dot, visible):
     """o_dot and lse_dot [5]."""
     p = _probabilities(q, k, lse, visible)
     scores_dot = _add_last(_scores(q_dot, k), _scores(q, k_dot))
-    # The barrier keeps XLA for CPU from fusing all of this into one kernel, which gives wrong numbers where lse_dot has
-    # no other use (JAX 0.10.2 ... 0.12.0; found by forward-over-forward differentiation).
-    lse_dot = jax.lax.optimization_barrier(_sum(p * scores_dot))
+    lse_dot = _mean(p, scores_dot)
     o_dot = _sum_keys(p * (scores_dot - lse_dot), v) + _sum_keys(_last(p, v_dot), v_dot)
     return o_dot, lse_dot
 
 
-def reverse(q, k, v, o, lse, o_bar, lse_bar, visible, num_keys):
+def reverse(q, k, v, lse, o_bar, lse_bar, visible, num_keys):
     """Gradients of q, k, v [5]."""
     p = _probabilities(q, k, lse, visible)
-    scores_bar = p * (_products(o_bar, v) - (_sum(o_bar * o) - lse_bar))
-    p, last_bar = p[..., -num_keys:], scores_bar[..., -num_keys:]
+    p_bar = _products(o_bar, v)
+    scores_bar = p * (p_bar - _mean(p, p_bar) + lse_bar)
     scale = q.shape[-1] ** -0.5
-    return _sum_keys(scores_bar, k) * scale, _sum_rows(last_bar, q) * scale, _sum_rows(p, o_bar)
+    k_bar = _sum_rows(scores_bar[..., -num_keys:], q) * scale
+    return _sum_keys(scores_bar, k) * scale, k_bar, _sum_rows(p[..., -num_keys:], o_bar)
 
 
-def second_reverse(q, k, v, o, lse, q_dot, k_dot, v_dot, o_dot, lse_dot, bars, visible, num_keys):
+def second_reverse(q, k, v, lse, q_dot, k_dot, v_dot, lse_dot, bars, visible, num_keys):
     """Reverse of the forward and its tangent at once [15; 13 without the cotangents of o and lse].
 
     Args:
@@ -64,14 +63,16 @@ def second_reverse(q, k, v, o, lse, q_dot, k_dot, v_dot, o_dot, lse_dot, bars, v
     o_dot_bar, lse_dot_bar, *o_bars = bars
     p = _probabilities(q, k, lse, visible)
     centred = _add_last(_scores(q_dot, k), _scores(q, k_dot)) - lse_dot
-    dot_bar = _products(o_dot_bar, v) - (_sum(o_dot_bar * o) - lse_dot_bar)
-    bar = _add_last(centred * dot_bar - _sum(o_dot_bar * o_dot), _products(o_dot_bar, v_dot))
+    p_dot_bar = _products(o_dot_bar, v)
+    centred_bar = p_dot_bar - _mean(p, p_dot_bar) + lse_dot_bar
+    p_bar = _add_last(centred * centred_bar, _products(o_dot_bar, v_dot))
     v_bar = _sum_rows((p * centred)[..., -num_keys:], o_dot_bar)
+    lse_bar = 0
     if o_bars:
         o_bar, lse_bar = o_bars
-        bar += _products(o_bar, v) - (_sum(o_bar * o) - lse_bar)
+        p_bar += _products(o_bar, v)
         v_bar += _sum_rows(p[..., -num_keys:], o_bar)
-    scores_dot_bar, scores_bar = p * dot_bar, p * bar
+    scores_dot_bar, scores_bar = p * centred_bar, p * (p_bar - _mean(p, p_bar) + lse_bar)
     scale = q.shape[-1] ** -0.5
     q_bar = _sum_keys(scores_bar, k) + _sum_keys(_last(scores_dot_bar, k_dot), k_dot)
     k_bar = _sum_rows(scores_bar[..., -num_keys:], q) + _sum_rows(scores_dot_bar[..., -num_keys:], q_dot)
@@ -101,9 +102,13 @@ def _sum_rows(weights, rows):
     return jnp.einsum("...rtw,...rth->...wh", weights, rows, preferred_element_type=wide(rows.dtype))
 
 
-def _sum(products):
-    """Row statistics."""
-    return jnp.sum(products, axis=-1, keepdims=True, dtype=wide(products.dtype))
+def _mean(p, scores):
+    """Of each row.
+
+    The barrier keeps XLA for CPU from fusing the products before and after it into one kernel, which can give wrong
+    numbers (JAX 0.10.2 and 0.12.0; found in forward-over-forward derivatives).
+    """
+    return jax.lax.optimization_barrier(jnp.sum(p * scores, axis=-1, keepdims=True))
 
 
 def _last(scores, keys):

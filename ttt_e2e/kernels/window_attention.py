@@ -1,6 +1,7 @@
 """The public operation, and the choice of who computes it.
 
-Shapes: `T` queries, `C` cached keys, `S` keys in view, `N` query heads, `G` key/value heads, `R` = N / G, `H` head width.
+Shapes: `T` queries, `C` cached keys, `S` keys in view, `N` query heads, `G` key/value heads, `R` = N / G,
+`H` head width.
 """
 
 import logging
@@ -59,9 +60,9 @@ def window_attention(
     _check_shapes(q_TNH, k_SGH, v_SGH, cached, window)
     T, N, H = q_TNH.shape
     G = k_SGH.shape[1]
-    obstacle = _first_order_obstacle(T, k_SGH.shape[0], num_empty, cached, first_order)
+    obstacle = _first_order_obstacle(q_TNH, k_SGH, cached_k, num_empty, first_order)
     if backend == "auto":
-        backend = _choose(jax.default_backend(), first_order and not obstacle and q_TNH.dtype.itemsize == 2)
+        backend = _choose(jax.default_backend(), fused=not obstacle)
     elif backend not in BACKENDS:
         raise UserError(f"backend = {backend!r} of window_attention: legal are auto, {', '.join(BACKENDS)}")
     elif backend in FIRST_ORDER and obstacle:
@@ -81,34 +82,39 @@ def window_attention(
 
 
 @lru_cache
-def _choose(platform: str, first_order: bool) -> str:
+def _choose(platform: str, fused: bool) -> str:
     """What `auto` means, logged once for every answer."""
-    backend = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla") if first_order else "xla"
-    order = "first-order" if first_order else "twice differentiable"
-    logger.info("window_attention: backend %s for %s attention on %s", backend, order, platform)
+    backend = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla") if fused else "xla"
+    logger.info("window_attention on %s: backend %s%s", platform, backend, " (first order)" if fused else "")
     return backend
 
 
-def _first_order_obstacle(T, num_keys, num_empty, cached, first_order) -> str:
+def _first_order_obstacle(q_TNH, k_SGH, cached_k, num_empty, first_order) -> str:
     """Why the fused kernels cannot do it; empty where they can."""
+    T, _, H = q_TNH.shape
     if not first_order:
-        return "can be differentiated only once, and first_order is not set"
-    if T != num_keys or cached[0] is not None or not isinstance(num_empty, int) or num_empty:
-        return "needs as many keys as queries, no cached and no empty ones"
+        return "can be differentiated only once, which the caller must allow by first_order=True"
+    if k_SGH.shape[0] != T or cached_k is not None or not isinstance(num_empty, int) or num_empty:
+        return "needs as many keys as queries, none of them cached or empty"
+    if q_TNH.dtype.itemsize != 2 or H % 8 or H > 128:
+        return (
+            f"takes bfloat16 or float16 and a head width that is a multiple of 8 up to 128, not {q_TNH.dtype} and {H}"
+        )
     return ""
 
 
 def _check_shapes(q_TNH, k_SGH, v_SGH, cached, window) -> None:
+    """Raises a `UserError` where shapes do not fit."""
     (T, N, H), (S, G, _) = q_TNH.shape, k_SGH.shape
-    if (cached[0] is None) != (cached[1] is None):
-        raise UserError("window_attention: give cached_k and cached_v, or neither")
     if v_SGH.shape[:2] != (S, G) or k_SGH.shape[2] != H or N % G or S < T or window < 0:
         raise UserError(
-            f"window_attention: queries {q_TNH.shape}, keys {k_SGH.shape}, values {v_SGH.shape}, window {window}: legal "
-            "are [T, N, H], [S, G, H], [S, G, any] with S >= T, N a multiple of G, and window >= 0"
+            f"window_attention: queries {q_TNH.shape}, keys {k_SGH.shape}, values {v_SGH.shape}, window {window}: "
+            "legal are [T, N, H], [S, G, H], [S, G, any] with S >= T, N a multiple of G, and window >= 0"
         )
+    if (cached[0] is None) != (cached[1] is None):
+        raise UserError("window_attention: give cached_k and cached_v, or neither")
     if cached[0] is not None and (S != T or any(c.shape[1:] != a.shape[1:] for c, a in zip(cached, (k_SGH, v_SGH)))):
         raise UserError(
-            f"window_attention: cached keys {cached[0].shape} and values {cached[1].shape} for {T} queries and new keys "
-            f"{k_SGH.shape}: legal are [C, G, H] and as many new keys as queries"
+            f"window_attention: cached keys {cached[0].shape} and values {cached[1].shape} with {T} queries and new "
+            f"keys {k_SGH.shape}: legal are [C, G, H] and as many new keys as queries"
         )

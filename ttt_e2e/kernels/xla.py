@@ -46,7 +46,7 @@ def reverse(q, k, v, num_empty, o, lse, o_bar, lse_bar, *, window, num_keys):
         q_bar, k_bar, v_bar = tiles.reverse(q, k, v, *rows, visible, min(num_keys, k.shape[-2]))
         return (q_bar,), (k_bar, v_bar)
 
-    rows = (q, o, lse[..., None], o_bar, lse_bar[..., None])
+    rows = (q, lse[..., None], o_bar, lse_bar[..., None])
     sums = ((num_keys, k.shape[-1]), (num_keys, v.shape[-1]))
     (q_bar,), (k_bar, v_bar) = _sweep(tile, rows, (k, v), num_empty, window, outputs=(q.shape[-1],), sums=sums)
     return q_bar.astype(q.dtype), k_bar.astype(k.dtype), v_bar.astype(v.dtype)
@@ -59,14 +59,14 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
     """
 
     def tile(rows, keys, visible):
-        (q, o, lse, q_dot, o_dot, lse_dot, *bars), (k, v, k_dot, v_dot) = rows, keys
+        (q, lse, q_dot, lse_dot, *bars), (k, v, k_dot, v_dot) = rows, keys
         q_bar, k_bar, v_bar, q_dot_bar, k_dot_bar, v_dot_bar = tiles.second_reverse(
-            q, k, v, o, lse, q_dot, k_dot, v_dot, o_dot, lse_dot, bars, visible, min(num_keys, k.shape[-2])
+            q, k, v, lse, q_dot, k_dot, v_dot, lse_dot, bars, visible, min(num_keys, k.shape[-2])
         )
         return (q_bar, q_dot_bar), (k_bar, v_bar, k_dot_bar, v_dot_bar)
 
     bars = [bar if i % 2 == 0 else bar[..., None] for i, bar in enumerate(bars)]
-    rows = (q, o, lse[..., None], q_dot, o_dot, lse_dot[..., None], *bars)
+    rows = (q, lse[..., None], q_dot, lse_dot[..., None], *bars)
     H = q.shape[-1]
     sums = ((num_keys, k.shape[-1]), (num_keys, v.shape[-1]), k_dot.shape[-2:], v_dot.shape[-2:])
     (q_bar, q_dot_bar), keys_bar = _sweep(

@@ -4,7 +4,6 @@ Shapes: `B` batch, `A` accumulation steps, `T` sequence.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ttt_e2e.config import Config
-from ttt_e2e.inner import Reading, inner_learning_rate, read_sequence
+from ttt_e2e.inner import Reading, inner_learning_rate, read_batch
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.parameters import split
 from ttt_e2e.outer import sharding
@@ -43,23 +42,16 @@ def init_state(config: Config, optimizer: optax.GradientTransformation) -> Train
     return TrainState(params, optimizer.init(params), jnp.int32(0))
 
 
-def read_batch(graphdef, params, tokens, config: Config, mesh: Mesh, learning_rate) -> Reading:
-    """`read_sequence` over tokens [B, T + 1]: every field of the result gains a leading axis over sequences."""
-    read = partial(read_sequence, graphdef, inner=config.inner, learning_rate=learning_rate, bos_id=config.data.bos_id)
-    fast = sharding.per_sequence(params["fast"], tokens.shape[0], mesh)
-    return jax.vmap(read, in_axes=(0, None, 0), spmd_axis_name="data")(fast, params["slow"], tokens)
-
-
 def make_train_step(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, state_shardings) -> Callable:
     """The compiled outer step: (state, tokens [B, T + 1]) -> (state, metrics). The state passed in is donated.
 
     metrics: scalars `loss`, `grad_norm` (before clipping), `learning_rate` and `inner_learning_rate` of this step.
     """
-    graphdef, _ = abstract_model(config)
+    read = _reader(config, mesh)
     rate_at = learning_rate_schedule(config.optimizer)
 
     def loss(params, tokens, inner_rate):
-        return read_batch(graphdef, params, tokens, config, mesh, inner_rate).loss.mean()
+        return read(params, tokens, inner_rate).loss.mean()
 
     def train_step(state: TrainState, tokens):
         inner_rate = inner_learning_rate(config.inner, state.step)
@@ -88,10 +80,10 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, mes
 
 def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
     """The compiled evaluation: (params, tokens [B, T + 1], inner learning rate) -> (loss [B], token_nll [B, T])."""
-    graphdef, _ = abstract_model(config)
+    read = _reader(config, mesh)
 
     def eval_step(params, tokens, inner_rate):
-        reading = read_batch(graphdef, params, tokens, config, mesh, inner_rate)
+        reading = read(params, tokens, inner_rate)
         return reading.loss, reading.token_nll_T
 
     return jax.jit(
@@ -99,6 +91,18 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
         in_shardings=(params_shardings, NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())),
         out_shardings=NamedSharding(mesh, P()),
     )
+
+
+def _reader(config: Config, mesh: Mesh) -> Callable[..., Reading]:
+    """(params, tokens [B, T + 1], inner learning rate) -> what reading them gives."""
+    graphdef, _ = abstract_model(config)
+
+    def read(params, tokens, inner_rate):
+        fast = sharding.per_sequence(params["fast"], tokens.shape[0], mesh)
+        options = {"inner": config.inner, "learning_rate": inner_rate, "bos_id": config.data.bos_id}
+        return read_batch(graphdef, fast, params["slow"], tokens, **options)
+
+    return read
 
 
 def _accumulate(function, tokens, num_parts: int):

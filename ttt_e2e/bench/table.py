@@ -1,0 +1,47 @@
+"""What every benchmark writes: its rows as JSON and as a Markdown table, and the environment it ran in."""
+
+import json
+import os
+import platform
+
+import jax
+from etils import epath
+
+
+def write(output, rows: list[dict], title: str) -> str:
+    """Writes `results.json`, `environment.json` and `results.md` into a directory; returns the Markdown."""
+    directory = epath.Path(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    machine = environment()
+    facts = ", ".join(f"{name} {value}" for name, value in machine.items())
+    text = f"# {title}\n\n{markdown(rows)}\n\n{facts}\n"
+    (directory / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (directory / "environment.json").write_text(json.dumps(machine, indent=2) + "\n")
+    (directory / "results.md").write_text(text)
+    return text
+
+
+def environment() -> dict:
+    """The machine and the software that the figures belong to."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def markdown(rows: list[dict]) -> str:
+    """A table with a column for every key of any row, in the order of first appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns)] + [[_text(row.get(column)) for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _text(value) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

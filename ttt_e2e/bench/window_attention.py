@@ -1,0 +1,106 @@
+"""`ttt-e2e bench window_attention`: time, FLOP/s and memory of attention and its derivatives, blocked and dense.
+
+Shapes: `B` batch, `T` sequence, `N` heads, `H` head width.
+"""
+
+import itertools
+
+import jax
+
+from ttt_e2e.bench import compiled, table
+from ttt_e2e.errors import UserError
+from ttt_e2e.kernels import bands, window_attention
+
+# What is measured, and the matrix products a tile of scores needs for it at least (docs/kernels.md). Each includes the
+# passes before it: a gradient its forward, the reverse of the tangent both.
+PASSES = {"forward": 2, "reverse": 7, "tangent": 6, "reverse_of_tangent": 21}
+FIRST_ORDER_PASSES = ("forward", "reverse")
+FIRST_ORDER_VARIANTS = ("cudnn", "splash")
+VARIANTS = ("xla", "reference", *FIRST_ORDER_VARIANTS)
+
+
+def run(
+    output,
+    *,
+    seq_lens=(1024, 4096),
+    cached_lens=(0,),
+    windows=(128, 512),
+    head_dims=(64,),
+    dtypes=("float32",),
+    variants=("xla", "reference"),
+    num_heads: int = 4,
+    batch: int = 1,
+    repeats: int = 3,
+) -> list[dict]:
+    """Measures every combination, writes the results to the directory `output`, returns the rows.
+
+    `cached_lens` are numbers of constant keys before the sequence, as a mini-batch has them in its window cache; a
+    window of 0 is full attention. Figures of a row: `flops` of the compiled program's matrix products, `band_flops`
+    that the band needs at least, `step_seconds`, `band_flops_per_second`, `temp_bytes`, `compile_seconds`.
+    """
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise UserError(f"--variants={variant}: legal are {', '.join(VARIANTS)}")
+    rows = []
+    for T, C, window, H, dtype in itertools.product(seq_lens, cached_lens, windows, head_dims, dtypes):
+        sizes = {"batch": batch, "seq_len": T, "cached": C, "window": window, "num_heads": num_heads, "head_dim": H}
+        for variant in variants:
+            if window <= T + C and not (C and variant in FIRST_ORDER_VARIANTS):
+                rows += _measure(variant, sizes | {"dtype": dtype}, repeats)
+    print(table.write(output, rows, "Window attention"))
+    return rows
+
+
+def _measure(variant: str, sizes: dict, repeats: int) -> list[dict]:
+    """A row for every pass that the variant has."""
+    B, T, C, window, N, H, dtype = sizes.values()
+    keys = jax.random.split(jax.random.key(0), 10)
+    arrays = [jax.random.normal(key, (B, C if i < 2 else T, N, H), dtype) for i, key in enumerate(keys)]
+    visible = bands.num_visible(T, T + C, window)
+    rows = []
+    for name in PASSES:
+        if variant in FIRST_ORDER_VARIANTS and name not in FIRST_ORDER_PASSES:
+            continue
+        measured = compiled.measure(_pass(name, variant, window), *arrays)
+        seconds = compiled.seconds_per_call(measured.call, *arrays, repeats=repeats)
+        band_flops = 2 * PASSES[name] * visible * B * N * H
+        figures = {
+            "flops": measured.flops,
+            "band_flops": band_flops,
+            "step_seconds": seconds,
+            "band_flops_per_second": band_flops / seconds,
+            "temp_bytes": measured.temp_bytes,
+            "compile_seconds": measured.compile_seconds,
+        }
+        rows.append({"variant": f"{variant}/{name}"} | sizes | figures)
+    return rows
+
+
+def _pass(name: str, variant: str, window: int):
+    """A function of cached keys and values [B, C, N, H] and of [B, T, N, H]: q, k, v, tangents, two cotangents."""
+
+    def program(cached_k, cached_v, *arrays):
+        x, x_dot, bars = arrays[:3], arrays[3:6], arrays[6:]
+
+        def attend(*x):
+            def one(cached_k, cached_v, q, k, v):
+                cached = {"cached_k": cached_k, "cached_v": cached_v} if cached_k.shape[0] else {}
+                first_order = variant in FIRST_ORDER_VARIANTS
+                return window_attention(q, k, v, window=window, backend=variant, first_order=first_order, **cached)
+
+            return jax.vmap(one)(cached_k, cached_v, *x)
+
+        def with_tangent(x, x_dot):
+            return jax.jvp(attend, x, x_dot)
+
+        if name == "forward":
+            return attend(*x)
+        if name == "tangent":
+            return with_tangent(x, x_dot)
+        if name == "reverse":
+            out, pullback = jax.vjp(attend, *x)
+            return out, pullback(bars[0])
+        out, pullback = jax.vjp(with_tangent, x, x_dot)
+        return out, pullback(bars)
+
+    return program

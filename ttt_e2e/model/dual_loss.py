@@ -1,0 +1,138 @@
+"""Next-token loss with its tangent, and the gradients of both, in closed form over vocabulary blocks.
+
+With logits l = x W, p = softmax(l), y the one-hot target, and tangents of x alone (the head is a slow weight):
+
+    nll = lse - l_y,          its gradient at x:  g = W p - W_y
+    nll_dot = <g, x_dot>
+
+and for cotangents (a, b) of (nll, nll_dot), with l_dot = x_dot W, mu = <p, l_dot> = nll_dot + l_dot_y and
+q = p (l_dot - mu), the derivative of p along x_dot:
+
+    x_bar = a g + b W q       x_dot_bar = b g       W_bar = x^T (a (p - y) + b q) + x_dot^T b (p - y)
+
+g is kept from the forward pass, so that second order costs 7 products with the head in all: 2 forward (logits, g) and 5
+in reverse (l and l_dot as one product over stacked rows, W q, and W_bar as one product over a stacked contraction).
+The reference is `loss.token_nll` under autodiff.
+
+Shapes: `T` tokens, `D` model width, `V` vocabulary, `C` columns of a vocabulary block.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ttt_e2e.model import loss
+from ttt_e2e.model.parameters import at_least_float32
+
+
+class HeadPass(NamedTuple):
+    """What the forward pass over the head leaves behind."""
+
+    nll_T: jax.Array
+    lse_T: jax.Array  # log of the softmax's denominator
+    gradient_TD: jax.Array  # of each token's NLL at its own hidden state
+
+
+def head_pass(x_TD, head_DV, targets_T) -> HeadPass:
+    """NLL of the targets and its gradient at the hidden states: two products with the head, one block at a time."""
+    T, D = x_TD.shape
+    wide = at_least_float32(x_TD.dtype)
+
+    def add_block(carry, block, width):
+        highest_T, total_T, mean_TD = carry
+        head_DC, _, is_new_C = _block(head_DV, block, width, x_TD.dtype)
+        logits_TC = jnp.where(is_new_C, _product(x_TD, head_DC), -jnp.inf)
+        new_highest_T = jnp.maximum(highest_T, logits_TC.max(axis=-1))
+        p_TC = jnp.exp(logits_TC - new_highest_T[:, None])
+        shrink_T = jnp.exp(highest_T - new_highest_T)
+        mean_TD = mean_TD * shrink_T[:, None] + _product(p_TC.astype(x_TD.dtype), head_DC.T)
+        return (new_highest_T, total_T * shrink_T + p_TC.sum(axis=-1), mean_TD), None
+
+    carry = (jnp.full(T, -jnp.inf, wide), jnp.zeros(T, wide), jnp.zeros((T, D), wide))
+    (highest_T, total_T, mean_TD), _ = _scan_blocks(add_block, carry, T, head_DV.shape[1])
+    lse_T = highest_T + jnp.log(total_T)
+    target_head_TD = _target_rows(head_DV, targets_T, x_TD)
+    nll_T = lse_T - jnp.einsum("td,td->t", x_TD, target_head_TD, preferred_element_type=wide)
+    return HeadPass(nll_T, lse_T, (mean_TD / total_T[:, None] - target_head_TD).astype(x_TD.dtype))
+
+
+@jax.custom_vjp
+def dual_nll(x_TD, x_dot_TD, head_DV, targets_T, forward: HeadPass):
+    """(nll [T], nll_dot [T]): the NLL, known from the forward pass, and its tangent along x_dot.
+
+    Differentiable in x, x_dot and the head; the forward pass's results are constants that say what they are.
+    """
+    wide = at_least_float32(x_TD.dtype)
+    return forward.nll_T, jnp.einsum("td,td->t", forward.gradient_TD, x_dot_TD, preferred_element_type=wide)
+
+
+def _dual_nll_forward(x_TD, x_dot_TD, head_DV, targets_T, forward: HeadPass):
+    nll_T, nll_dot_T = dual_nll(x_TD, x_dot_TD, head_DV, targets_T, forward)
+    return (nll_T, nll_dot_T), (x_TD, x_dot_TD, head_DV, targets_T, forward, nll_dot_T)
+
+
+def _dual_nll_reverse(residuals, cotangents):
+    x_TD, x_dot_TD, head_DV, targets_T, forward, nll_dot_T = residuals
+    a_T1, b_T1 = (c[:, None] for c in cotangents)
+    T, D = x_TD.shape
+    dtype, wide = x_TD.dtype, at_least_float32(x_TD.dtype)
+    target_head_TD = _target_rows(head_DV, targets_T, x_TD)
+    mu_T = nll_dot_T + jnp.einsum("td,td->t", x_dot_TD, target_head_TD, preferred_element_type=wide)
+    stacked_RD = jnp.concatenate([x_TD, x_dot_TD])  # R = 2 T rows: the head is read once for both
+
+    def add_block(carry, block, width):
+        curvature_TD, head_bar_DV = carry
+        head_DC, columns_C, is_new_C = _block(head_DV, block, width, x_TD.dtype)
+        logits_TC, logits_dot_TC = jnp.split(_product(stacked_RD, head_DC), 2)
+        p_TC = jnp.where(is_new_C, jnp.exp(logits_TC - forward.lse_T[:, None]), 0)
+        q_TC = p_TC * (logits_dot_TC - mu_T[:, None])
+        p_minus_y_TC = p_TC - (is_new_C & (columns_C == targets_T[:, None]))
+        curvature_TD = curvature_TD + _product(q_TC.astype(dtype), head_DC.T)
+        logits_bar_RC = jnp.concatenate([a_T1 * p_minus_y_TC + b_T1 * q_TC, b_T1 * p_minus_y_TC]).astype(dtype)
+        head_bar_DC = _product(stacked_RD.T, logits_bar_RC).astype(head_DV.dtype)
+        before_DC = jax.lax.dynamic_slice_in_dim(head_bar_DV, block[0], width, axis=1)
+        head_bar_DV = jax.lax.dynamic_update_slice_in_dim(head_bar_DV, before_DC + head_bar_DC, block[0], axis=1)
+        return (curvature_TD, head_bar_DV), None
+
+    carry = (jnp.zeros((T, D), wide), jnp.zeros_like(head_DV))
+    (curvature_TD, head_bar_DV), _ = _scan_blocks(add_block, carry, T, head_DV.shape[1])
+    x_bar_TD = (a_T1 * forward.gradient_TD + b_T1 * curvature_TD).astype(dtype)
+    return x_bar_TD, (b_T1 * forward.gradient_TD).astype(dtype), head_bar_DV, None, None
+
+
+dual_nll.defvjp(_dual_nll_forward, _dual_nll_reverse)
+
+
+def _scan_blocks(add_block, carry, T: int, V: int):
+    """Scans over vocabulary blocks, as few as keep their logits within `loss.MAX_LOGITS`.
+
+    add_block: (carry, (first column of the block, first column that no block before had)) -> (carry, None). The last
+    block ends with the vocabulary, and so may begin with columns that the one before it had.
+    """
+    num_blocks = -(-V // min(V, max(1, loss.MAX_LOGITS // T)))
+    width = -(-V // num_blocks)
+    first_new = jnp.arange(num_blocks) * width
+    blocks = (jnp.minimum(first_new, V - width), first_new)
+    add_block = partial(add_block, width=width)
+    if num_blocks == 1:
+        return add_block(carry, (0, 0))
+    return jax.lax.scan(add_block, carry, blocks)
+
+
+def _block(head_DV, block, width: int, dtype):
+    """(columns [D, C] of the head in `dtype`, their ids [C], which of them no block before had [C])."""
+    start, first_new = block
+    columns_C = start + jnp.arange(width)
+    head_DC = jax.lax.dynamic_slice_in_dim(head_DV, start, width, axis=1)
+    return head_DC.astype(dtype), columns_C, columns_C >= first_new
+
+
+def _target_rows(head_DV, targets_T, x_TD):
+    """Head column of each target, [T, D], in the dtype of `x_TD`."""
+    return jnp.take(head_DV, targets_T, axis=1).T.astype(x_TD.dtype)
+
+
+def _product(a, b):
+    return jnp.matmul(a, b, preferred_element_type=at_least_float32(a.dtype))
