@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 train: install  ## prepare the embedded corpus, train the quickstart, evaluate it, report
-	$(BIN)/ttt-e2e prepare --input=stdlib --tokenizer=bytes --output=$(DATA)
+	$(BIN)/ttt-e2e prepare --input=stdlib --tokenizer=train:512 --output=$(DATA)
 	$(BIN)/ttt-e2e train --config=$(CONFIG) --workdir=$(RUN)
 	$(BIN)/ttt-e2e evaluate --workdir=$(RUN) --output=$(RUN)/evaluation
 	$(BIN)/ttt-e2e report --workdirs=$(RUN) --output=$(RUN)/report

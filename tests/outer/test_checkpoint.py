@@ -1,6 +1,8 @@
 """A checkpoint comes back as it was, or says in one line why it cannot."""
 
+import resource
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -108,3 +110,35 @@ def test_parameters_alone(tmp_path):
     assert find_step(tmp_path / "out") == step
     with pytest.raises(UserError, match="already exists"):
         save_params(tmp_path / "out", state(3).params, progress(0))
+
+
+@pytest.fixture
+def no_room():
+    """No file may grow past 1 KiB: what a full disk does, without filling one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    @contextmanager
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
+
+
+def test_a_full_disk_while_saving_leaves_the_checkpoint_before_it(tmp_path, no_room):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
+    checkpoints.save(state(1), progress(1))
+    checkpoints.wait()
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=(512, 512)))
+    large = TrainState({"slow": {"embedding": noise}}, {}, jnp.int32(2))
+    with no_room(), pytest.raises(UserError, match=r"could not save a checkpoint .*; step 1 is whole") as caught:
+        checkpoints.save(large, progress(2))
+        checkpoints.wait()
+    assert "\n" not in str(caught.value)
+    again = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
+    assert again.latest_step() == 1
+    restored, _ = again.restore(1, abstract(state(1)))
+    jax.tree.map(np.testing.assert_array_equal, restored, state(1))

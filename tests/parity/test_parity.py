@@ -3,6 +3,7 @@
 Tolerances: both are float32 programs that add in different orders; they agree to about 4e-6 and 6e-6.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -12,10 +13,16 @@ import pytest
 from tests.parity.golden import CASES, load_case
 from ttt_e2e.inner import read_sequence
 
+# The production path on every case, and plain autodiff where there is an inner loop to differentiate through.
+PATHS = [(name, "exact") for name in CASES] + [("e2e_tied", "reference"), ("e2e_untied", "reference")]
 
-@pytest.fixture(scope="module", params=CASES)
+
+@pytest.fixture(scope="module", params=PATHS, ids="-".join)
 def case(request):
-    return load_case(request.param)
+    name, gradient = request.param
+    case = load_case(name)
+    inner = dataclasses.replace(case.config.inner, gradient=gradient)
+    return dataclasses.replace(case, config=dataclasses.replace(case.config, inner=inner))
 
 
 @pytest.fixture(scope="module")

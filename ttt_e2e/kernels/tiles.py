@@ -93,8 +93,16 @@ def _scores(q, k):
 
 
 def _sum_keys(weights, keys):
-    weights = weights.astype(keys.dtype)
-    return jnp.einsum("...rtw,...wh->...rth", weights, keys, preferred_element_type=wide(keys.dtype))
+    """Weighted sums of keys. What rounding the weights takes from a row's total is given back at one of the keys.
+
+    Many weights sum to 0 over a row: rounded they would not, and what all keys have in common would not cancel.
+    """
+    narrow = weights.astype(keys.dtype)
+    sums = jnp.einsum("...rtw,...wh->...rth", narrow, keys, preferred_element_type=weights.dtype)
+    if narrow.dtype == weights.dtype:
+        return sums
+    lost = jnp.sum(weights - narrow.astype(weights.dtype), axis=-1, keepdims=True)
+    return sums + lost * keys[..., None, -1:, :].astype(weights.dtype)
 
 
 def _sum_rows(weights, rows):
@@ -103,12 +111,8 @@ def _sum_rows(weights, rows):
 
 
 def _mean(p, scores):
-    """Of each row.
-
-    The barrier keeps XLA for CPU from fusing the products before and after it into one kernel, which can give wrong
-    numbers (JAX 0.10.2 and 0.12.0; found in forward-over-forward derivatives).
-    """
-    return jax.lax.optimization_barrier(jnp.sum(p * scores, axis=-1, keepdims=True))
+    """Of each row."""
+    return jnp.sum(p * scores, axis=-1, keepdims=True)
 
 
 def _last(scores, keys):

@@ -96,6 +96,9 @@ def _sweep(tile, rows, keys, num_empty, window, *, outputs=(), sums=()):
     band = bands.plan(T, keys[0].shape[-2], window)
     padded_T = band.num_blocks * band.block
     lengths, sum_lengths = [a.shape[-2] for a in keys], [length for length, _ in sums]
+    # Hides constants: XLA for CPU sinks one of zeros into the loop, and there its fused product with zeros reads memory
+    # that nothing has written (JAX 0.10.2 and 0.12.0).
+    rows, keys = jax.lax.optimization_barrier((rows, keys))
     rows = [_pad(a, 0, padded_T - T) for a in rows]
     keys = [_pad(a, band.padding(a.shape[-2]), 0) for a in keys]
     outputs = [jnp.zeros((*leading, padded_T, width), dtype) for width in outputs]
