@@ -1,5 +1,6 @@
 """The command line: `ttt-e2e COMMAND --flag=value ...`."""
 
+import inspect
 import json
 import logging
 import sys
@@ -124,7 +125,37 @@ def report(argv: list[str]) -> None:
     print(f"report: {values.output}/report.html")
 
 
-COMMANDS = {"prepare": prepare, "train": train, "evaluate": evaluate, "import": import_, "report": report}
+def bench(argv: list[str]) -> None:
+    """Measure time, FLOPs and memory: bench window_attention, bench meta_gradient."""
+    from ttt_e2e.bench import meta_gradient, window_attention
+
+    benchmarks = {"window_attention": window_attention.run, "meta_gradient": meta_gradient.run}
+    name = argv[0] if argv else ""
+    if name not in benchmarks and name not in ("-h", "--help"):
+        raise UserError(
+            f"bench takes the name of a benchmark first, not {name!r}: {suggestion(name, list(benchmarks))}"
+        )
+    run = benchmarks.get(name, meta_gradient.run)
+    options = list(inspect.signature(run).parameters.values())[1:]
+
+    def define(values):
+        _string(values, "output", "Directory for results.json and results.md.")
+        for option in options:
+            _bench_flag(values, option.name, option.default)
+
+    values, _ = parse(argv[1:], define, f"ttt-e2e bench {name}: {inspect.getdoc(run)}")
+    _require(values, "output")
+    run(values.output, **{option.name: _bench_value(values, option) for option in options})
+
+
+COMMANDS = {
+    "prepare": prepare,
+    "train": train,
+    "evaluate": evaluate,
+    "import": import_,
+    "report": report,
+    "bench": bench,
+}
 
 
 def _help() -> str:
@@ -138,6 +169,23 @@ def _string(values: flags.FlagValues, name: str, text: str) -> None:
 
 def _config(values: flags.FlagValues) -> None:
     _string(values, "config", "Config file, FILE.py[:ARG]; override fields by --config.section.field=value.")
+
+
+def _bench_flag(values: flags.FlagValues, name: str, default) -> None:
+    """A flag for an option of a benchmark: a list of values where its default is one."""
+    define = {int: flags.DEFINE_integer, str: flags.DEFINE_string, tuple: flags.DEFINE_list}[type(default)]
+    text = "Several may be given, separated by commas." if isinstance(default, tuple) else "Size of the case."
+    define(name, list(map(str, default)) if isinstance(default, tuple) else default, text, flag_values=values)
+
+
+def _bench_value(values: flags.FlagValues, option: inspect.Parameter):
+    value = values[option.name].value
+    if not isinstance(option.default, tuple):
+        return value
+    try:
+        return tuple(map(type(option.default[0]), value))
+    except ValueError:
+        raise UserError(f"--{option.name}={','.join(value)}: it takes integers separated by commas") from None
 
 
 def _require(values: flags.FlagValues, *names: str) -> None:

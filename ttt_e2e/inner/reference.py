@@ -19,23 +19,26 @@ def adapt(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, l
     One rematerialisation per mini-batch: of all residuals, only the carry and the inputs are kept. (Inside a scan
     nothing can be merged across the boundary anyway, so the barrier that prevents it is left out.)
     """
+    carry, steps, inner_step = inner_loop(suffix_def, inner, fast, slow, mini_batches, learning_rate)
+    (fast, _), (loss_M, nll_Mb) = jax.lax.scan(jax.checkpoint(inner_step, prevent_cse=False), carry, steps)
+    return loss_M, nll_Mb, fast
+
+
+def inner_loop(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, learning_rate):
+    """The operands of `jax.lax.scan`: first carry (W_0, empty window caches), steps, and the function of both."""
     M, b, _ = mini_batches.x_bD.shape
     suffix = merge(suffix_def, fast, slow)
     K = suffix.cache_size(M * b)
 
-    @partial(jax.checkpoint, prevent_cse=False)
-    def inner_step(carry, mini_batch_and_index):
+    def inner_step(carry, step):
         fast, cache = carry
-        mini_batch, i = mini_batch_and_index
+        mini_batch, i = step
         if inner.truncate:
             fast = jax.tree.map(lambda w: jnp.where(is_cut(inner, i), jax.lax.stop_gradient(w), w), fast)
-        loss = partial(mini_batch_loss, suffix_def)
-        (loss_i, (nll_b, new)), gradient = jax.value_and_grad(loss, has_aux=True)(
+        (loss_i, (nll_b, new)), gradient = jax.value_and_grad(partial(mini_batch_loss, suffix_def), has_aux=True)(
             fast, slow, cache, jnp.maximum(K - i * b, 0), mini_batch
         )
         fast = sgd_update(fast, gradient, learning_rate * clip_scale(gradient, inner.clip_norm))
         return (fast, cache.append(new)), (loss_i, nll_b)
 
-    carry = (fast, suffix.empty_cache(K))
-    (fast, _), (loss_M, nll_Mb) = jax.lax.scan(inner_step, carry, (mini_batches, jnp.arange(M)))
-    return loss_M, nll_Mb, fast
+    return (fast, suffix.empty_cache(K)), (mini_batches, jnp.arange(M)), inner_step
