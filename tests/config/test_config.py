@@ -62,7 +62,7 @@ BAD = [
     ("model", {"compute_dtype": "bf16"}, "config.model.compute_dtype is 'bf16'", "bfloat16"),
     ("model", {"param_dtype": "int8"}, "config.model.param_dtype is 'int8'", "float32"),
     ("model", {"mixer": "attention,windows"}, "config.model.mixer", "'windows'", "did you mean 'window'?"),
-    ("inner", {"gradient": "exat"}, "config.inner.gradient is 'exat'", "reference"),
+    ("inner", {"gradient": "exat"}, "config.inner.gradient is 'exat'", "exact"),
     # a value of another type
     ("model", {"hidden_size": [8, 16]}, "config.model.hidden_size is [8, 16]", "one integer"),
     ("model", {"hidden_size": "8"}, "config.model.hidden_size is '8'", "one integer"),

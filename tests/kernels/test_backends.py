@@ -1,0 +1,84 @@
+"""Who computes it: the choice, its errors, and the fused kernels as far as a CPU can run them. Shapes: see cases.py."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.kernels.cases import Case, relative_error
+from ttt_e2e.errors import UserError
+from ttt_e2e.kernels import cudnn, reference, splash, window_attention
+from ttt_e2e.kernels.window_attention import _choose
+
+
+def qkv(case: Case, dtype=jnp.float32):
+    x = case.problem(dtype=dtype)
+    return x["q"], x["k"], x["v"]
+
+
+@pytest.mark.parametrize("window", [0, 37])
+@pytest.mark.parametrize("fused", ["splash", "cudnn"])
+def test_fused_kernels_are_given_the_right_band(fused, window):
+    """Splash attention in interpret mode; cuDNN's entry point with XLA behind it."""
+    case = Case(T=150, N=4, G=2, H=80, window=window)
+    attend, off_device = {
+        "splash": (splash.attend, {"interpret": True}),
+        "cudnn": (cudnn.attend, {"implementation": "xla"}),
+    }[fused]
+
+    def value_and_gradients(attend, **options):
+        def loss(*x):
+            return jnp.sum(jnp.sin(attend(*x, window=window, **options)))
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*qkv(case))
+
+    assert relative_error(value_and_gradients(attend, **off_device), value_and_gradients(reference.attend)) < 1e-5
+
+
+def test_splash_attention_lowers_for_tpus():
+    case = Case(T=256, N=2, G=1, H=64, window=100)
+    lowered = jax.jit(lambda *x: splash.attend(*x, window=100)).trace(*qkv(case)).lower(lowering_platforms=("tpu",))
+    assert "tpu_custom_call" in lowered.as_text()
+
+
+def test_auto_says_once_what_it_chose(caplog):
+    caplog.set_level(logging.INFO)
+    _choose.cache_clear()
+    for _ in range(2):
+        window_attention(*qkv(Case(T=4)), window=2)
+    messages = [record.getMessage() for record in caplog.records if "window_attention" in record.getMessage()]
+    assert messages == ["window_attention on cpu: backend xla"]
+
+
+@pytest.mark.parametrize(
+    "backend, options, message",
+    [
+        ("cudn", {}, "legal are auto, reference, xla, cudnn, splash"),
+        ("cudnn", {}, "first_order=True.*xla"),
+        ("splash", {"first_order": True, "num_empty": 3}, "none of them cached or empty.*xla"),
+        ("cudnn", {"first_order": True}, "bfloat16 or float16.*xla"),
+    ],
+)
+def test_unsupported_combinations_name_the_alternatives(backend, options, message):
+    with pytest.raises(UserError, match=message):
+        window_attention(*qkv(Case(T=4)), window=2, backend=backend, **options)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    q, k, v = qkv(Case(T=4, N=3, G=1))
+    with pytest.raises(UserError, match=r"\(4, 3, 8\)"):
+        window_attention(q, k[:3], v[:3], window=2)
+    with pytest.raises(UserError, match="or neither"):
+        window_attention(q, k, v, window=2, cached_k=k)
+    with pytest.raises(UserError, match="as many new keys as queries"):
+        window_attention(q[1:], k, v, window=2, cached_k=k, cached_v=v)
+
+
+def test_cached_keys_are_leading_keys():
+    case = Case(T=20, C=10, window=8, num_empty=4)
+    x = case.problem(dtype=jnp.float32)
+    k, v = (jnp.concatenate([x[f"cached_{name}"], x[name]]) for name in "kv")
+    for backend in ("xla", "reference"):
+        joined = window_attention(x["q"], k, v, window=8, num_empty=4, backend=backend)
+        assert relative_error(case.attend(x, backend), joined) < 1e-6
