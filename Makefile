@@ -35,14 +35,17 @@ train: install  ## prepare the embedded corpus, train the quickstart, evaluate i
 	@printf '\n%-12s %s\n' data $(DATA) run $(RUN) checkpoints $(RUN)/checkpoints metrics $(RUN)/metrics.jsonl \
 	  evaluation $(RUN)/evaluation/metrics.json report $(RUN)/report/report.html | sed '/^$$/d'
 
+# Compiling dominates, on one core each: as many workers as cores, and a file's tests, which share programs, in one.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: install  ## run the tests, but for the slow ones
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: install  ## run all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-parity: install  ## run the parity and gradient tests only
-	$(BIN)/python -m pytest -m 'not slow' tests/parity tests/inner
+	$(PYTEST) -m 'not slow' tests/parity tests/inner
 
 lint: install  ## check style and format
 	$(BIN)/ruff check .

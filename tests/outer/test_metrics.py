@@ -1,5 +1,8 @@
 """Metrics survive kills and resumes; model FLOPs count what the method needs."""
 
+import sys
+import types
+
 import pytest
 
 from ttt_e2e.config import Config, from_config_dict
@@ -54,10 +57,31 @@ def test_a_window_as_long_as_the_sequence_costs_what_full_attention_does():
     assert flops(8) < flops(0)
 
 
+def test_tensorboard_gets_a_copy(tmp_path):
+    writer = MetricsWriter(tmp_path, from_config_dict({"log": {"tensorboard": True}}), resume_step=0)
+    writer.write(1, {"loss": 0.5, "mfu": None})
+    writer.close()
+    (events,) = (tmp_path / "logs").glob("events.out.tfevents.*")
+    assert b"loss" in events.read_bytes()
+    assert b"mfu" not in events.read_bytes()
+
+
+def test_wandb_gets_a_copy(tmp_path, monkeypatch):
+    """Against a stand-in for the module: the real one wants an account."""
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
+    )
+    stand_in = types.SimpleNamespace(init=lambda **options: calls.append(options["project"]) or run)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    writer = MetricsWriter(tmp_path, from_config_dict({"log": {"wandb": "reading"}}), resume_step=0)
+    writer.write(1, {"loss": 0.5})
+    writer.close()
+    assert calls == ["reading", (1, {"loss": 0.5}), "end"]
+
+
 @pytest.mark.parametrize(("field", "value"), (("tensorboard", True), ("wandb", "project")))
 def test_an_optional_writer_that_is_not_installed_names_its_extra(field, value, tmp_path, monkeypatch):
-    import sys
-
     for module in ("tensorboardX", "wandb"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"config.log.{field} needs the extra"):
