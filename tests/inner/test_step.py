@@ -61,6 +61,6 @@ def test_clip_scale_has_a_finite_derivative(norm):
 def test_update_is_a_clipped_step_down_the_gradient(clip_norm, scale):
     fast = {"w1": jnp.array([1.0, 2.0]), "w2": jnp.array([3.0])}
     gradient = {"w1": jnp.array([3.0, 4.0]), "w2": jnp.array([12.0])}  # of norm 13 over both
-    updated = sgd_update(fast, gradient, jnp.float64(0.1), clip_norm)
+    updated = sgd_update(fast, gradient, 0.1 * clip_scale(gradient, clip_norm))
     np.testing.assert_allclose(updated["w1"], np.array([1, 2]) - 0.1 * scale * np.array([3, 4]), rtol=1e-13)
     np.testing.assert_allclose(updated["w2"], 3 - 0.1 * scale * 12, rtol=1e-13)

@@ -28,13 +28,10 @@ def test_matrix_products_in_loops_and_batches_are_counted():
 
 
 def test_writes_rows_a_table_and_the_environment(tmp_path):
-    sizes = {"seq_lens": (32,), "cached_lens": (0, 16), "windows": (16,), "head_dims": (4,), "num_heads": 2}
-    rows = window_attention.run(tmp_path, **sizes, repeats=1)
+    sizes = {"seq_lens": (16,), "cached_lens": (0, 16), "windows": (16,), "head_dims": (4,), "num_heads": 1}
+    rows = window_attention.run(tmp_path, **sizes, variants=("xla",), repeats=1)
     assert rows == json.loads((tmp_path / "results.json").read_text())
-    assert {row["variant"] for row in rows} == {
-        f"{backend}/{name}" for backend in ("xla", "reference") for name in window_attention.PASSES
-    }
-    assert len(rows) == 16
+    assert [row["variant"] for row in rows] == 2 * [f"xla/{name}" for name in window_attention.PASSES]
     assert all(row["step_seconds"] > 0 and row["flops"] > 0 and row["temp_bytes"] > 0 for row in rows)
     table = (tmp_path / "results.md").read_text()
     assert table.count("\n| xla/") == 8

@@ -74,12 +74,14 @@ def test_suffix_over_window_caches_equals_a_loop_over_blocks_of_the_whole_sequen
     for p in naive.suffix_blocks(model.params["fast"], model.params["slow"], model.config.model):
         expected_TD = naive.block(p, expected_TD, model.config.model, window=5)
 
-    transformer = model.merge()
-    empty = transformer.empty_cache(T)
+    suffix = model.merge().make_suffix()
+    assert suffix.cache_size(T) == 5
+    empty = suffix.empty_cache(5)
     assert empty.k.shape == (2, 5, 2, 4)  # blocks, window, key/value heads, head width
-    first, new = transformer.run_suffix(x_TD[:3], empty, 5)
-    second, newer = transformer.run_suffix(x_TD[3:7], empty.append(new), 2)
-    third, _ = transformer.run_suffix(x_TD[7:], empty.append(new).append(newer), 0)
+    first, new = suffix(x_TD[:3], empty, 5)
+    second, newer = suffix(x_TD[3:7], empty.append(new), 2)
+    third, _ = suffix(x_TD[7:], empty.append(new).append(newer), 0)
+    expected_TD = suffix.final_norm(expected_TD)
     np.testing.assert_allclose(jnp.concatenate([first, second, third]), expected_TD, rtol=1e-10, atol=1e-12)
 
 
@@ -155,10 +157,11 @@ def bfloat16_forward():
 
     def forward(params):
         transformer = merge(model.graphdef, params["fast"], params["slow"])
-        tokens_T, cache = jnp.arange(T), transformer.empty_cache(T)
+        suffix = transformer.make_suffix()
+        tokens_T, cache = jnp.arange(T), suffix.empty_cache(4)
         x_TD = transformer.run_prefix(transformer.embed(tokens_T))
-        y_TD, new = transformer.run_suffix(x_TD, cache, 0)
-        return {"narrow": (x_TD, y_TD, cache, new), "wide": transformer.nll(y_TD, tokens_T)}
+        y_TD, new = suffix(x_TD, cache, 0)
+        return {"narrow": (x_TD, y_TD, cache, new), "wide": suffix.nll(y_TD, tokens_T)}
 
     return forward, model.params
 
@@ -207,6 +210,11 @@ def program_size(num_blocks: int, seq_len: int) -> int:
 
 
 def test_program_grows_neither_with_depth_nor_with_the_sequence():
-    """Blocks and mini-batches are scanned, not unrolled, so compile time does not grow either."""
+    """Blocks and mini-batches are scanned, not unrolled, so compile time does not grow either.
+
+    Unrolled, the program would be four times as long. The tenth is for attention, which cuts the beginning of a
+    sequence, where fewer keys are seen, into up to a fixed number of parts.
+    """
     size = program_size(num_blocks=8, seq_len=16)
-    assert abs(program_size(num_blocks=32, seq_len=64) - size) < 0.03 * size
+    assert abs(program_size(num_blocks=32, seq_len=64) - size) < 0.1 * size
+    assert abs(program_size(num_blocks=32, seq_len=16) - size) < 0.03 * size

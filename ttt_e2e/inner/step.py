@@ -50,7 +50,7 @@ def clip_scale(gradient, clip_norm: float):
     Both branches of the outer `where` must be finite for their derivatives to be: hence the inner one.
     """
     if clip_norm == 0:
-        return jnp.float32(1.0)
+        return jnp.ones((), jax.tree.leaves(gradient)[0].dtype)
     squared_norm = sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient))
     clipped = squared_norm > clip_norm**2
     return jnp.where(clipped, clip_norm * jax.lax.rsqrt(jnp.where(clipped, squared_norm, 1.0)), 1.0)
