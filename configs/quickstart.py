@@ -32,5 +32,5 @@ def get_config(arg: str = "e2e"):
     config.optimizer.update(learning_rate=3e-3, warmup_steps=30)
     config.data.update(path="data/stdlib", bos_id=1)
     config.mesh.data = 1  # four sequences do not spread over many devices
-    config.eval.update(every_steps=100, num_sequences=64, batch_size=8)
+    config.eval.update(every_steps=100, num_sequences=160, batch_size=8)
     return config
