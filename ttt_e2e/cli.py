@@ -136,16 +136,20 @@ def bench(argv: list[str]) -> None:
             f"bench takes the name of a benchmark first, not {name!r}: {suggestion(name, list(benchmarks))}"
         )
     run = benchmarks.get(name, meta_gradient.run)
-    options = list(inspect.signature(run).parameters.values())[1:]
+    parameters = inspect.signature(run).parameters
+    options = [p for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
 
     def define(values):
         _string(values, "output", "Directory for results.json and results.md.")
+        if "config" in parameters:
+            _config(values)
         for option in options:
             _bench_flag(values, option.name, option.default)
 
-    values, _ = parse(argv[1:], define, f"ttt-e2e bench {name}: {inspect.getdoc(run)}")
+    values, overrides = parse(argv[1:], define, f"ttt-e2e bench {name}: {inspect.getdoc(run)}")
     _require(values, "output")
-    run(values.output, **{option.name: _bench_value(values, option) for option in options})
+    config = {"config": _resolve(values, overrides)} if "config" in values and values.config else {}
+    run(values.output, **config, **{option.name: _bench_value(values, option) for option in options})
 
 
 COMMANDS = {
@@ -173,7 +177,8 @@ def _config(values: flags.FlagValues) -> None:
 
 def _bench_flag(values: flags.FlagValues, name: str, default) -> None:
     """A flag for an option of a benchmark: a list of values where its default is one."""
-    define = {int: flags.DEFINE_integer, str: flags.DEFINE_string, tuple: flags.DEFINE_list}[type(default)]
+    kinds = {int: flags.DEFINE_integer, str: flags.DEFINE_string, bool: flags.DEFINE_boolean, tuple: flags.DEFINE_list}
+    define = kinds[type(default)]
     text = "Several may be given, separated by commas." if isinstance(default, tuple) else "Size of the case."
     define(name, list(map(str, default)) if isinstance(default, tuple) else default, text, flag_values=values)
 

@@ -68,9 +68,10 @@ class InnerConfig:
     warmup_steps: int = 0  # outer steps over which eta rises from warmup_init; 0 = off
     warmup_init: float = 0.1
     gradient: str = "exact"  # "first_order": updates are constants to it; "reference": plain autodiff, for tests
-    trajectory: str = "store"  # what rebuilds W_i on the way back: "store", "delta", "segment"
-    segment_length: int = 8  # mini-batches, of trajectory "segment"
-    remat: str = "mini_batch"  # what the reverse of a mini-batch recomputes: all of it, or "block" by block
+    trajectory: str = "auto"  # what rebuilds W_i on the way back: "store", "delta", "segment"; "auto" = what fits
+    segment_length: int = 0  # mini-batches, of trajectory "segment"; 0 = a divisor near the square root of all
+    remat: str = "auto"  # "keep" what the forward pass computed, or recompute by "mini_batch" or "block"
+    memory_budget_bytes: int = 0  # what a step's temporaries may take of a device, for "auto"; 0 = what it has free
     truncate: int = 0  # the meta-gradient flows back through at most this many updates; 0 = all
 
 
@@ -315,10 +316,9 @@ def _check_run(config: Config) -> None:
     _at_least(inner, "config.inner", 1, "mini_batch_size")
     _at_least(inner, "config.inner", 0, "learning_rate", "clip_norm", "warmup_steps", "warmup_init")
     _one_of(inner, "config.inner", "gradient", ("exact", "first_order", "reference"))
-    _one_of(inner, "config.inner", "trajectory", ("store", "delta", "segment"))
-    _one_of(inner, "config.inner", "remat", ("mini_batch", "block"))
-    _at_least(inner, "config.inner", 0, "truncate")
-    _at_least(inner, "config.inner", 1, "segment_length")
+    _one_of(inner, "config.inner", "trajectory", ("auto", "store", "delta", "segment"))
+    _one_of(inner, "config.inner", "remat", ("auto", "keep", "mini_batch", "block"))
+    _at_least(inner, "config.inner", 0, "truncate", "segment_length", "memory_budget_bytes")
 
     _at_least(train, "config.train", 1, "seq_len", "global_batch_size", "accumulation_steps", "num_steps")
     _at_least(train, "config.train", 0, "seed")
@@ -330,7 +330,9 @@ def _check_run(config: Config) -> None:
     )
     num_mini_batches = train.seq_len // inner.mini_batch_size
     _require(
-        inner.trajectory != "segment" or num_mini_batches % inner.segment_length == 0,
+        inner.segment_length == 0
+        or inner.trajectory not in ("auto", "segment")
+        or num_mini_batches % inner.segment_length == 0,
         "config.inner.segment_length",
         inner.segment_length,
         f"a divisor of the {num_mini_batches} mini-batches of a sequence",

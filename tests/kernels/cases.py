@@ -28,10 +28,10 @@ class Case(NamedTuple):
         shapes |= {"cached_k": (self.C, self.G, self.H), "cached_v": (self.C, self.G, self.H)}
         return {name: jnp.asarray(random.normal(size=shape), dtype) for name, shape in shapes.items()}
 
-    def attend(self, x: dict, backend: str = "xla"):
+    def attend(self, x: dict, backend: str = "xla", **options):
         cached = {name: x[name] for name in ("cached_k", "cached_v")}
-        sizes = {"window": self.window, "num_empty": self.num_empty}
-        return window_attention(x["q"], x["k"], x["v"], **cached, **sizes, backend=backend)
+        options |= {"window": self.window, "num_empty": self.num_empty, "backend": backend}
+        return window_attention(x["q"], x["k"], x["v"], **cached, **options)
 
 
 def nestings(attend, x: dict, y: dict, bar) -> dict:

@@ -1,5 +1,7 @@
 """Derivatives of window attention against dense autodiff. Shapes: see cases.py."""
 
+from functools import partial
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -52,6 +54,30 @@ def test_every_nesting_equals_dense_autodiff(case):
 @pytest.mark.parametrize("case", SECOND_ORDER.values(), ids=SECOND_ORDER)
 def test_the_inner_loops_nestings_equal_dense_autodiff(case):
     compare(case, some("inner_vjp", "inner_jvp"))
+
+
+@pytest.mark.parametrize("is_known", [False, True], ids=["computed", "known"])
+@pytest.mark.parametrize("moving", [("q", "k", "v"), ("q", "k", "v", "cached_k", "cached_v")], ids=["new", "all"])
+@pytest.mark.parametrize("case", [*ALL_NESTINGS.values(), SECOND_ORDER["whole sequence, ramp"]])
+def test_reverse_of_tangent_in_fewer_products_equals_dense_autodiff(case, moving, is_known):
+    """Fused, with every cotangent; output and lse may be known from before."""
+
+    def outputs(x, y, **options):
+        def attend(z):
+            return case.attend(x | z, with_lse=True, **options)
+
+        return jax.jvp(attend, ({name: x[name] for name in moving},), ({name: y[name] for name in moving},))
+
+    def outputs_and_gradients(**options):
+        out, pull_back = jax.vjp(partial(outputs, **options), x, y)
+        random = np.random.default_rng(2)
+        return out, pull_back(jax.tree.map(lambda a: jnp.asarray(random.normal(size=a.shape)), out))
+
+    with jax.enable_x64(True):
+        x, y = case.problem(0), case.problem(1)
+        known = case.attend(x, with_lse=True) if is_known else None
+        fused = jax.jit(lambda: outputs_and_gradients(derivatives="reverse_of_tangent", known=known))()
+        assert relative_error(fused, jax.jit(lambda: outputs_and_gradients(backend="reference"))()) <= 1e-12
 
 
 def test_third_derivatives_equal_dense_autodiff():

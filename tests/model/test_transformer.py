@@ -78,9 +78,9 @@ def test_suffix_over_window_caches_equals_a_loop_over_blocks_of_the_whole_sequen
     assert suffix.cache_size(T) == 5
     empty = suffix.empty_cache(5)
     assert empty.k.shape == (2, 5, 2, 4)  # blocks, window, key/value heads, head width
-    first, new = suffix(x_TD[:3], empty, 5)
-    second, newer = suffix(x_TD[3:7], empty.append(new), 2)
-    third, _ = suffix(x_TD[7:], empty.append(new).append(newer), 0)
+    first, new, _ = suffix(x_TD[:3], empty, 5)
+    second, newer, _ = suffix(x_TD[3:7], empty.append(new), 2)
+    third, *_ = suffix(x_TD[7:], empty.append(new).append(newer), 0)
     expected_TD = suffix.final_norm(expected_TD)
     np.testing.assert_allclose(jnp.concatenate([first, second, third]), expected_TD, rtol=1e-10, atol=1e-12)
 
@@ -160,7 +160,7 @@ def bfloat16_forward():
         suffix = transformer.make_suffix()
         tokens_T, cache = jnp.arange(T), suffix.empty_cache(4)
         x_TD = transformer.run_prefix(transformer.embed(tokens_T))
-        y_TD, new = suffix(x_TD, cache, 0)
+        y_TD, new, _ = suffix(x_TD, cache, 0)
         return {"narrow": (x_TD, y_TD, cache, new), "wide": suffix.nll(y_TD, tokens_T)}
 
     return forward, model.params

@@ -45,7 +45,8 @@ def tiny_model(*, seed: int = 0, inner=None, train=None, **model) -> TinyModel:
 
     The norms' weights are random too, so that one left out or mistaken for another shows.
     """
-    sections = {"model": TINY | model, "inner": inner or {}, "train": train or {}}
+    policies = {"trajectory": "store", "remat": "mini_batch"}
+    sections = {"model": TINY | model, "inner": policies | (inner or {}), "train": train or {}}
     config = from_config_dict(sections)
     graphdef, fast, slow = split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
     random = np.random.default_rng(seed)

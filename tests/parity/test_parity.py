@@ -21,7 +21,8 @@ PATHS = [(name, "exact") for name in CASES] + [("e2e_tied", "reference"), ("e2e_
 def case(request):
     name, gradient = request.param
     case = load_case(name)
-    inner = dataclasses.replace(case.config.inner, gradient=gradient)
+    # What "auto" means where memory is plentiful.
+    inner = dataclasses.replace(case.config.inner, gradient=gradient, trajectory="store", remat="keep")
     return dataclasses.replace(case, config=dataclasses.replace(case.config, inner=inner))
 
 

@@ -26,16 +26,18 @@ class Measured(NamedTuple):
     call: jax.stages.Compiled
     flops: int  # of its matrix products
     temp_bytes: int  # peak, besides arguments and results
-    compile_seconds: float  # by XLA, without tracing
+    trace_seconds: float  # by JAX, lowering included
+    compile_seconds: float  # by XLA
 
 
 def measure(function, *arguments) -> Measured:
     """Compiles a function of arrays, or of their shapes, and counts."""
-    lowered = jax.jit(function).lower(*arguments)
     start = time.perf_counter()
+    lowered = jax.jit(function).lower(*arguments)
+    traced = time.perf_counter()
     compiled = lowered.compile()
-    seconds = time.perf_counter() - start
-    return Measured(compiled, matmul_flops(compiled.as_text()), compiled.memory_analysis().temp_size_in_bytes, seconds)
+    seconds = (traced - start, time.perf_counter() - traced)
+    return Measured(compiled, matmul_flops(compiled.as_text()), compiled.memory_analysis().temp_size_in_bytes, *seconds)
 
 
 def seconds_per_call(function, *arguments, repeats: int = 5) -> float:

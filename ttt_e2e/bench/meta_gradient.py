@@ -1,33 +1,36 @@
 """`ttt-e2e bench meta_gradient`: FLOPs, memory and time of one loss and meta-gradient, however it is computed."""
 
 import dataclasses
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
 
 from ttt_e2e.bench import compiled, table
 from ttt_e2e.config import Config, from_config_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner import read_batch, reference
+from ttt_e2e.inner import read_batch, reference, trajectory
 from ttt_e2e.inner.step import MiniBatch, mini_batch_loss
-from ttt_e2e.model import Transformer
 from ttt_e2e.model.parameters import merge, split
+from ttt_e2e.outer import policies, sharding
+from ttt_e2e.outer.batches import check_batch
+from ttt_e2e.outer.steps import abstract_model, init_state
 
-VARIANTS = (
-    "plain",
-    "reference",
-    "nested_remat",
-    *(f"exact/{t}/{r}" for t in ("store", "delta", "segment") for r in ("mini_batch", "block")),
-    "first_order",
-)
+RATIOS = ("flops", "temp_bytes", "step_seconds")
+TRAJECTORIES, REMATS = ("auto", "store", "delta", "segment"), ("auto", "keep", "mini_batch", "block")
+EXACT = tuple(f"exact/{trajectory}/{remat}" for trajectory in TRAJECTORIES for remat in REMATS)
+VARIANTS = ("plain", "reference", "nested_remat", *EXACT, "first_order")
+DEFAULT_VARIANTS = tuple(v for v in VARIANTS if "delta" not in v and ("auto" not in v or v == "exact/auto/auto"))
 
 
 def run(
     output,
+    config: Config | None = None,
     *,
     width: int = 256,
     num_heads: int = 4,
@@ -38,80 +41,110 @@ def run(
     mini_batch: int = 128,
     window: int = 512,
     seq_len: int = 4096,
-    batch: int = 1,
+    batch: int = 0,
     dtype: str = "float32",
-    variants=VARIANTS,
+    variants=DEFAULT_VARIANTS,
     repeats: int = 3,
+    abstract: bool = False,
 ) -> list[dict]:
     """Measures every variant on the same network and tokens; writes the results to `output`, returns the rows.
 
-    Figures of a row: `flops` of the compiled program's matrix products, `temp_bytes`, `compile_seconds`,
-    `step_seconds`, and each of them but the third as a ratio to the row of the variant "plain", where that is measured.
+    The network is that of `config`, where one is given, over its mesh and with its batch unless `batch` says otherwise;
+    else the other sizes describe it. `abstract` compiles it for as many virtual CPU devices as the mesh has, and runs
+    nothing.
+
+    Figures of a row, per device: `flops` of the compiled program's matrix products, `temp_bytes` besides arguments and
+    results, `trace_seconds`, `compile_seconds`, `step_seconds`; and the first two and the last also as a ratio to the
+    row of the variant "plain", where that is measured.
     """
     for variant in variants:
         if variant not in VARIANTS:
             raise UserError(f"--variants={variant}: legal are {', '.join(VARIANTS)}")
-    model = {
-        "vocab_size": vocab,
-        "hidden_size": width,
-        "intermediate_size": mlp_width,
-        "num_hidden_layers": num_blocks,
-        "num_attention_heads": num_heads,
-        "sliding_window": window,
-        "num_fast_blocks": num_fast_blocks,
-        "compute_dtype": dtype,
+    if config is None:
+        model = {
+            "vocab_size": vocab,
+            "hidden_size": width,
+            "intermediate_size": mlp_width,
+            "num_hidden_layers": num_blocks,
+            "num_attention_heads": num_heads,
+            "sliding_window": window,
+            "num_fast_blocks": num_fast_blocks,
+            "compute_dtype": dtype,
+        }
+        train = {"seq_len": seq_len, "global_batch_size": batch or 1}
+        sections = {"model": model, "inner": {"mini_batch_size": mini_batch}, "train": train, "mesh": {"data": 1}}
+        config = from_config_dict(sections)
+    if not config.model.num_fast_blocks:
+        raise UserError("config.model.num_fast_blocks is 0: bench meta_gradient takes a model with fast weights")
+    if abstract:
+        jax.config.update("jax_num_cpu_devices", max(1, config.mesh.data) * config.mesh.model)
+    mesh = sharding.make_mesh(config.mesh)
+    batch = batch or config.train.global_batch_size
+    check_batch("--batch", batch, mesh)
+    case = {
+        "seq_len": config.train.seq_len,
+        "mini_batch": config.inner.mini_batch_size,
+        "window": config.model.sliding_window,
+        "batch": batch,
+        "width": config.model.hidden_size,
+        "num_blocks": config.model.num_hidden_layers,
+        "num_fast_blocks": config.model.num_fast_blocks,
+        "vocab": config.model.vocab_size,
+        "dtype": config.model.compute_dtype,
+        "mesh": f"{mesh.shape['data']}x{mesh.shape['model']}",
     }
-    num_mini_batches = seq_len // mini_batch
-    inner = {"mini_batch_size": mini_batch, "segment_length": _near_root(num_mini_batches)}
-    config = from_config_dict(
-        {"model": model, "inner": inner, "train": {"seq_len": seq_len, "global_batch_size": batch}}
-    )
-    sizes = {"seq_len": seq_len, "mini_batch": mini_batch, "window": window, "batch": batch, "width": width}
-    sizes |= {"num_blocks": num_blocks, "num_fast_blocks": num_fast_blocks, "vocab": vocab, "dtype": dtype}
-    rows = [{"variant": variant} | sizes | _measure(variant, config, repeats) for variant in variants]
+    rows = []
+    for variant in tqdm(variants, desc="bench meta_gradient", unit="variant"):
+        rows.append({"variant": variant} | case | _measure(variant, config, mesh, batch, 0 if abstract else repeats))
     for plain in [row for row in rows if row["variant"] == "plain"]:
         for row in rows:
-            for figure in ("flops", "temp_bytes", "step_seconds"):
-                row[f"{figure}_ratio"] = row[figure] / plain[figure]
+            row |= {f"{name}_ratio": row[name] / plain[name] for name in RATIOS if name in row}
     print(table.write(output, rows, "Meta-gradient"))
     return rows
 
 
-def _measure(variant: str, config: Config, repeats: int) -> dict:
-    graphdef, fast, slow = split(Transformer(config.model, nnx.Rngs(0)))
-    shape = (config.train.global_batch_size, config.train.seq_len + 1)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
-    measured = compiled.measure(jax.value_and_grad(_loss(variant, config, graphdef)), (fast, slow), tokens)
-    seconds = compiled.seconds_per_call(measured.call, (fast, slow), tokens, repeats=repeats)
-    return {
-        "flops": measured.flops,
-        "temp_bytes": measured.temp_bytes,
-        "compile_seconds": measured.compile_seconds,
-        "step_seconds": seconds,
-    }
+def _measure(variant: str, config: Config, mesh: Mesh, batch: int, repeats: int) -> dict:
+    """Figures of one variant; it is not run where `repeats` is 0."""
+    graphdef, params = abstract_model(config)
+    tokens = jax.ShapeDtypeStruct((batch, config.train.seq_len + 1), jnp.int32)
+    placed = (sharding.shardings(params, mesh), NamedSharding(mesh, sharding.BATCH))
+    gradient = jax.jit(
+        jax.value_and_grad(_loss(variant, config, graphdef, mesh)),
+        in_shardings=placed,
+        out_shardings=(NamedSharding(mesh, P()), placed[0]),
+    )
+    measured = compiled.measure(gradient, params, tokens)
+    figures = {name: getattr(measured, name) for name in ("flops", "temp_bytes", "trace_seconds", "compile_seconds")}
+    if not repeats:
+        return figures
+    make = jax.jit(lambda: init_state(config, optax.identity()).params, out_shardings=placed[0])
+    numbers = np.random.default_rng(0).integers(0, config.model.vocab_size, tokens.shape).astype(np.int32)
+    arguments = (make(), jax.device_put(numbers, placed[1]))
+    return figures | {"step_seconds": compiled.seconds_per_call(measured.call, *arguments, repeats=repeats)}
 
 
-def _loss(variant: str, config: Config, graphdef):
-    """((fast, slow), tokens [B, T + 1]) -> mean loss of the batch."""
-    B = config.train.global_batch_size
+def _loss(variant: str, config: Config, graphdef, mesh: Mesh):
+    """({"fast", "slow"}, tokens [B, T + 1]) -> mean loss of the batch."""
     if variant in ("plain", "nested_remat"):
         adapt = _without_inner_loop if variant == "plain" else _nested_remat
         return partial(_loss_of_suffix, graphdef, config, partial(adapt, config))
-    gradient, *policies = variant.split("/")
-    changes = dict(zip(("trajectory", "remat"), policies)) | {"gradient": gradient}
-    inner = dataclasses.replace(config.inner, **changes)
+    gradient, *chosen = variant.split("/")
+    rebuilt, remat = chosen or ("store", "mini_batch")
+    inner = dataclasses.replace(config.inner, gradient=gradient, trajectory=rebuilt, remat=remat)
+    config = dataclasses.replace(config, inner=inner)
+    config = policies.for_training(config, *abstract_model(config), mesh)
+    options = {"inner": config.inner, "learning_rate": config.inner.learning_rate, "bos_id": config.data.bos_id}
 
     def loss(params, tokens):
-        fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (B, *w.shape)), params[0])
-        options = {"inner": inner, "learning_rate": inner.learning_rate, "bos_id": 0}
-        return read_batch(graphdef, fast, params[1], tokens, **options).loss.mean()
+        fast = sharding.per_sequence(params["fast"], len(tokens), mesh)
+        return read_batch(graphdef, fast, params["slow"], tokens, **options).loss.mean()
 
     return loss
 
 
 def _loss_of_suffix(graphdef, config: Config, adapt, params, tokens):
     """The loss where `adapt`, (suffix_def, fast, slow, mini_batches) -> losses, is none of the package's own."""
-    model = merge(graphdef, *params)
+    model = merge(graphdef, params["fast"], params["slow"])
     suffix_def, fast, slow = split(model.make_suffix())
 
     def sequence_loss(tokens_T1):
@@ -152,11 +185,6 @@ def _nested_remat(config: Config, suffix_def, fast, slow, mini_batches: MiniBatc
         carry, (loss, _) = jax.lax.scan(inner_step, carry, group)
         return carry, loss
 
-    size = config.inner.segment_length
+    size = trajectory.segment_length(config.inner, len(mini_batches.targets_b))
     groups = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), steps)
     return jax.lax.scan(read_group, carry, groups)[1]
-
-
-def _near_root(count: int) -> int:
-    """The divisor of `count` nearest to its square root: so many mini-batches to a group."""
-    return min((n for n in range(1, count + 1) if count % n == 0), key=lambda n: abs(n - math.sqrt(count)))

@@ -78,6 +78,7 @@ def _measure(variant: str, sizes: dict, repeats: int) -> list[dict]:
 
 def _pass(name: str, variant: str, window: int):
     """A function of cached keys and values [B, C, N, H] and of [B, T, N, H]: q, k, v, tangents, two cotangents."""
+    derivatives = "reverse_of_tangent" if "tangent" in name else "first_order"
 
     def program(cached_k, cached_v, *arrays):
         x, x_dot, bars = arrays[:3], arrays[3:6], arrays[6:]
@@ -85,8 +86,7 @@ def _pass(name: str, variant: str, window: int):
         def attend(*x):
             def one(cached_k, cached_v, q, k, v):
                 cached = {"cached_k": cached_k, "cached_v": cached_v} if cached_k.shape[0] else {}
-                first_order = variant in FIRST_ORDER_VARIANTS
-                return window_attention(q, k, v, window=window, backend=variant, first_order=first_order, **cached)
+                return window_attention(q, k, v, window=window, backend=variant, derivatives=derivatives, **cached)
 
             return jax.vmap(one)(cached_k, cached_v, *x)
 

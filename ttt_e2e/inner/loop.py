@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ttt_e2e.config import InnerConfig
 from ttt_e2e.inner import meta_gradient, reference
 from ttt_e2e.inner.step import MiniBatch
+from ttt_e2e.model import Transformer
 from ttt_e2e.model.loss import masked_mean
 from ttt_e2e.model.parameters import at_least_float32, merge, split
 
@@ -36,33 +37,43 @@ def read_batch(graphdef, fast, slow, tokens, *, inner: InnerConfig, learning_rat
       fast: initial fast weights W_0 with a leading axis over sequences, each of which changes its own.
       slow: slow weights.
       tokens: integers [B, T + 1]; T must be a multiple of `inner.mini_batch_size`.
-      inner: the inner loop's configuration; `inner.gradient` chooses how the meta-gradient is computed.
+      inner: the inner loop's configuration; `inner.gradient` chooses how the meta-gradient is computed. Its policies
+        must not be "auto" (memory.py).
       learning_rate: eta, may be traced; 0 reads without learning. A constant to the meta-gradient.
       bos_id: targets equal to it do not count in the loss; 0 = all count.
 
     Differentiable in `fast` and `slow`, in reverse: the result is the meta-gradient.
     """
+    if "auto" in (inner.trajectory, inner.remat):
+        raise ValueError("inner.trajectory and inner.remat are still 'auto': see inner/memory.py")
     model = merge(graphdef, fast, slow)
-    inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
-    is_target_BT = targets_BT != bos_id if bos_id else jnp.ones_like(targets_BT, dtype=bool)
-    x_BTD = jax.vmap(lambda inputs_T: model.run_prefix(model.embed(inputs_T)))(inputs_BT)
-    B, T = inputs_BT.shape
-    M, b = T // inner.mini_batch_size, inner.mini_batch_size
+    mini_batches = make_mini_batches(model, tokens, inner, bos_id)
+    B, M, b = mini_batches.targets_b.shape
     if not model.config.num_fast_blocks:
+        x_BTD, targets_BT = (a.reshape(B, M * b, *a.shape[3:]) for a in mini_batches[:2])
         nll_BT = jax.vmap(model.nll)(x_BTD, targets_BT)
-        loss_BM = masked_mean(nll_BT.reshape(B, M, b), is_target_BT.reshape(B, M, b))
+        loss_BM = masked_mean(nll_BT.reshape(B, M, b), mini_batches.is_target_b)
         return Reading(loss_BM.mean(axis=1), loss_BM, nll_BT, fast)
 
     suffix_def, fast, slow = split(model.make_suffix())
     fast = jax.tree.map(lambda w: w.astype(at_least_float32(w.dtype)), fast)
-    mini_batches = MiniBatch(*(a.reshape(B, M, b, *a.shape[2:]) for a in (x_BTD, targets_BT, is_target_BT)))
     learning_rate = jax.lax.stop_gradient(learning_rate)
     if inner.gradient == "reference":
         adapt = jax.vmap(partial(reference.adapt, suffix_def, inner), in_axes=(0, None, 0, None))
         loss_BM, nll_BMb, fast = adapt(fast, slow, mini_batches, learning_rate)
     else:
         loss_BM, nll_BMb, fast = meta_gradient.adapt(suffix_def, inner, fast, slow, mini_batches, learning_rate)
-    return Reading(loss_BM.mean(axis=1), loss_BM, nll_BMb.reshape(B, T), {"suffix": fast["blocks"]})
+    return Reading(loss_BM.mean(axis=1), loss_BM, nll_BMb.reshape(B, M * b), {"suffix": fast["blocks"]})
+
+
+def make_mini_batches(model: Transformer, tokens, inner: InnerConfig, bos_id: int) -> MiniBatch:
+    """Runs the prefix over sequences [B, T + 1] and divides what comes out: arrays with leading axes [B, M]."""
+    inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
+    is_target_BT = targets_BT != bos_id if bos_id else jnp.ones_like(targets_BT, dtype=bool)
+    run_prefix = partial(model.run_prefix, remat=inner.remat != "keep")
+    x_BTD = jax.vmap(lambda inputs_T: run_prefix(model.embed(inputs_T)))(inputs_BT)
+    B, b = len(tokens), inner.mini_batch_size
+    return MiniBatch(*(a.reshape(B, -1, b, *a.shape[2:]) for a in (x_BTD, targets_BT, is_target_BT)))
 
 
 def read_sequence(graphdef, fast, slow, tokens, **options) -> Reading:

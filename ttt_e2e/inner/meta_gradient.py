@@ -26,9 +26,10 @@ from ttt_e2e.model import KeyValues
 from ttt_e2e.model.dual_loss import HeadPass, dual_nll, head_pass
 from ttt_e2e.model.loss import token_nll
 from ttt_e2e.model.parameters import merge
+from ttt_e2e.model.passes import DualPass, Pass, Recording
 
 
-class _Residuals(NamedTuple):
+class Residuals(NamedTuple):
     """What the forward scan leaves for the reverse one."""
 
     slow: Any
@@ -56,10 +57,11 @@ def adapt(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, l
     Returns:
       Losses [B, M], NLL [B, M, b] and final fast weights. Differentiable in `fast`, `slow` and the hidden states.
     """
-    return _forward(suffix_def, inner, fast, slow, mini_batches, learning_rate)[0]
+    return forward_scan(suffix_def, inner, fast, slow, mini_batches, learning_rate)[0]
 
 
-def _forward(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, learning_rate):
+def forward_scan(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, learning_rate):
+    """What `adapt` returns, and the `Residuals` that its reverse needs."""
     B, M, b, _ = mini_batches.x_bD.shape
     suffix = merge(suffix_def, fast, slow)
     K = suffix.cache_size(M * b)
@@ -67,11 +69,11 @@ def _forward(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch
     def inner_step(carry, step):
         fast, stream = carry
         mini_batch, i = step
-        gradient, head, new = _inner_gradient(suffix_def, fast, slow, stream, mini_batch, i, K)
+        gradient, head, new, kept = inner_gradient(suffix_def, inner, fast, slow, stream, mini_batch, i, K)
         scale_B = jax.vmap(partial(clip_scale, clip_norm=inner.clip_norm))(gradient)
         next_fast, saved = jax.vmap(partial(trajectory.take_step, inner))(fast, gradient, learning_rate * scale_B)
         stream = jax.tree.map(lambda s, n: jax.lax.dynamic_update_slice_in_dim(s, n, K + i * b, axis=2), stream, new)
-        return (next_fast, stream), ((head, scale_B), saved)
+        return (next_fast, stream), ((head, scale_B), (saved, kept))
 
     empty = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape)), suffix.empty_cache(K + M * b))
     mini_batches_M = jax.tree.map(lambda a: a.swapaxes(0, 1), mini_batches)
@@ -79,11 +81,11 @@ def _forward(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch
     (final, stream), ((head_M, scale_MB), saved) = trajectory.scan(inner, inner_step, (fast, empty), steps)
     nll_BMb = head_M.nll_T.swapaxes(0, 1)
     loss_BM = jnp.sum(target_weights(mini_batches.is_target_b, nll_BMb.dtype) * nll_BMb, axis=-1)
-    residuals = _Residuals(slow, mini_batches_M, learning_rate, stream, head_M, scale_MB, saved, final)
+    residuals = Residuals(slow, mini_batches_M, learning_rate, stream, head_M, scale_MB, saved, final)
     return (loss_BM, nll_BMb, final), residuals
 
 
-def _reverse(suffix_def, inner: InnerConfig, residuals: _Residuals, cotangents):
+def _reverse(suffix_def, inner: InnerConfig, residuals: Residuals, cotangents):
     loss_bar_BM, nll_bar_BMb, final_bar = cotangents
     slow, mini_batches_M, learning_rate, stream, head_M, scale_MB, saved, final = residuals
     M, _, b, _ = mini_batches_M.x_bD.shape
@@ -91,21 +93,18 @@ def _reverse(suffix_def, inner: InnerConfig, residuals: _Residuals, cotangents):
 
     def replay_step(fast, step):
         mini_batch, i, _, scale_B, *_ = step
-        gradient, _, _ = _inner_gradient(suffix_def, fast, slow, stream, mini_batch, i, K)
-        return jax.vmap(sgd_update)(fast, gradient, learning_rate * scale_B)
+        gradient, _, _, kept = inner_gradient(suffix_def, inner, fast, slow, stream, mini_batch, i, K)
+        return jax.vmap(sgd_update)(fast, gradient, learning_rate * scale_B), kept
 
-    def reverse_step(carry, fast, update, step):
+    def reverse_step(carry, fast, update, kept, step):
         fast_bar, cache_bar, slow_bar = carry
         mini_batch, i, head, scale_B, loss_bar_B, nll_bar_Bb = step
         weight_Bb = target_weights(mini_batch.is_target_b, nll_bar_Bb.dtype)
         seeds = (nll_bar_Bb + loss_bar_B[:, None] * weight_Bb, cache_bar)
-        cache, num_empty = _window_cache(stream, i, b, K)
-        run = partial(_run_suffix, suffix_def, num_empty=num_empty, remat=inner.remat == "block")
-        if inner.gradient == "first_order":
-            program = partial(_first_order_program, run, mini_batch.targets_b)
-        else:
-            direction = jax.vmap(_update_cotangent)(fast_bar, update, learning_rate * scale_B, scale_B < 1)
-            program = partial(_dual_program, run, direction, mini_batch.targets_b, head)
+        cache, num_empty = window_cache(stream, i, b, K)
+        direction = jax.vmap(_update_cotangent)(fast_bar, update, learning_rate * scale_B, scale_B < 1)
+        program = reverse_program(suffix_def, inner, direction, mini_batch, num_empty, head, kept)
+        if inner.gradient != "first_order":
             seeds = (*seeds, weight_Bb)
         _, pull_back = jax.vjp(program, fast, cache, slow, mini_batch.x_bD)
         fast_bar_i, cache_bar, slow_bar_i, x_bar_BbD = pull_back(seeds)
@@ -115,44 +114,59 @@ def _reverse(suffix_def, inner: InnerConfig, residuals: _Residuals, cotangents):
         return (fast_bar, cache_bar, jax.tree.map(jnp.add, slow_bar, slow_bar_i)), x_bar_BbD
 
     steps = (mini_batches_M, jnp.arange(M), head_M, scale_MB, loss_bar_BM.T, nll_bar_BMb.swapaxes(0, 1))
-    carry = (final_bar, *jax.tree.map(jnp.zeros_like, (_window_cache(stream, 0, b, K)[0], slow)))
+    carry = (final_bar, *jax.tree.map(jnp.zeros_like, (window_cache(stream, 0, b, K)[0], slow)))
     (fast_bar, _, slow_bar), x_bar_M = trajectory.reverse_scan(
         inner, reverse_step, replay_step, carry, final, saved, steps
     )
     return fast_bar, slow_bar, MiniBatch(x_bar_M.swapaxes(0, 1), None, None), None
 
 
-adapt.defvjp(_forward, _reverse)
+adapt.defvjp(forward_scan, _reverse)
 
 
-def _run_suffix(suffix_def, fast, slow, cache: KeyValues, x_BbD, *, num_empty, remat: bool = False):
-    """The suffix over a mini-batch of every sequence: normed hidden states [B, b, D], new keys and values."""
+def reverse_program(suffix_def, inner: InnerConfig, direction, mini_batch: MiniBatch, num_empty, head: HeadPass, kept):
+    """What the reverse of a mini-batch differentiates: a function of (fast, cache, slow, x)."""
+    run = partial(_run_suffix, suffix_def, known=kept, num_empty=num_empty, remat=inner.remat == "block")
+    if inner.gradient == "first_order":
+        return partial(_first_order_program, run, mini_batch.targets_b)
+    return partial(_dual_program, partial(run, make_pass=DualPass), direction, mini_batch.targets_b, head)
 
-    def run(fast, cache, x_bD):
-        return merge(suffix_def, fast, slow)(x_bD, cache, num_empty, remat=remat)
 
-    return jax.vmap(run)(fast, cache, x_BbD)
+def _run_suffix(suffix_def, fast, slow, cache: KeyValues, x_BbD, *, num_empty, make_pass=Pass, known=(), remat: bool):
+    """The suffix over a mini-batch of every sequence: normed hidden states [B, b, D], new keys and values, and what the
+    pass kept."""
+
+    def run(fast, cache, x_bD, known):
+        suffix = merge(suffix_def, fast, slow)
+        return suffix(x_bD, cache, num_empty, make_pass=make_pass, known=known, remat=remat)
+
+    return jax.vmap(run)(fast, cache, x_BbD, known)
 
 
-def _inner_gradient(suffix_def, fast, slow, stream: KeyValues, mini_batch: MiniBatch, i, K: int):
-    """Gradient of each sequence's loss_i at its fast weights, the head's forward pass, the new keys and values."""
-    cache, num_empty = _window_cache(stream, i, mini_batch.targets_b.shape[1], K)
+def inner_gradient(suffix_def, inner: InnerConfig, fast, slow, stream: KeyValues, mini_batch: MiniBatch, i, K: int):
+    """Gradient of each sequence's loss_i at its fast weights, the head's forward pass, new keys and values, and what
+    the reverse of the mini-batch is to know already."""
+    cache, num_empty = window_cache(stream, i, mini_batch.targets_b.shape[1], K)
+    make_pass, remat = (Recording if inner.remat == "keep" else Pass), inner.remat == "block"
 
     def run(fast):
-        return _run_suffix(suffix_def, fast, slow, cache, mini_batch.x_bD, num_empty=num_empty)
+        hidden_BbD, new, kept = _run_suffix(
+            suffix_def, fast, slow, cache, mini_batch.x_bD, num_empty=num_empty, make_pass=make_pass, remat=remat
+        )
+        return hidden_BbD, (new, kept)
 
-    hidden_BbD, pull_back, new = jax.vjp(run, fast, has_aux=True)
+    hidden_BbD, pull_back, (new, kept) = jax.vjp(run, fast, has_aux=True)
     head = jax.vmap(head_pass, in_axes=(0, None, 0))(hidden_BbD, slow["head"], mini_batch.targets_b)
     weight_Bb = target_weights(mini_batch.is_target_b, head.nll_T.dtype)
     (gradient,) = pull_back((weight_Bb[..., None] * head.gradient_TD).astype(hidden_BbD.dtype))
-    return gradient, head, new
+    return gradient, head, new, kept
 
 
 def _dual_program(run, direction, targets_Bb, head: HeadPass, fast, cache: KeyValues, slow, x_BbD):
     """(NLL, window cache after the mini-batch, derivative of the NLL along `direction` of the fast weights)."""
 
     def primal(fast):
-        hidden_BbD, new = run(fast, slow, cache, x_BbD)
+        hidden_BbD, new, _ = run(fast, slow, cache, x_BbD)
         return hidden_BbD, cache.append(new)
 
     (hidden_BbD, cache), (hidden_dot_BbD, _) = jax.jvp(primal, (fast,), (direction,))
@@ -163,11 +177,11 @@ def _dual_program(run, direction, targets_Bb, head: HeadPass, fast, cache: KeyVa
 
 def _first_order_program(run, targets_Bb, fast, cache: KeyValues, slow, x_BbD):
     """(NLL, window cache after the mini-batch): what is left where updates are constants."""
-    hidden_BbD, new = run(fast, slow, cache, x_BbD)
+    hidden_BbD, new, _ = run(fast, slow, cache, x_BbD)
     return jax.vmap(token_nll, in_axes=(0, None, 0))(hidden_BbD, slow["head"], targets_Bb), cache.append(new)
 
 
-def _window_cache(stream_BLSGH: KeyValues, i, b: int, K: int):
+def window_cache(stream_BLSGH: KeyValues, i, b: int, K: int):
     """The window caches [B, L, K, G, H] that mini-batch i sees, and how many of their leading positions are empty."""
     cache = jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, i * b, K, axis=2), stream_BLSGH)
     return cache, jnp.maximum(K - i * b, 0)

@@ -25,7 +25,7 @@ class MiniBatch(NamedTuple):
 def mini_batch_loss(suffix_def, fast, slow, cache: KeyValues, num_empty, mini_batch: MiniBatch):
     """Mean NLL over the unmasked targets, and (NLL [b] of all targets, the window cache after the mini-batch)."""
     suffix = merge(suffix_def, fast, slow)
-    x_bD, new = suffix(mini_batch.x_bD, cache, num_empty)
+    x_bD, new, _ = suffix(mini_batch.x_bD, cache, num_empty)
     nll_b = suffix.nll(x_bD, mini_batch.targets_b)
     return masked_mean(nll_b, mini_batch.is_target_b), (nll_b, new)
 

@@ -10,12 +10,18 @@ The family is closed. In the notation of docs/kernels.md, with x = (q, k, v) and
     second_tangent  derivative of tangent along (z, z_dot)        linear in these       transposes to second_reverse
     second_reverse  what that transposes to                       linear in bars        transposes to second_tangent
 
+`forward` of a caller who takes jvp first and reverse second (`fused`) has its derivatives in fewer products:
+
+    dual            (o, lse, D(o, lse) y)(x)                      its jvp is dual_tangent
+    dual_tangent    derivative of dual along (z, z_dot)           linear in these       transposes to second_reverse
+
 Only x, (o, lse) and tangents of them are ever saved. The derivatives of the last three, which are third derivatives of
 attention, come from autodiff of their passes, and may save more.
 
-The passes themselves are a backend's, and arrays have the shapes of xla.py. All operands but those of `forward` begin
-with a point: q, k, v, num_empty, o, lse. `forward` takes keys and values in two parts, cached (of length 0 if none)
-and new: where the cached ones are constant, tangents and gradients are of the new ones alone.
+The passes themselves are a backend's, and arrays have the shapes of xla.py. The operands of all but `forward` and
+`dual` begin with a point: q, k, v, num_empty, o, lse. `forward` takes keys and values in two parts, cached (of length 0
+if none) and new: where the cached ones are constant, tangents and gradients are of the new ones alone. Those two may
+end with (o, lse), where these are known from an earlier pass.
 Parameter `num_keys`: how many of the last keys gradients are wanted of.
 """
 
@@ -28,20 +34,34 @@ from jax.interpreters import ad, batching, mlir
 
 from ttt_e2e.kernels import tiles, xla
 
-BACKENDS = {"xla": xla}  # modules with the functions forward, tangent, reverse and second_reverse of xla.py
+BACKENDS = {"xla": xla}  # modules with the functions forward, tangent, dual, reverse and second_reverse of xla.py
 POINT = 6  # operands
 
 
-def attend(q, k_cached, v_cached, k, v, num_empty, *, window: int, backend: str):
-    """Output [..., R, T, H] of attention to cached and new keys [..., S, H] together."""
-    return forward_p.bind(q, k_cached, v_cached, k, v, num_empty, window=window, backend=backend)[0]
+def attend(q, k_cached, v_cached, k, v, num_empty, *known, window: int, backend: str, fused: bool):
+    """Output [..., R, T, H] and lse [..., R, T] of attention to cached and new keys [..., S, H] together.
+
+    `known` is both of them, or nothing. `fused`: differentiated by jvp, with tangents of q, k and v, then in reverse.
+    """
+    operands = (q, k_cached, v_cached, k, v, num_empty, *known)
+    return forward_p.bind(*operands, window=window, backend=backend, fused=fused)
 
 
 # ---- the passes
 
 
-def _forward(q, k_cached, v_cached, k, v, num_empty, *, window, backend):
+def _forward(q, k_cached, v_cached, k, v, num_empty, *known, window, backend, fused):
+    if known:
+        return known
     return BACKENDS[backend].forward(q, _join(k_cached, k), _join(v_cached, v), num_empty, window=window)
+
+
+def _dual(q, k, v, num_empty, *operands, window, backend):
+    """(operands: point without (o, lse), y, known) -> (o, lse, their tangents)."""
+    y, known = _split(operands, 3)
+    if known:
+        return *known, *_tangent(q, k, v, num_empty, *known, *y, window=window, backend=backend)
+    return BACKENDS[backend].dual(q, k, v, num_empty, *y, window=window)
 
 
 def _tangent(*operands, window, backend):
@@ -64,6 +84,14 @@ def _hessian(*operands, window, backend, num_keys):
 def _second_reverse(*operands, window, backend, num_keys):
     """(operands: point, y, tangents of (o, lse), their cotangents) -> cotangents of x, y."""
     return BACKENDS[backend].second_reverse(*operands, window=window, num_keys=num_keys)
+
+
+def _dual_tangent(*operands, window, backend):
+    """(operands: as of `_second_tangent`) -> tangents of `dual` as x moves by z and y by z_dot."""
+    point, y_and_out_dot, z, z_dot = _split(operands, POINT, 5, 3)
+    params = {"window": window, "backend": backend}
+    out_dot = _tangent(*point, *z, **params)
+    return *out_dot, *_second_tangent(*point, *y_and_out_dot, *z, *z_dot, **params)
 
 
 def _second_tangent(*operands, window, backend):
@@ -91,8 +119,12 @@ def _x_avals(q, k, v, num_keys):
     return [q, *(a.update(shape=(*a.shape[:-2], num_keys, a.shape[-1])) for a in (k, v))]
 
 
-def _forward_avals(q, k_cached, v_cached, k, v, num_empty, **_):
+def _forward_avals(q, k_cached, v_cached, k, v, *_, **__):
     return _out_avals(q, v)
+
+
+def _dual_avals(q, k, v, *_, **__):
+    return _out_avals(q, v) * 2
 
 
 def _tangent_avals(q, k, v, *_, **__):
@@ -114,16 +146,27 @@ def _second_reverse_avals(q, k, v, *operands, num_keys, **__):
 # ---- derivatives. (In a linear program the operands that it is linear in are UndefinedPrimal, and `ct` may be Zero.)
 
 
-def _forward_jvp(primals, tangents, **params):
-    q, k_cached, v_cached, k_new, v_new, num_empty = primals
-    q_dot, k_cached_dot, v_cached_dot, k_dot, v_dot, _ = tangents
-    out = forward_p.bind(*primals, **params)
+def _forward_jvp(primals, tangents, *, fused, **params):
+    q, k_cached, v_cached, k_new, v_new, num_empty, *known = primals
+    q_dot, k_cached_dot, v_cached_dot, k_dot, v_dot, *_ = tangents
     k, v = _join(k_cached, k_new), _join(v_cached, v_new)
     k_dot, v_dot = ad.instantiate_zeros(k_dot), ad.instantiate_zeros(v_dot)
     if _any(k_cached_dot, v_cached_dot):
         k_dot = _join(ad.instantiate_zeros(k_cached_dot), k_dot)
         v_dot = _join(ad.instantiate_zeros(v_cached_dot), v_dot)
-    return out, tangent_p.bind(q, k, v, num_empty, *out, ad.instantiate_zeros(q_dot), k_dot, v_dot, **params)
+    y = (ad.instantiate_zeros(q_dot), k_dot, v_dot)
+    if fused:
+        out = dual_p.bind(q, k, v, num_empty, *y, *known, **params)
+        return out[:2], out[2:]
+    out = forward_p.bind(*primals, fused=fused, **params)
+    return out, tangent_p.bind(q, k, v, num_empty, *out, *y, **params)
+
+
+def _dual_jvp(primals, tangents, **params):
+    x, num_empty, y, _ = _split(primals, 3, 1, 3)
+    z, _, z_dot, _ = _split(map(ad.instantiate_zeros, tangents), 3, 1, 3)
+    o, lse, *out_dot = out = dual_p.bind(*primals, **params)
+    return out, dual_tangent_p.bind(*x, *num_empty, o, lse, *y, *out_dot, *z, *z_dot, **params)
 
 
 def _tangent_jvp(primals, tangents, **params):
@@ -160,6 +203,13 @@ def _hessian_transpose(ct, *operands, num_keys, **params):
     return [None] * len(fixed) + out[: 3 + len(bars_dot)]
 
 
+def _dual_tangent_transpose(ct, *operands, **params):
+    fixed, z, _ = _split(operands, POINT + 5, 3)
+    o_bar, lse_bar, o_dot_bar, lse_dot_bar = map(ad.instantiate_zeros, ct)
+    bars = (o_dot_bar, lse_dot_bar, o_bar, lse_bar)
+    return [None] * len(fixed) + second_reverse_p.bind(*fixed, *bars, num_keys=_num_keys(z), **params)
+
+
 def _second_tangent_transpose(ct, *operands, **params):
     fixed, z, _ = _split(operands, POINT + 5, 3)
     bars = map(ad.instantiate_zeros, ct)
@@ -167,8 +217,12 @@ def _second_tangent_transpose(ct, *operands, **params):
 
 
 def _second_reverse_transpose(ct, *operands, num_keys, **params):
-    fixed = operands[: POINT + 5]
-    return [None] * len(fixed) + second_tangent_p.bind(*fixed, *map(ad.instantiate_zeros, ct), **params)
+    fixed, bars = _split(operands, POINT + 5)
+    ct = map(ad.instantiate_zeros, ct)
+    if len(bars) == 2:
+        return [None] * len(fixed) + second_tangent_p.bind(*fixed, *ct, **params)
+    o_bar, lse_bar, o_dot_bar, lse_dot_bar = dual_tangent_p.bind(*fixed, *ct, **params)
+    return [None] * len(fixed) + [o_dot_bar, lse_dot_bar, o_bar, lse_bar]
 
 
 def _any(*tangents):
@@ -228,7 +282,7 @@ def _primitive(implementation, avals, num_empty_at=3) -> Primitive:
 
     primitive = Primitive(f"window_attention{implementation.__name__}")
     primitive.multiple_results = True
-    primitive.def_impl(jax.jit(run, static_argnames=("window", "backend", "num_keys")))
+    primitive.def_impl(jax.jit(run, static_argnames=("window", "backend", "num_keys", "fused")))
     primitive.def_abstract_eval(lambda *operands, **params: list(avals(*operands, **params)))
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
     batching.primitive_batchers[primitive] = partial(_batch, primitive, num_empty_at)
@@ -237,6 +291,8 @@ def _primitive(implementation, avals, num_empty_at=3) -> Primitive:
 
 forward_p = _primitive(_forward, _forward_avals, num_empty_at=5)
 tangent_p = _primitive(_tangent, _tangent_avals)
+dual_p = _primitive(_dual, _dual_avals)
+dual_tangent_p = _primitive(_dual_tangent, _dual_avals)
 reverse_p = _primitive(_reverse, _reverse_avals)
 hessian_p = _primitive(_hessian, _hessian_avals)
 second_tangent_p = _primitive(_second_tangent, _tangent_avals)
@@ -245,6 +301,8 @@ second_reverse_p = _primitive(_second_reverse, _second_reverse_avals)
 ad.primitive_jvps |= {
     forward_p: _forward_jvp,
     tangent_p: _tangent_jvp,
+    dual_p: _dual_jvp,
+    dual_tangent_p: partial(_high_jvp, dual_tangent_p, _dual_tangent, POINT + 5),
     reverse_p: _reverse_jvp,
     hessian_p: partial(_high_jvp, hessian_p, _hessian, POINT + 2),
     second_tangent_p: partial(_high_jvp, second_tangent_p, _second_tangent, POINT + 5),
@@ -254,6 +312,7 @@ ad.primitive_transposes |= {
     tangent_p: _tangent_transpose,
     reverse_p: _reverse_transpose,
     hessian_p: _hessian_transpose,
+    dual_tangent_p: _dual_tangent_transpose,
     second_tangent_p: _second_tangent_transpose,
     second_reverse_p: _second_reverse_transpose,
 }

@@ -19,7 +19,7 @@ def visible_keys(num_queries: int, num_keys: int, window: int, num_empty=0):
 
 
 def attend(q_TNH, k_SGH, v_SGH, *, window: int, num_empty=0):
-    """Softmax attention [T, N, H]; scores and their statistics in float32 (or wider) whatever the input dtype."""
+    """Softmax attention [T, N, H] and its lse [T, N]; scores and their statistics in float32 or wider."""
     T, N, H = q_TNH.shape
     S, G, _ = k_SGH.shape
     q_TGRH = q_TNH.reshape(T, G, N // G, H)
@@ -27,4 +27,5 @@ def attend(q_TNH, k_SGH, v_SGH, *, window: int, num_empty=0):
     scores_GRTS = jnp.einsum("tgrh,sgh->grts", q_TGRH, k_SGH, preferred_element_type=wide) * H**-0.5
     scores_GRTS = jnp.where(visible_keys(T, S, window, num_empty), scores_GRTS, MASKED_SCORE)
     weights_GRTS = jax.nn.softmax(scores_GRTS, axis=-1).astype(v_SGH.dtype)
-    return jnp.einsum("grts,sgh->tgrh", weights_GRTS, v_SGH).reshape(T, N, H)
+    out_TNH = jnp.einsum("grts,sgh->tgrh", weights_GRTS, v_SGH).reshape(T, N, -1)
+    return out_TNH, jax.nn.logsumexp(scores_GRTS, axis=-1).reshape(N, T).T

@@ -25,20 +25,19 @@ def wide(dtype):
 
 def forward(q, k, v, visible):
     """Output and lse [2 matrix products]."""
-    scores = jnp.where(visible, _scores(q, k), MASKED_SCORE)
-    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    p = jnp.exp(scores - largest)
-    total = jnp.sum(p, axis=-1, keepdims=True)
-    return _sum_keys(p, v) / total, largest + jnp.log(total)
+    weights, total, lse = _softmax(q, k, visible)
+    return _sum_keys(weights, v) / total, lse
 
 
 def tangent(q, k, v, lse, q_dot, k_dot, v_dot, visible):
     """o_dot and lse_dot [5]."""
-    p = _probabilities(q, k, lse, visible)
-    scores_dot = _add_last(_scores(q_dot, k), _scores(q, k_dot))
-    lse_dot = _mean(p, scores_dot)
-    o_dot = _sum_keys(p * (scores_dot - lse_dot), v) + _sum_keys(_last(p, v_dot), v_dot)
-    return o_dot, lse_dot
+    return _tangent(_probabilities(q, k, lse, visible), q, k, v, q_dot, k_dot, v_dot)
+
+
+def dual(q, k, v, q_dot, k_dot, v_dot, visible):
+    """Output, lse and the tangents of both [6]: the forward and tangent passes in one."""
+    weights, total, lse = _softmax(q, k, visible)
+    return _sum_keys(weights, v) / total, lse, *_tangent(weights / total, q, k, v, q_dot, k_dot, v_dot)
 
 
 def reverse(q, k, v, lse, o_bar, lse_bar, visible, num_keys):
@@ -78,6 +77,22 @@ def second_reverse(q, k, v, lse, q_dot, k_dot, v_dot, lse_dot, bars, visible, nu
     k_bar = _sum_rows(scores_bar[..., -num_keys:], q) + _sum_rows(scores_dot_bar[..., -num_keys:], q_dot)
     dots = _sum_keys(scores_dot_bar, k) * scale, _sum_rows(_last(scores_dot_bar, k_dot), q) * scale
     return q_bar * scale, k_bar * scale, v_bar, *dots, _sum_rows(_last(p, v_dot), o_dot_bar)
+
+
+def _softmax(q, k, visible):
+    """Unnormalised weights, their total, lse."""
+    scores = jnp.where(visible, _scores(q, k), MASKED_SCORE)
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights, total, largest + jnp.log(total)
+
+
+def _tangent(p, q, k, v, q_dot, k_dot, v_dot):
+    scores_dot = _add_last(_scores(q_dot, k), _scores(q, k_dot))
+    lse_dot = _mean(p, scores_dot)
+    o_dot = _sum_keys(p * (scores_dot - lse_dot), v) + _sum_keys(_last(p, v_dot), v_dot)
+    return o_dot, lse_dot
 
 
 def _probabilities(q, k, lse, visible):

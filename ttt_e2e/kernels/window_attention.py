@@ -16,6 +16,7 @@ from ttt_e2e.kernels import cudnn, primitives, reference, splash
 # Differentiable once, and only where queries and keys are the same positions.
 FIRST_ORDER = {"cudnn": cudnn.attend, "splash": splash.attend}
 BACKENDS = ("reference", *primitives.BACKENDS, *FIRST_ORDER)
+DERIVATIVES = ("any", "first_order", "reverse_of_tangent")
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,9 @@ def window_attention(
     num_empty=0,
     cached_k=None,
     cached_v=None,
-    first_order: bool = False,
+    derivatives: str = "any",
+    known: tuple[jax.Array, jax.Array] | None = None,
+    with_lse: bool = False,
     backend: str = "auto",
 ):
     """Causal attention of the last T of S positions to the `window` most recent ones, themselves included.
@@ -47,38 +50,56 @@ def window_attention(
       cached_k: keys [C, G, H] of the positions before the new ones. Equivalent to leading keys in `k_SGH`, but where
         they are constant no work is spent on their tangents and gradients.
       cached_v: their values.
-      first_order: the caller differentiates at most once, which admits the fused kernels of GPUs and TPUs.
+      derivatives: what the caller takes. "first_order": one derivative at most, which admits the fused kernels of GPUs
+        and TPUs. "reverse_of_tangent": a jvp that moves queries, new keys and values, and then its reverse, which takes
+        fewer products so. "any" is always right.
+      known: the result of an earlier call with these queries, keys and values, `with_lse`; it is not computed again.
+      with_lse: whether to return lse too, the log of the softmax's denominator.
       backend: "reference" (dense), "xla" (blocked, everywhere), "cudnn" and "splash" (first order only), or "auto".
 
     Returns:
-      Attention output [T, N, H] in the dtype of the values.
+      Attention output [T, N, H] in the dtype of the values; `with_lse`, (output, lse [T, N]).
 
     Raises:
       UserError: shapes that do not fit, or a backend that cannot do this.
     """
     cached = (cached_k, cached_v)
     _check_shapes(q_TNH, k_SGH, v_SGH, cached, window)
-    T, N, H = q_TNH.shape
+    _check_one_of("derivatives", derivatives, DERIVATIVES)
+    _check_one_of("backend", backend, ("auto", *BACKENDS))
+    T, N, _ = q_TNH.shape
     G = k_SGH.shape[1]
-    obstacle = _first_order_obstacle(q_TNH, k_SGH, cached_k, num_empty, first_order)
+    obstacle = _first_order_obstacle(q_TNH, k_SGH, cached_k, num_empty, derivatives == "first_order", known or with_lse)
     if backend == "auto":
         backend = _choose(jax.default_backend(), fused=not obstacle)
-    elif backend not in BACKENDS:
-        raise UserError(f"backend = {backend!r} of window_attention: legal are auto, {', '.join(BACKENDS)}")
-    elif backend in FIRST_ORDER and obstacle:
-        raise UserError(f"backend = {backend!r} of window_attention {obstacle}: use auto, xla or reference")
     if backend in FIRST_ORDER:
+        if obstacle:
+            raise UserError(f"backend = {backend!r} of window_attention {obstacle}: use auto, xla or reference")
         return FIRST_ORDER[backend](q_TNH, k_SGH, v_SGH, window=window)
     if backend == "reference":
         k_SGH, v_SGH = (a if c is None else jnp.concatenate([c, a]) for c, a in zip(cached, (k_SGH, v_SGH)))
-        return reference.attend(q_TNH, k_SGH, v_SGH, window=window, num_empty=num_empty)
+        out_TNH, lse_TN = reference.attend(q_TNH, k_SGH, v_SGH, window=window, num_empty=num_empty)
+        return (out_TNH, lse_TN) if with_lse else out_TNH
     if cached_k is None:  # an empty cache; its tangent is known to be zero
         cached = (jnp.zeros((0, *a.shape[1:]), a.dtype) for a in (k_SGH, v_SGH))
-    q_GRTH = q_TNH.reshape(T, G, N // G, H).transpose(1, 2, 0, 3)
+
+    def by_head(a_TN):  # [T, N, ...] -> [G, R, T, ...]
+        return jnp.moveaxis(a_TN.reshape(T, G, N // G, *a_TN.shape[2:]), 0, 2)
+
+    def by_position(a_GRT):
+        return jnp.moveaxis(a_GRT, 2, 0).reshape(T, N, *a_GRT.shape[3:])
+
     keys = (a.swapaxes(0, 1) for a in (*cached, k_SGH, v_SGH))
-    num_empty = jnp.asarray(num_empty, jnp.int32)
-    out_GRTH = primitives.attend(q_GRTH, *keys, num_empty, window=window, backend=backend)
-    return out_GRTH.transpose(2, 0, 1, 3).reshape(T, N, -1)
+    out_GRTH, lse_GRT = primitives.attend(
+        by_head(q_TNH),
+        *keys,
+        jnp.asarray(num_empty, jnp.int32),
+        *(map(by_head, known) if known else ()),
+        window=window,
+        backend=backend,
+        fused=derivatives == "reverse_of_tangent",
+    )
+    return (by_position(out_GRTH), by_position(lse_GRT)) if with_lse else by_position(out_GRTH)
 
 
 @lru_cache
@@ -89,11 +110,13 @@ def _choose(platform: str, fused: bool) -> str:
     return backend
 
 
-def _first_order_obstacle(q_TNH, k_SGH, cached_k, num_empty, first_order) -> str:
+def _first_order_obstacle(q_TNH, k_SGH, cached_k, num_empty, first_order: bool, needs_lse) -> str:
     """Why the fused kernels cannot do it; empty where they can."""
     T, _, H = q_TNH.shape
     if not first_order:
-        return "can be differentiated only once, which the caller must allow by first_order=True"
+        return "can be differentiated only once, which the caller must allow by derivatives='first_order'"
+    if needs_lse:
+        return "neither returns lse nor takes what is known"
     if k_SGH.shape[0] != T or cached_k is not None or not isinstance(num_empty, int) or num_empty:
         return "needs as many keys as queries, none of them cached or empty"
     if q_TNH.dtype.itemsize != 2 or H % 8 or H > 128:
@@ -101,6 +124,11 @@ def _first_order_obstacle(q_TNH, k_SGH, cached_k, num_empty, first_order) -> str
             f"takes bfloat16 or float16 and a head width that is a multiple of 8 up to 128, not {q_TNH.dtype} and {H}"
         )
     return ""
+
+
+def _check_one_of(name: str, value: str, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise UserError(f"{name} = {value!r} of window_attention: legal are {', '.join(legal)}")
 
 
 def _check_shapes(q_TNH, k_SGH, v_SGH, cached, window) -> None:

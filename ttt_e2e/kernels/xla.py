@@ -38,6 +38,20 @@ def tangent(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, *, window):
     return o_dot.astype(o.dtype), lse_dot[..., 0]
 
 
+def dual(q, k, v, num_empty, q_dot, k_dot, v_dot, *, window):
+    """`forward` and `tangent` in one: output, lse and the tangents of both."""
+
+    def tile(rows, keys, visible):
+        (q, q_dot), (k, v, k_dot, v_dot) = rows, keys
+        return tiles.dual(q, k, v, q_dot, k_dot, v_dot, visible), ()
+
+    H = v.shape[-1]
+    (o, lse, o_dot, lse_dot), _ = _sweep(
+        tile, (q, q_dot), (k, v, k_dot, v_dot), num_empty, window, outputs=(H, 1, H, 1)
+    )
+    return o.astype(v.dtype), lse[..., 0], o_dot.astype(v.dtype), lse_dot[..., 0]
+
+
 def reverse(q, k, v, num_empty, o, lse, o_bar, lse_bar, *, window, num_keys):
     """Gradients of q and of the last `num_keys` of k and v."""
 

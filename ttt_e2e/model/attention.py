@@ -3,15 +3,16 @@
 Shapes: `T` new positions, `K` cached positions, `D` model width, `N` query heads, `G` key/value heads, `H` head width.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ttt_e2e.kernels import window_attention
 from ttt_e2e.model.norm import RMSNorm
 from ttt_e2e.model.parameters import matrix
+from ttt_e2e.model.passes import Pass
 from ttt_e2e.model.rope import rotate
 
 
@@ -47,11 +48,12 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(H, config)
         self.config = config
 
-    def __call__(self, x_TD, *, window: int, cache: KeyValues | None = None, num_empty=0):
+    def __call__(self, x_TD, compute: Pass, *, window: int, cache: KeyValues | None = None, num_empty=0):
         """Attends to the window of each position, which may reach back into the cache.
 
         Args:
           x_TD: normed hidden states of T consecutive positions.
+          compute: who computes products and attention.
           window: k; 0 = full attention.
           cache: the K positions before x_TD, or None where x_TD begins the sequence. Positions count from the
             beginning of the cache: absolute float32 angles would be wrong by 0.06 rad at position 2M.
@@ -61,20 +63,19 @@ class Attention(nnx.Module):
           Output [T, D] and the new keys and values [T, G, H].
         """
         config, T = self.config, x_TD.shape[0]
-        q_TNH = self._heads(x_TD, self.wq, config.num_attention_heads)
-        k_TGH = self._heads(x_TD, self.wk, config.num_key_value_heads)
-        v_TGH = self._heads(x_TD, self.wv, config.num_key_value_heads)
+        q_TNH = self._heads(compute.product(x_TD, self.wq[...]))
+        k_TGH = self._heads(compute.product(x_TD, self.wk[...]))
+        v_TGH = self._heads(compute.product(x_TD, self.wv[...]))
         if config.qk_norm:
             q_TNH, k_TGH = self.q_norm(q_TNH), self.k_norm(k_TGH)
         new = KeyValues(k_TGH, v_TGH)
-        k_SGH, v_SGH = new
-        if cache is not None:
-            k_SGH, v_SGH = jnp.concatenate([cache.k, k_TGH]), jnp.concatenate([cache.v, v_TGH])
-        S = k_SGH.shape[0]
-        q_TNH = rotate(q_TNH, jnp.arange(S - T, S), theta=config.rope_theta, style=config.rope_style)
-        k_SGH = rotate(k_SGH, jnp.arange(S), theta=config.rope_theta, style=config.rope_style)
-        out_TNH = window_attention(q_TNH, k_SGH, v_SGH, window=window, num_empty=num_empty)
-        return out_TNH.reshape(T, -1) @ self.wo[...].astype(x_TD.dtype), new
+        K = 0 if cache is None else cache.k.shape[0]
+        rotated = partial(rotate, theta=config.rope_theta, style=config.rope_style)
+        q_TNH, k_TGH = (rotated(a, jnp.arange(K, K + T)) for a in (q_TNH, k_TGH))
+        # Cached keys and values go in apart: constants to the inner gradient, which then spends nothing on them.
+        cached = {} if cache is None else {"cached_k": rotated(cache.k, jnp.arange(K)), "cached_v": cache.v}
+        out_TNH = compute.attention(q_TNH, k_TGH, v_TGH, window=window, num_empty=num_empty, **cached)
+        return compute.product(out_TNH.reshape(T, -1), self.wo[...]), new
 
-    def _heads(self, x_TD, weight: nnx.Param, num_heads: int):
-        return (x_TD @ weight[...].astype(x_TD.dtype)).reshape(-1, num_heads, self.config.head_dim)
+    def _heads(self, x_T):
+        return x_T.reshape(x_T.shape[0], -1, self.config.head_dim)

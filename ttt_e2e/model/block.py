@@ -6,6 +6,7 @@ from ttt_e2e.model.attention import Attention, KeyValues
 from ttt_e2e.model.mlp import SwiGLU
 from ttt_e2e.model.norm import RMSNorm
 from ttt_e2e.model.parameters import FastParam
+from ttt_e2e.model.passes import Pass
 
 
 class Block(nnx.Module):
@@ -27,12 +28,12 @@ class Block(nnx.Module):
                 self.fast_mlp_post_norm = RMSNorm(D, config)
         self.fast, self.post_norm = fast, config.post_norm
 
-    def __call__(self, x_TD, *, window: int, cache: KeyValues | None = None, num_empty=0):
+    def __call__(self, x_TD, compute: Pass, *, window: int, cache: KeyValues | None = None, num_empty=0):
         """Hidden states [T, D] to hidden states [T, D] and the new keys and values [T, G, H]; see `Attention`."""
-        y_TD, new = self.attention(self.attention_norm(x_TD), window=window, cache=cache, num_empty=num_empty)
+        y_TD, new = self.attention(self.attention_norm(x_TD), compute, window=window, cache=cache, num_empty=num_empty)
         x_TD = x_TD + (self.attention_post_norm(y_TD) if self.post_norm else y_TD)
         if self.fast:
-            y_TD = self.fast_mlp(self.fast_mlp_norm(x_TD))
+            y_TD = self.fast_mlp(self.fast_mlp_norm(x_TD), compute)
             x_TD = x_TD + (self.fast_mlp_post_norm(y_TD) if self.post_norm else y_TD)
-        y_TD = self.mlp(self.mlp_norm(x_TD))
+        y_TD = self.mlp(self.mlp_norm(x_TD), compute)
         return x_TD + (self.mlp_post_norm(y_TD) if self.post_norm else y_TD), new

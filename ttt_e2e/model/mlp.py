@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from ttt_e2e.model.parameters import matrix
+from ttt_e2e.model.passes import Pass
 
 
 class SwiGLU(nnx.Module):
@@ -14,7 +15,7 @@ class SwiGLU(nnx.Module):
         self.w2 = matrix(rngs, (width, config.hidden_size), config, kind)
         self.w3 = matrix(rngs, (config.hidden_size, width), config, kind)
 
-    def __call__(self, x_TD):
+    def __call__(self, x_TD, compute: Pass):
         """[T, D] to [T, D]; the products are computed in the dtype of `x_TD`."""
-        gate_TF = jax.nn.silu(x_TD @ self.w1[...].astype(x_TD.dtype))
-        return (gate_TF * (x_TD @ self.w3[...].astype(x_TD.dtype))) @ self.w2[...].astype(x_TD.dtype)
+        gate_TF = jax.nn.silu(compute.product(x_TD, self.w1[...]))
+        return compute.product(gate_TF * compute.product(x_TD, self.w3[...]), self.w2[...])

@@ -13,6 +13,7 @@ from ttt_e2e.model.block import Block
 from ttt_e2e.model.loss import token_nll
 from ttt_e2e.model.norm import RMSNorm
 from ttt_e2e.model.parameters import matrix
+from ttt_e2e.model.passes import FirstOrderPass, Pass
 
 
 class Transformer(nnx.Module):
@@ -37,11 +38,14 @@ class Transformer(nnx.Module):
         """Token embeddings [T, D] in the compute dtype."""
         return self.embedding[...][tokens_T].astype(jnp.dtype(self.config.compute_dtype))
 
-    def run_prefix(self, x_TD):
-        """All prefix blocks over a whole sequence [T, D] in parallel, each rematerialised in the backward pass."""
+    def run_prefix(self, x_TD, *, remat: bool = True):
+        """All prefix blocks over a whole sequence [T, D] in parallel; may be differentiated once.
+
+        remat: whether each block is rematerialised in the backward pass.
+        """
         if not self.config.num_prefix_blocks:
             return x_TD
-        return _scan_blocks(self.prefix, self.config.windows, x_TD, remat=True)[0]
+        return _scan_blocks(self.prefix, self.config.windows, FirstOrderPass, x_TD, remat=remat)[0]
 
     def make_suffix(self) -> "Suffix":
         """The part of the model that reads mini-batch by mini-batch; it shares this model's weights."""
@@ -62,20 +66,25 @@ class Suffix(nnx.Module):
     def __init__(self, config, blocks: Block, final_norm: RMSNorm, head_DV: nnx.Param):
         self.config, self.blocks, self.final_norm, self.head = config, blocks, final_norm, head_DV
 
-    def __call__(self, x_bD, cache_LKGH: KeyValues, num_empty, *, remat: bool = False):
+    def __call__(self, x_bD, cache_LKGH: KeyValues, num_empty, *, make_pass=Pass, known=(), remat: bool = False):
         """All suffix blocks and the final norm over one mini-batch.
 
         Args:
           x_bD: the mini-batch's hidden states after the prefix.
           cache_LKGH: the window caches of the blocks.
           num_empty: leading positions of the caches that hold nothing yet (may be traced).
+          make_pass: what kind of pass this is: makes the `Pass` of each block, from what is known of it.
+          known: the results that a `Recording` pass kept, for a pass that takes them; its leaves begin with L.
           remat: whether each block is rematerialised in the backward pass.
 
         Returns:
-          Normed hidden states [b, D] and the mini-batch's own keys and values [L, b, G, H].
+          Normed hidden states [b, D], the mini-batch's own keys and values [L, b, G, H], and the results that the pass
+          kept.
         """
-        x_bD, new = _scan_blocks(self.blocks, self.config.windows, x_bD, cache_LKGH, num_empty, remat=remat)
-        return self.final_norm(x_bD), new
+        x_bD, new, kept = _scan_blocks(
+            self.blocks, self.config.windows, make_pass, x_bD, cache_LKGH, num_empty, known, remat=remat
+        )
+        return self.final_norm(x_bD), new, kept
 
     def nll(self, x_bD, targets_b):
         """Negative log likelihood [b] of the targets, float32 nats, from what `__call__` returns."""
@@ -104,29 +113,30 @@ def _stack(config, rngs: nnx.Rngs, num_blocks: int, *, fast: bool) -> Block:
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(key)))(keys))
 
 
-def _scan_blocks(stack: Block, windows: tuple[int, ...], x_TD, cache_LKGH=None, num_empty=0, *, remat: bool = False):
+def _scan_blocks(stack: Block, windows, make_pass, x_TD, cache_LKGH=None, num_empty=0, known=(), *, remat: bool):
     """Runs stacked blocks one after another; block i has window `windows[i % len(windows)]`.
 
-    Returns the hidden states and, where there are caches, the new keys and values [L, T, G, H].
+    Returns the hidden states, the new keys and values [L, T, G, H] where there are caches, and what the passes kept.
     """
     graphdef, state = nnx.split(stack)
 
-    def run_block(x_TD, state, cache_KGH, window):
-        return nnx.merge(graphdef, state)(x_TD, window=window, cache=cache_KGH, num_empty=num_empty)
+    def run_block(x_TD, state, cache_KGH, known, window):
+        compute = make_pass(known)
+        block = nnx.merge(graphdef, state)
+        x_TD, new_TGH = block(x_TD, compute, window=window, cache=cache_KGH, num_empty=num_empty)
+        return x_TD, (None if cache_KGH is None else new_TGH, compute.kept)
 
     if remat:
-        run_block = jax.checkpoint(run_block, static_argnums=3, prevent_cse=False)
+        run_block = jax.checkpoint(run_block, static_argnums=4, prevent_cse=False)
 
     def run_period(x_TD, period):
-        new = []
+        outputs = []
         for i, window in enumerate(windows):
-            state, cache_KGH = jax.tree.map(lambda a, i=i: a[i], period)
-            x_TD, new_TGH = run_block(x_TD, state, cache_KGH, window)
-            new.append(new_TGH)
-        if cache_LKGH is None:
-            return x_TD, None
-        return x_TD, jax.tree.map(lambda *arrays: jnp.stack(arrays), *new)
+            x_TD, output = run_block(x_TD, *jax.tree.map(lambda a, i=i: a[i], period), window)
+            outputs.append(output)
+        return x_TD, jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)
 
-    periods = jax.tree.map(lambda a: a.reshape(-1, len(windows), *a.shape[1:]), (state, cache_LKGH))
-    x_TD, new = jax.lax.scan(run_period, x_TD, periods)
-    return x_TD, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), new)
+    blocks = (state, cache_LKGH, known)
+    periods = jax.tree.map(lambda a: a.reshape(-1, len(windows), *a.shape[1:]), blocks)
+    x_TD, outputs = jax.lax.scan(run_period, x_TD, periods)
+    return x_TD, *jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)

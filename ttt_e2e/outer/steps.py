@@ -17,7 +17,7 @@ from ttt_e2e.config import Config
 from ttt_e2e.inner import Reading, inner_learning_rate, read_batch
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.parameters import split
-from ttt_e2e.outer import sharding
+from ttt_e2e.outer import policies, sharding
 from ttt_e2e.outer.optimizer import gradient_norm, learning_rate_schedule
 
 
@@ -47,7 +47,9 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, mes
 
     metrics: scalars `loss`, `grad_norm` (before clipping), `learning_rate` and `inner_learning_rate` of this step.
     """
-    read = _reader(config, mesh)
+    graphdef, params = abstract_model(config)
+    config = policies.for_training(config, graphdef, params, mesh)
+    read = _reader(config, graphdef, mesh)
     rate_at = learning_rate_schedule(config.optimizer)
 
     def loss(params, tokens, inner_rate):
@@ -80,7 +82,7 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, mes
 
 def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
     """The compiled evaluation: (params, tokens [B, T + 1], inner learning rate) -> (loss [B], token_nll [B, T])."""
-    read = _reader(config, mesh)
+    read = _reader(policies.for_reading(config), abstract_model(config)[0], mesh)
 
     def eval_step(params, tokens, inner_rate):
         reading = read(params, tokens, inner_rate)
@@ -93,9 +95,8 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
     )
 
 
-def _reader(config: Config, mesh: Mesh) -> Callable[..., Reading]:
+def _reader(config: Config, graphdef, mesh: Mesh) -> Callable[..., Reading]:
     """(params, tokens [B, T + 1], inner learning rate) -> what reading them gives."""
-    graphdef, _ = abstract_model(config)
 
     def read(params, tokens, inner_rate):
         fast = sharding.per_sequence(params["fast"], tokens.shape[0], mesh)

@@ -1,0 +1,123 @@
+"""What a meta-gradient holds in memory, estimated from shapes alone, and what "auto" means for its policies.
+
+Nothing is computed or compiled: the estimate adds up what JAX would save for each reverse pass. XLA fuses some of that
+away and adds buffers of its own; the test compares both.
+
+Shapes: `B` sequences, `T` sequence, `M` mini-batches of a sequence, `b` inner mini-batch.
+"""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from ttt_e2e.config import InnerConfig
+from ttt_e2e.inner import meta_gradient, trajectory
+from ttt_e2e.inner.loop import make_mini_batches
+from ttt_e2e.model.parameters import merge, split
+
+# (trajectory, remat) by the matrix products that they take. Those of a slow suffix weight, in forward passes of it:
+# 7 where activations are kept, 8, 9 (segments redone, activations kept), 10, 10 and 12.
+FASTEST_FIRST = (
+    ("store", "keep"),
+    ("delta", "keep"),
+    ("store", "mini_batch"),
+    ("delta", "mini_batch"),
+    ("segment", "keep"),
+    ("store", "block"),
+    ("delta", "block"),
+    ("segment", "mini_batch"),
+    ("segment", "block"),
+)
+
+
+def choose(inner: InnerConfig, graphdef, fast, slow, tokens, budget: int) -> tuple[InnerConfig, int]:
+    """Replaces "auto" in `trajectory` and `remat` by the fastest pair that fits, or else by the smallest.
+
+    Args:
+      inner: the inner loop's configuration.
+      graphdef: static structure of the `Transformer`.
+      fast: shapes of its fast weights.
+      slow: shapes of its slow weights.
+      tokens: shape [B, T + 1] of the sequences that one device reads at once.
+      budget: bytes that `held_bytes` may reach.
+
+    Returns:
+      The configuration and the bytes estimated for it.
+    """
+    estimates = {}
+    for policies in FASTEST_FIRST:
+        if any(wanted not in ("auto", policy) for wanted, policy in zip((inner.trajectory, inner.remat), policies)):
+            continue
+        candidate = dataclasses.replace(inner, trajectory=policies[0], remat=policies[1])
+        estimates[candidate] = held_bytes(candidate, graphdef, fast, slow, tokens)
+        if estimates[candidate] <= budget:
+            return candidate, estimates[candidate]
+    smallest = min(estimates, key=estimates.get)
+    return smallest, estimates[smallest]
+
+
+def held_bytes(inner: InnerConfig, graphdef, fast, slow, tokens) -> int:
+    """Peak bytes of the temporaries of one loss and meta-gradient; arguments as of `choose`, none of them "auto"."""
+    shapes = jax.eval_shape(partial(_held, inner, graphdef), fast, slow, tokens)
+    size = {name: _bytes(arrays) for name, arrays in shapes.items()}
+    prefix = size["prefix"] + size["prefix_block"]
+    if "scan" not in shapes:
+        return prefix
+    # Carried or made anew by each step: W_i, W_bar, g, u and the update; gradients of slow weights, and their sum.
+    carried = 5 * size["fast"] + 2 * size["slow"]
+    if inner.trajectory == "segment":
+        length = trajectory.segment_length(inner, tokens.shape[1] // inner.mini_batch_size)
+        carried += length * (size["fast"] + size["kept"])
+    suffix = size["prefix"] + size["scan"] + size["mini_batch"] + size["block"] + carried
+    return max(prefix, suffix)
+
+
+def _held(inner: InnerConfig, graphdef, fast, slow, tokens) -> dict:
+    """The arrays that are held, by what holds them."""
+    config = merge(graphdef, fast, slow).config
+
+    def mini_batches(slow, remat):
+        return make_mini_batches(merge(graphdef, fast, slow), tokens, dataclasses.replace(inner, remat=remat), bos_id=0)
+
+    def saved_by_prefix(remat):
+        return jax.vjp(lambda slow: mini_batches(slow, remat).x_bD, slow)[1]
+
+    held = {"prefix": saved_by_prefix(inner.remat), "prefix_block": ()}
+    if inner.remat != "keep" and config.num_prefix_blocks:
+        held["prefix_block"] = _share(saved_by_prefix("keep"), config.num_prefix_blocks)
+    if not config.num_fast_blocks:
+        return held
+
+    suffix_def, one_fast, slow_suffix = split(merge(graphdef, fast, slow).make_suffix())
+    fast_B = jax.tree.map(lambda w: jnp.broadcast_to(w, (len(tokens), *w.shape)), one_fast)
+    _, scan = meta_gradient.forward_scan(
+        suffix_def, inner, fast_B, slow_suffix, mini_batches(slow, inner.remat), jnp.float32(1)
+    )
+    mini_batch = jax.tree.map(lambda a: a[0], scan.mini_batches_M)
+    b, stream = mini_batch.targets_b.shape[1], scan.stream_BLSGH
+    K = stream.k.shape[2] - len(scan.scale_MB) * b
+    cache, num_empty = meta_gradient.window_cache(stream, 0, b, K)
+    _, head, _, kept = meta_gradient.inner_gradient(suffix_def, inner, fast_B, slow_suffix, stream, mini_batch, 0, K)
+
+    def saved_by_reverse(remat):
+        policies = dataclasses.replace(inner, remat=remat)
+        program = meta_gradient.reverse_program(suffix_def, policies, fast_B, mini_batch, num_empty, head, kept)
+        return jax.vjp(program, fast_B, cache, slow_suffix, mini_batch.x_bD)[1]
+
+    held |= {"fast": fast_B, "slow": slow_suffix, "scan": scan, "kept": kept, "block": ()}
+    held["mini_batch"] = saved_by_reverse(inner.remat)
+    if inner.remat == "block":
+        held["block"] = _share(saved_by_reverse("mini_batch"), config.num_fast_blocks)
+    return held
+
+
+def _share(arrays, count: int):
+    """A `count`-th of some arrays."""
+    return [jnp.zeros(math.ceil(_bytes(arrays) / count), jnp.uint8)]
+
+
+def _bytes(arrays) -> int:
+    return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(arrays))
