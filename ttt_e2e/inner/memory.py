@@ -107,7 +107,7 @@ def _held(inner: InnerConfig, graphdef, fast, slow, tokens) -> dict:
         program = meta_gradient.reverse_program(suffix_def, policies, fast_B, mini_batch, num_empty, head, kept)
         return jax.vjp(program, fast_B, cache, slow_suffix, mini_batch.x_bD)[1]
 
-    held |= {"fast": fast_B, "slow": slow_suffix, "scan": scan, "kept": kept, "block": ()}
+    held |= {"fast": fast_B, "slow": slow_suffix, "scan": scan, "kept": (head, kept), "block": ()}
     held["mini_batch"] = saved_by_reverse(inner.remat)
     if inner.remat == "block":
         held["block"] = _share(saved_by_reverse("mini_batch"), config.num_fast_blocks)

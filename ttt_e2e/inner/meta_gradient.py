@@ -36,9 +36,8 @@ class Residuals(NamedTuple):
     mini_batches_M: MiniBatch
     learning_rate: jax.Array
     stream_BLSGH: KeyValues  # K empty positions, then all keys and values; window caches are slices of it
-    head_M: HeadPass
     scale_MB: jax.Array  # clip scales
-    trajectory: Any  # what rebuilds W_i
+    trajectory: Any  # what rebuilds W_i, and what else is known of each mini-batch
     final_fast: Any  # W_M
 
 
@@ -73,37 +72,37 @@ def forward_scan(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniB
         scale_B = jax.vmap(partial(clip_scale, clip_norm=inner.clip_norm))(gradient)
         next_fast, saved = jax.vmap(partial(trajectory.take_step, inner))(fast, gradient, learning_rate * scale_B)
         stream = jax.tree.map(lambda s, n: jax.lax.dynamic_update_slice_in_dim(s, n, K + i * b, axis=2), stream, new)
-        return (next_fast, stream), ((head, scale_B), (saved, kept))
+        return (next_fast, stream), ((head.nll_T, scale_B), (saved, (head, kept)))
 
     empty = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape)), suffix.empty_cache(K + M * b))
     mini_batches_M = jax.tree.map(lambda a: a.swapaxes(0, 1), mini_batches)
     steps = (mini_batches_M, jnp.arange(M))
-    (final, stream), ((head_M, scale_MB), saved) = trajectory.scan(inner, inner_step, (fast, empty), steps)
-    nll_BMb = head_M.nll_T.swapaxes(0, 1)
+    (final, stream), ((nll_MBb, scale_MB), saved) = trajectory.scan(inner, inner_step, (fast, empty), steps)
+    nll_BMb = nll_MBb.swapaxes(0, 1)
     loss_BM = jnp.sum(target_weights(mini_batches.is_target_b, nll_BMb.dtype) * nll_BMb, axis=-1)
-    residuals = Residuals(slow, mini_batches_M, learning_rate, stream, head_M, scale_MB, saved, final)
+    residuals = Residuals(slow, mini_batches_M, learning_rate, stream, scale_MB, saved, final)
     return (loss_BM, nll_BMb, final), residuals
 
 
 def _reverse(suffix_def, inner: InnerConfig, residuals: Residuals, cotangents):
     loss_bar_BM, nll_bar_BMb, final_bar = cotangents
-    slow, mini_batches_M, learning_rate, stream, head_M, scale_MB, saved, final = residuals
+    slow, mini_batches_M, learning_rate, stream, scale_MB, saved, final = residuals
     M, _, b, _ = mini_batches_M.x_bD.shape
     K = stream.k.shape[2] - M * b
 
     def replay_step(fast, step):
-        mini_batch, i, _, scale_B, *_ = step
-        gradient, _, _, kept = inner_gradient(suffix_def, inner, fast, slow, stream, mini_batch, i, K)
-        return jax.vmap(sgd_update)(fast, gradient, learning_rate * scale_B), kept
+        mini_batch, i, scale_B, *_ = step
+        gradient, head, _, kept = inner_gradient(suffix_def, inner, fast, slow, stream, mini_batch, i, K)
+        return jax.vmap(sgd_update)(fast, gradient, learning_rate * scale_B), (head, kept)
 
-    def reverse_step(carry, fast, update, kept, step):
+    def reverse_step(carry, fast, update, known, step):
         fast_bar, cache_bar, slow_bar = carry
-        mini_batch, i, head, scale_B, loss_bar_B, nll_bar_Bb = step
+        mini_batch, i, scale_B, loss_bar_B, nll_bar_Bb = step
         weight_Bb = target_weights(mini_batch.is_target_b, nll_bar_Bb.dtype)
         seeds = (nll_bar_Bb + loss_bar_B[:, None] * weight_Bb, cache_bar)
         cache, num_empty = window_cache(stream, i, b, K)
         direction = jax.vmap(_update_cotangent)(fast_bar, update, learning_rate * scale_B, scale_B < 1)
-        program = reverse_program(suffix_def, inner, direction, mini_batch, num_empty, head, kept)
+        program = reverse_program(suffix_def, inner, direction, mini_batch, num_empty, *known)
         if inner.gradient != "first_order":
             seeds = (*seeds, weight_Bb)
         _, pull_back = jax.vjp(program, fast, cache, slow, mini_batch.x_bD)
@@ -113,7 +112,7 @@ def _reverse(suffix_def, inner: InnerConfig, residuals: Residuals, cotangents):
             fast_bar = jax.tree.map(lambda w: jnp.where(is_cut(inner, i), 0, w), fast_bar)
         return (fast_bar, cache_bar, jax.tree.map(jnp.add, slow_bar, slow_bar_i)), x_bar_BbD
 
-    steps = (mini_batches_M, jnp.arange(M), head_M, scale_MB, loss_bar_BM.T, nll_bar_BMb.swapaxes(0, 1))
+    steps = (mini_batches_M, jnp.arange(M), scale_MB, loss_bar_BM.T, nll_bar_BMb.swapaxes(0, 1))
     carry = (final_bar, *jax.tree.map(jnp.zeros_like, (window_cache(stream, 0, b, K)[0], slow)))
     (fast_bar, _, slow_bar), x_bar_M = trajectory.reverse_scan(
         inner, reverse_step, replay_step, carry, final, saved, steps

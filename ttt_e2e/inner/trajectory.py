@@ -6,7 +6,7 @@
     "segment"  every `inner.segment_length`-th W_i; those in between are recomputed, a segment at a time
 "auto" must have been replaced by one of these (memory.py).
 
-What else a step leaves for its reverse (`kept`) is saved with it, in segments when they are recomputed.
+What else a step tells its reverse (`known`) is saved with it, in segments when they are recomputed.
 
 Shapes: `M` mini-batches of the sequence, `n` of a segment.
 """
@@ -32,7 +32,7 @@ def take_step(inner: InnerConfig, fast, gradient, rate):
 def scan(inner: InnerConfig, inner_step: Callable, carry, steps):
     """`jax.lax.scan` of the forward pass; the fast weights are the first item of the carry.
 
-    inner_step: (carry, step) -> (carry, (outputs, saved)), with `saved` = (from `take_step`, kept).
+    inner_step: (carry, step) -> (carry, (outputs, saved)), with `saved` = (from `take_step`, known).
 
     Returns:
       The final carry, and (outputs, what is saved for `reverse_scan`).
@@ -53,8 +53,8 @@ def reverse_scan(inner: InnerConfig, reverse_step: Callable, replay_step: Callab
     """`jax.lax.scan` of the backward pass, from the last step to the first.
 
     Args:
-      reverse_step: (carry, W_i, W_i - W_{i+1}, kept, step) -> (carry, outputs).
-      replay_step: (W_i, step) -> (W_{i+1}, kept), as in the forward pass.
+      reverse_step: (carry, W_i, W_i - W_{i+1}, known, step) -> (carry, outputs).
+      replay_step: (W_i, step) -> (W_{i+1}, known), as in the forward pass.
       carry: of the last step.
       final: W_M.
       saved: what `scan` saved.
@@ -66,14 +66,14 @@ def reverse_scan(inner: InnerConfig, reverse_step: Callable, replay_step: Callab
 
     def undo(next_fast_and_carry, saved_and_step):
         next_fast, carry = next_fast_and_carry
-        (saved, kept), step = saved_and_step
+        (saved, known), step = saved_and_step
         if inner.trajectory == "delta":
             update = jax.tree.map(lambda d, w: d.astype(w.dtype), saved, next_fast)
             fast = jax.tree.map(jnp.add, next_fast, update)
         else:
             fast = saved
             update = jax.tree.map(jnp.subtract, fast, next_fast)
-        carry, outputs = reverse_step(carry, fast, update, kept, step)
+        carry, outputs = reverse_step(carry, fast, update, known, step)
         return (fast, carry), outputs
 
     if inner.trajectory != "segment":
@@ -84,8 +84,8 @@ def reverse_scan(inner: InnerConfig, reverse_step: Callable, replay_step: Callab
         start, segment = start_and_segment
 
         def redo(fast, step):
-            next_fast, kept = replay_step(fast, step)
-            return next_fast, (fast, kept)
+            next_fast, known = replay_step(fast, step)
+            return next_fast, (fast, known)
 
         _, saved = jax.lax.scan(redo, start, segment)
         return jax.lax.scan(undo, next_fast_and_carry, (saved, segment), reverse=True)

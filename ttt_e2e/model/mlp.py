@@ -1,5 +1,7 @@
 """The feed-forward network. Shapes: `T` positions, `D` model width, `F` MLP width."""
 
+from functools import partial
+
 import jax
 from flax import nnx
 
@@ -17,5 +19,11 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_TD, compute: Pass):
         """[T, D] to [T, D]; the products are computed in the dtype of `x_TD`."""
-        gate_TF = jax.nn.silu(compute.product(x_TD, self.w1[...]))
-        return compute.product(gate_TF * compute.product(x_TD, self.w3[...]), self.w2[...])
+        gate_TF, up_TF = (compute.product(x_TD, w[...]) for w in (self.w1, self.w3))
+        return compute.product(_gated(gate_TF, up_TF), self.w2[...])
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _gated(gate_TF, up_TF):
+    """Cheaper to compute again than to keep: of a dual program, it would leave some ten arrays for the reverse."""
+    return jax.nn.silu(gate_TF) * up_TF

@@ -1,5 +1,7 @@
 """RMS normalisation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +18,12 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x):
         """`x` [..., size], normalised, in the dtype it came in."""
-        wide = x.astype(at_least_float32(x.dtype))
-        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(mean_square + self.eps) * self.weight[...]).astype(x.dtype)
+        return _normed(x, self.weight[...], self.eps)
+
+
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def _normed(x, weight, eps):
+    """Cheaper to compute again than to keep: its intermediate arrays are wider than x, and several."""
+    wide = x.astype(at_least_float32(x.dtype))
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + eps) * weight).astype(x.dtype)
