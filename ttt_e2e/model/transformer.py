@@ -131,12 +131,13 @@ def _scan_blocks(stack: Block, windows, make_pass, x_TD, cache_LKGH=None, num_em
 
     def run_period(x_TD, period):
         outputs = []
-        for i, window in enumerate(windows):
-            x_TD, output = run_block(x_TD, *jax.tree.map(lambda a, i=i: a[i], period), window)
+        for block, window in zip(period, windows, strict=True):
+            x_TD, output = run_block(x_TD, *block, window)
             outputs.append(output)
-        return x_TD, jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)
+        return x_TD, outputs
 
+    # An array for each block of a period, not a slice of one: what a scan is given as it is, its reverse does not copy.
     blocks = (state, cache_LKGH, known)
-    periods = jax.tree.map(lambda a: a.reshape(-1, len(windows), *a.shape[1:]), blocks)
+    periods = [jax.tree.map(lambda a, i=i: a[i :: len(windows)], blocks) for i in range(len(windows))]
     x_TD, outputs = jax.lax.scan(run_period, x_TD, periods)
-    return x_TD, *jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+    return x_TD, *jax.tree.map(lambda *arrays: jnp.stack(arrays, 1).reshape(-1, *arrays[0].shape[1:]), *outputs)
