@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from tests.inner.conftest import BOS, LEARNING_RATE
 from tests.inner.conftest import learning_model as inner_learning_model
@@ -34,16 +35,29 @@ def some_tokens(num_sequences: int, T: int, seed: int = 0) -> np.ndarray:
     return np.where(random.random(tokens_BT1.shape) < 0.1, BOS, tokens_BT1)
 
 
-def read_at_once(model: TinyModel, tokens_BT1, *, learning_rate=None) -> Reading:
+def read_at_once(model: TinyModel, tokens_BT1) -> Reading:
     """What evaluation computes; T must be a multiple of the mini-batch."""
     fast = jax.tree.map(lambda w: np.broadcast_to(w, (len(tokens_BT1), *w.shape)), model.params["fast"])
-    rate = model.config.inner.learning_rate if learning_rate is None else learning_rate
-    options = {"inner": model.config.inner, "learning_rate": rate, "bos_id": model.config.data.bos_id}
+    inner = model.config.inner
+    options = {"inner": inner, "learning_rate": inner.learning_rate, "bos_id": model.config.data.bos_id}
     program = jax.jit(lambda fast, slow: read_batch(model.graphdef, fast, slow, np.asarray(tokens_BT1), **options))
-    return program(fast, model.params["slow"])
+    return jax.device_get(program(fast, model.params["slow"]))
 
 
 def assert_same_state(state, expected, **tolerance):
     """Equal to the bit where there is no tolerance."""
     compare = np.testing.assert_allclose if tolerance else np.testing.assert_array_equal
     jax.tree.map(lambda a, e: compare(np.asarray(a, float), np.asarray(e, float), **tolerance), state, expected)
+
+
+@pytest.fixture(scope="session")
+def model():
+    with jax.enable_x64(True):
+        return learning_model()
+
+
+@pytest.fixture(scope="session")
+def reader(model):
+    """Of a model that learns, in float64: its programs serve all tests of this room."""
+    with jax.enable_x64(True):
+        return reader_of(model)
