@@ -121,7 +121,8 @@ def generate(argv: list[str]) -> None:
         _require(values, "checkpoint")
     if values.prompt and values.prompt_file:
         raise UserError("--prompt and --prompt_file are both given: choose one")
-    from ttt_e2e.inference.generate import Settings, generate, read_prompts
+    from ttt_e2e.inference.generate import Settings, generate
+    from ttt_e2e.inference.prompts import read_prompts
     from ttt_e2e.inference.sampling import Sampling
 
     prompts = read_prompts(values.prompt_file) if values.prompt_file else [values.prompt]
