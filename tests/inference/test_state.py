@@ -103,7 +103,7 @@ def test_what_is_no_whole_state_is_refused(reader, middle, tmp_path):
 
 
 def test_full_attention_may_go_on_with_more_room(tmp_path):
-    model, tokens_BT1 = learning_model(num_fast_blocks=0, sliding_window=0), some_tokens(1, 3 * b)
+    model, tokens_BT1 = learning_model(num_fast_blocks=0, num_hidden_layers=1, sliding_window=0), some_tokens(1, 3 * b)
     short, long = reader_of(model, max_length=2 * b), reader_of(model, max_length=4 * b)
     text, rest = np.split(tokens_BT1[:, 1:], [b + 2], axis=1)
     state, _ = short.read(short.start(tokens_BT1[:, 0]), text)

@@ -68,15 +68,16 @@ class Reader:
         self.cache_size = model.sliding_window if self.has_window else max_length
         self.mini_batch_size = b if model.num_fast_blocks else min(b, MAX_STATIC_MINI_BATCH)
 
-        def batched(function, *arguments, in_axes=()):
-            axes = (None, _BATCHED, *in_axes)
-            return jax.jit(jax.vmap(partial(function, *arguments), in_axes=axes, out_axes=(_BATCHED, 0)))
+        def batched(function, *in_axes):
+            return jax.jit(jax.vmap(function, in_axes=in_axes))
 
-        self._extend = batched(_extend, graphdef, in_axes=(0, None))
-        self._finish = batched(_finish, graphdef, in_axes=(0,))
-        self._learn = batched(_learn, graphdef, config, in_axes=(0,)) if model.num_fast_blocks else self._finish
-        self._predict = jax.jit(jax.vmap(partial(_predict, graphdef), in_axes=(None, _BATCHED)))
-        self._append = jax.jit(jax.vmap(_append, in_axes=(_BATCHED, 0, 0), out_axes=_BATCHED))
+        self._extend = batched(partial(_extend, graphdef), None, _BATCHED, 0, None)
+        self._finish = batched(partial(_finish, graphdef), None, _BATCHED, 0)
+        self._learn = self._finish
+        if model.num_fast_blocks:
+            self._learn = batched(partial(_learn, graphdef, config), None, _BATCHED, 0)
+        self._predict = batched(partial(_predict, graphdef), None, _BATCHED)
+        self._append = batched(_append, _BATCHED, 0, 0)
 
     def start(self, first, batch_size: int = 1) -> ReaderState:
         """The state of `batch_size` sequences that begin with the token `first`, or each with its own, [B].
@@ -149,7 +150,8 @@ class Reader:
         logits_BV, new_BL1GH = self._predict(self.params["slow"], state)
         token_B = jnp.asarray(choose(logits_BV), jnp.int32)
         if (state.position + 1) % b:
-            after = self._append(state, new_BL1GH, token_B)._replace(position=state.position + 1)
+            changes = self._append(state, new_BL1GH, token_B)
+            after = state._replace(**changes, position=state.position + 1)
         else:
             part_Bb = jnp.zeros((len(token_B), b), jnp.int32).at[:, 0].set(token_B)
             after, _ = self._read_part(state, part_Bb, 1, learn)
@@ -158,10 +160,10 @@ class Reader:
     def _read_part(self, state: ReaderState, part_Bb, size: int, learn: bool):
         """Reads the first `size` tokens of `part_Bb`, at most as many as the mini-batch lacks; its NLL [B, b]."""
         if int(state.position) % self.mini_batch_size + size < self.mini_batch_size:
-            after, nll_Bb = self._extend(self.params["slow"], state, part_Bb, size)
+            changes, nll_Bb = self._extend(self.params["slow"], state, part_Bb, size)
         else:
-            after, nll_Bb = (self._learn if learn else self._finish)(self.params["slow"], state, part_Bb)
-        return after._replace(position=state.position + size), nll_Bb
+            changes, nll_Bb = (self._learn if learn else self._finish)(self.params["slow"], state, part_Bb)
+        return state._replace(**changes, position=state.position + size), nll_Bb
 
     def _check_room(self, state: ReaderState, n: int) -> None:
         if not self.has_window and state.position + n > self.cache_size:
@@ -171,23 +173,24 @@ class Reader:
             )
 
 
-# ------------------------------------------------------------------- the programs, for one sequence: state -> state
+# ------------------------------------------------------------------------------- the programs, for one sequence
+# They return what changes in the state: what does not would be copied.
 
 
 def _extend(graphdef, slow, state: ReaderState, part_b, size):
-    """The state after `size` more tokens, which leave its mini-batch unfinished; NLL [b], of which `size` are new."""
+    """`size` more tokens, which leave the mini-batch unfinished: changes, and NLL [b], of which `size` are new."""
     tokens_b1 = _with_part(state, part_b)
     nll_b, new = _score(graphdef, slow, state, tokens_b1)
     is_run_b = jnp.arange(len(part_b)) < _count(state) + size
     recent = jax.tree.map(lambda a: jnp.where(is_run_b[:, None, None], a, 0), new)
-    return state._replace(recent_BLbGH=recent, tokens_Bb=tokens_b1[:-1]), nll_b
+    return {"recent_BLbGH": recent, "tokens_Bb": tokens_b1[:-1]}, nll_b
 
 
 def _finish(graphdef, slow, state: ReaderState, part_b):
-    """The state after a mini-batch that these tokens complete, and its NLL [b]; learns nothing."""
+    """Tokens that complete the mini-batch: changes, and its NLL [b]. Learns nothing."""
     tokens_b1 = _with_part(state, part_b)
     nll_b, new = _score(graphdef, slow, state, tokens_b1)
-    return _begin(state, state.fast, new, tokens_b1), nll_b
+    return _next_mini_batch(state, new, tokens_b1), nll_b
 
 
 def _learn(graphdef, config: Config, slow, state: ReaderState, part_b):
@@ -212,7 +215,7 @@ def _learn(graphdef, config: Config, slow, state: ReaderState, part_b):
     rate = inner.learning_rate * clip_scale(gradient, inner.clip_norm)
     fast, _ = take_step(inner, suffix_fast, gradient, rate)
     new = jax.tree.map(lambda *parts: jnp.concatenate(parts), prefix_new, suffix_new)
-    return _begin(state, {"suffix": fast["blocks"]}, new, tokens_b1), head.nll_T
+    return {"fast": {"suffix": fast["blocks"]}, **_next_mini_batch(state, new, tokens_b1)}, head.nll_T
 
 
 def _predict(graphdef, slow, state: ReaderState):
@@ -230,14 +233,14 @@ def _predict(graphdef, slow, state: ReaderState):
 
 
 def _append(state: ReaderState, new_L1GH: KeyValues, token):
-    """The state after one more token, which leaves its mini-batch unfinished, given what `_predict` says."""
+    """One more token, which leaves the mini-batch unfinished, given what `_predict` says: changes."""
     count = _count(state)
 
     def put(recent, new):
         return jax.lax.dynamic_update_slice_in_dim(recent, new, count, axis=1)
 
     recent = jax.tree.map(put, state.recent_BLbGH, new_L1GH)
-    return state._replace(recent_BLbGH=recent, tokens_Bb=state.tokens_Bb.at[count + 1].set(token))
+    return {"recent_BLbGH": recent, "tokens_Bb": state.tokens_Bb.at[count + 1].set(token)}
 
 
 @jax.jit
@@ -255,15 +258,13 @@ def _score(graphdef, slow, state: ReaderState, tokens_b1):
     return model.nll(x_bD, tokens_b1[1:]), new
 
 
-def _begin(state: ReaderState, fast, new_LbGH: KeyValues, tokens_b1) -> ReaderState:
-    """The state at the beginning of the next mini-batch, after one with these keys, values, and tokens."""
-    return ReaderState(
-        fast,
-        state.cache_BLKGH.append(new_LbGH),
-        jax.tree.map(jnp.zeros_like, state.recent_BLbGH),
-        jnp.zeros_like(state.tokens_Bb).at[0].set(tokens_b1[-1]),
-        state.position,
-    )
+def _next_mini_batch(state: ReaderState, new_LbGH: KeyValues, tokens_b1) -> dict:
+    """What changes at the beginning of the next mini-batch, after one with these keys, values, and tokens."""
+    return {
+        "cache_BLKGH": state.cache_BLKGH.append(new_LbGH),
+        "recent_BLbGH": jax.tree.map(jnp.zeros_like, state.recent_BLbGH),
+        "tokens_Bb": jnp.zeros_like(state.tokens_Bb).at[0].set(tokens_b1[-1]),
+    }
 
 
 def _with_part(state: ReaderState, part_b):

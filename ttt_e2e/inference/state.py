@@ -82,7 +82,8 @@ def load_state(path, reader: Reader) -> ReaderState:
 
     wanted = {name: jax.tree.map(lambda leaf, name=name: stored(name, leaf), tree) for name, tree in abstract.items()}
     try:
-        tree = ocp.StandardCheckpointer().restore(path / "state", wanted)
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(path / "state", wanted)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"state {path} is damaged: {str(error).splitlines()[0]}") from error
     if about["precision"] == "bfloat16":
@@ -113,7 +114,8 @@ def read_about(path) -> dict:
     if not (path / "about").is_dir():
         raise UserError(f"{path} holds no saved state: expected a directory that --save_state wrote")
     try:
-        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path.resolve() / "about")
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path.resolve() / "about")
     except (OSError, ValueError) as error:
         raise UserError(f"state {path} is damaged: {str(error).splitlines()[0]}") from error
 
