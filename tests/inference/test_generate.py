@@ -182,6 +182,15 @@ def test_stops_before_a_stop_string(run, tmp_path):
     assert out == result["text"] + "\n" == free["text"][: free["text"].index(stop)] + "\n"
 
 
+def test_full_attention_has_as_much_room_as_is_needed_or_declared(run):
+    """A model of one block, whose parameters serve full attention as well."""
+    full = ("--config.model.sliding_window=0", "--prompt=abc", "--max_new_tokens=3")
+    assert run(*full)[0] == 0
+    code, out, lines = run(*full, "--max_length=5")
+    assert (code, out) == (2, "")
+    assert "max_length is 5, but 0 tokens were read and 6 more are to come" in lines[0]
+
+
 # Flags (DIR stands for an empty directory) -> what the one line must say.
 BAD_INPUT = {
     "--max_new_tokens=0": "max_new_tokens is 0, but it must be at least 1",

@@ -170,6 +170,12 @@ def test_no_tokens_change_nothing(learning):
     assert nll_Bn.shape == (B, 0)
 
 
+def test_a_token_that_is_not_in_the_vocabulary_is_refused(learning):
+    reader, _, _ = learning
+    with jax.enable_x64(True), pytest.raises(UserError, match=r"from 2 to 29, but .* below config.model.vocab_size 29"):
+        reader.read(reader.start(BOS), [[2, 29]])
+
+
 @pytest.mark.usefixtures("float64")
 def test_full_attention_refuses_to_exceed_its_maximum():
     model = learning_model(num_fast_blocks=0, sliding_window=0)

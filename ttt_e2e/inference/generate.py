@@ -100,18 +100,19 @@ def generate(
     tokenizer = find_tokenizer(config)
     prompt_ids = [encode(tokenizer, prompt, config.model.vocab_size) for prompt in prompts]
     about = read_about(load_from) if load_from else {"position": 0, "cache_size": 0}
-    longest = max(map(len, prompt_ids)) + about["position"] + settings.max_new_tokens
-    reader = load_reader(config, checkpoint, max_length or max(longest, about["cache_size"]))
+    longest = max(map(len, prompt_ids)) + settings.max_new_tokens
+    reader = load_reader(config, checkpoint, max_length or max(about["position"] + longest, about["cache_size"], 1))
     bos_id = config.data.bos_id or tokenizer.bos_id
     start = load_state(load_from, reader) if load_from else reader.start(bos_id)
     if (batch_size := len(start.tokens_Bb)) != 1:
         raise UserError(f"state {load_from} is of {batch_size} sequences, but prompts are continued one at a time")
+    reader.check_room(start, longest)
     streams = len(prompts) == 1
     with _open_output(output, streams) as file:
         for index, (prompt, ids) in enumerate(zip(prompts, prompt_ids)):
             result, state = _continue(reader, start, ids, settings, index, tokenizer, bos_id, echo=streams)
             if file:
-                file.write(json.dumps({"prompt": prompt, **result}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"prompt": prompt, **result}) + "\n")
                 file.flush()
     if save_to:
         save_state(save_to, reader, state, precision=precision)

@@ -111,11 +111,16 @@ class Reader:
           that were in force when its mini-batch was read.
 
         Raises:
-          UserError: a model with full attention has no room for as many.
+          UserError: a token that is not in the vocabulary, or more than a model with full attention has room for.
         """
         tokens_Bn, b = np.asarray(tokens_Bn, np.int32), self.mini_batch_size
         B, n = tokens_Bn.shape
-        self._check_room(state, n)
+        if n and not 0 <= tokens_Bn.min() <= tokens_Bn.max() < self.config.model.vocab_size:
+            raise UserError(
+                f"tokens to read are from {tokens_Bn.min()} to {tokens_Bn.max()}, but they must be at least 0 and "
+                f"below config.model.vocab_size {self.config.model.vocab_size}"
+            )
+        self.check_room(state, n)
         parts, done = [], 0
         while done < n:
             count = int(state.position % b)
@@ -145,7 +150,7 @@ class Reader:
           The state after the tokens, the tokens [B], and their NLL [B] under the model's own prediction. Nothing waits
           for the device, unless `choose` does.
         """
-        self._check_room(state, 1)
+        self.check_room(state, 1)
         b = self.mini_batch_size
         logits_BV, new_BL1GH = self._predict(self.params["slow"], state)
         token_B = jnp.asarray(choose(logits_BV), jnp.int32)
@@ -165,7 +170,8 @@ class Reader:
             changes, nll_Bb = (self._learn if learn else self._finish)(self.params["slow"], state, part_Bb)
         return state._replace(**changes, position=state.position + size), nll_Bb
 
-    def _check_room(self, state: ReaderState, n: int) -> None:
+    def check_room(self, state: ReaderState, n: int) -> None:
+        """Raises `UserError` where a model with full attention has no room for `n` more tokens."""
         if not self.has_window and state.position + n > self.cache_size:
             raise UserError(
                 f"max_length is {self.cache_size}, but {state.position} tokens were read and {n} more are to come: a "
