@@ -92,6 +92,47 @@ def evaluate(argv: list[str]) -> None:
     print(json.dumps({"output": output, **metrics}, indent=2))
 
 
+def generate(argv: list[str]) -> None:
+    """Continue a prompt, or save what reading it taught."""
+
+    def define(values):
+        _config(values)
+        _string(values, "workdir", "Run directory to take the newest checkpoint of.")
+        _string(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
+        _string(values, "prompt", "Text to continue; without any, a new document.")
+        _string(values, "prompt_file", "File with the prompt, or .jsonl with one a line, in the field `prompt`.")
+        flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate; 0 = only read.", flag_values=values)
+        flags.DEFINE_float("temperature", 1.0, "0 = always the likeliest token.", flag_values=values)
+        flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0 = off.", flag_values=values)
+        flags.DEFINE_float("top_p", 1.0, "Draw from the fewest with this probability; 1 = off.", flag_values=values)
+        flags.DEFINE_float("repetition_penalty", 1.0, "Weakens tokens that were there; 1 = off.", flag_values=values)
+        flags.DEFINE_integer("seed", 0, "Of what is drawn.", flag_values=values)
+        flags.DEFINE_multi_string("stop", [], "Text to stop before; may be given repeatedly.", flag_values=values)
+        _string(values, "learn", "Learn while reading from: all, prompt or none.", "all")
+        _string(values, "load_state", "Saved state to go on from.")
+        _string(values, "save_state", "Directory to save the state in afterwards.")
+        _string(values, "precision", "Of the saved fast weights: float32 or bfloat16.", "float32")
+        flags.DEFINE_integer("max_length", 0, "Tokens full attention has room for; 0 = as needed.", flag_values=values)
+        _string(values, "output", "File for results as JSON lines; default: stdout.")
+
+    values, overrides = parse(argv, define, "ttt-e2e generate: continue prompts, learning while reading them.")
+    config = _resolve(values, overrides)
+    if not values.workdir:
+        _require(values, "checkpoint")
+    if values.prompt and values.prompt_file:
+        raise UserError("--prompt and --prompt_file are both given: choose one")
+    from ttt_e2e.inference.generate import Settings, generate
+    from ttt_e2e.inference.prompts import read_prompts
+    from ttt_e2e.inference.sampling import Sampling
+
+    prompts = read_prompts(values.prompt_file) if values.prompt_file else [values.prompt]
+    sampling = Sampling(values.temperature, values.top_k, values.top_p, values.repetition_penalty)
+    settings = Settings(values.max_new_tokens, sampling, values.seed, tuple(values.stop), values.learn)
+    states = {"load_from": values.load_state, "save_to": values.save_state, "precision": values.precision}
+    checkpoint = values.checkpoint or values.workdir
+    generate(config, checkpoint, prompts, settings, **states, output=values.output, max_length=values.max_length)
+
+
 def import_(argv: list[str]) -> None:
     """Convert a checkpoint of another program into ours."""
 
@@ -156,6 +197,7 @@ COMMANDS = {
     "prepare": prepare,
     "train": train,
     "evaluate": evaluate,
+    "generate": generate,
     "import": import_,
     "report": report,
     "bench": bench,
@@ -167,8 +209,8 @@ def _help() -> str:
     return "\n".join(["usage: ttt-e2e COMMAND --flag=value ...  (ttt-e2e COMMAND --help lists its flags)", *lines])
 
 
-def _string(values: flags.FlagValues, name: str, text: str) -> None:
-    flags.DEFINE_string(name, "", text, flag_values=values)
+def _string(values: flags.FlagValues, name: str, text: str, default: str = "") -> None:
+    flags.DEFINE_string(name, default, text, flag_values=values)
 
 
 def _config(values: flags.FlagValues) -> None:

@@ -24,6 +24,12 @@ def token_nll(x_TD, head_DV, targets_T):
     return jax.lax.map(one_block, blocks).reshape(T)
 
 
+def logits(x_TD, head_DV):
+    """[T, V], float32, whatever the dtype of the normed hidden states."""
+    wide = at_least_float32(x_TD.dtype)
+    return jnp.einsum("td,dv->tv", x_TD, head_DV.astype(x_TD.dtype), preferred_element_type=wide)
+
+
 def masked_mean(nll, is_target):
     """Mean over the last axis of `nll` where `is_target`; 0, with zero gradient, where there is none."""
     total = jnp.sum(jnp.where(is_target, nll, 0), axis=-1)
@@ -37,7 +43,6 @@ def _block_size(T: int, V: int) -> int:
 
 
 def _block_nll(x_TD, head_DV, targets_T):
-    wide = at_least_float32(x_TD.dtype)
-    logits_TV = jnp.einsum("td,dv->tv", x_TD, head_DV.astype(x_TD.dtype), preferred_element_type=wide)
+    logits_TV = logits(x_TD, head_DV)
     target_logit_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
     return jax.nn.logsumexp(logits_TV, axis=-1) - target_logit_T

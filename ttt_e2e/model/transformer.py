@@ -10,7 +10,7 @@ from flax import nnx
 
 from ttt_e2e.model.attention import KeyValues
 from ttt_e2e.model.block import Block
-from ttt_e2e.model.loss import token_nll
+from ttt_e2e.model.loss import logits, token_nll
 from ttt_e2e.model.norm import RMSNorm
 from ttt_e2e.model.parameters import matrix
 from ttt_e2e.model.passes import FirstOrderPass, Pass
@@ -47,6 +47,33 @@ class Transformer(nnx.Module):
             return x_TD
         return _scan_blocks(self.prefix, self.config.windows, FirstOrderPass, x_TD, remat=remat)[0]
 
+    def run_prefix_cached(self, x_TD, cache_LKGH: KeyValues, num_empty):
+        """All prefix blocks over T positions that follow those of the window caches; may be differentiated once.
+
+        Returns:
+          Hidden states [T, D] and the new keys and values [L, T, G, H].
+        """
+        if not self.config.num_prefix_blocks:
+            return x_TD, jax.tree.map(lambda c: jnp.zeros((0, len(x_TD), *c.shape[2:]), c.dtype), cache_LKGH)
+        stack, windows = self.prefix, self.config.windows
+        return _scan_blocks(stack, windows, FirstOrderPass, x_TD, cache_LKGH, num_empty, remat=False)[:2]
+
+    def run_cached(self, x_TD, cache_LKGH: KeyValues, num_empty):
+        """As `run_prefix_cached`, but all blocks: the prefix's caches come first among the L."""
+        prefix_cache, suffix_cache = self.split_cache(cache_LKGH)
+        x_TD, new = self.run_prefix_cached(x_TD, prefix_cache, num_empty)
+        if not self.config.num_fast_blocks:
+            return x_TD, new
+        x_TD, more, _ = _scan_blocks(
+            self.suffix, self.config.windows, FirstOrderPass, x_TD, suffix_cache, num_empty, remat=False
+        )
+        return x_TD, jax.tree.map(lambda *parts: jnp.concatenate(parts), new, more)
+
+    def split_cache(self, cache_LKGH: KeyValues) -> tuple[KeyValues, KeyValues]:
+        """The window caches of the prefix blocks and those of the suffix blocks."""
+        count = self.config.num_prefix_blocks
+        return jax.tree.map(lambda c: c[:count], cache_LKGH), jax.tree.map(lambda c: c[count:], cache_LKGH)
+
     def make_suffix(self) -> "Suffix":
         """The part of the model that reads mini-batch by mini-batch; it shares this model's weights."""
         return Suffix(self.config, self.suffix, self.final_norm, nnx.Param(self._head()))
@@ -54,6 +81,10 @@ class Transformer(nnx.Module):
     def nll(self, x_TD, targets_T):
         """Negative log likelihood [T] of the targets, float32 nats, from the last block's hidden states."""
         return token_nll(self.final_norm(x_TD), self._head(), targets_T)
+
+    def logits(self, x_TD):
+        """What the next token is predicted from: [T, V], float32, from the last block's hidden states."""
+        return logits(self.final_norm(x_TD), self._head())
 
     def _head(self):
         """[D, V]"""

@@ -1,0 +1,215 @@
+"""Generation: from a checkpoint and prompts to text. Shapes: `B` sequences, `V` vocabulary.
+
+Prompts are continued one at a time, each as a batch of one: mini-batches of prompts of different lengths do not end
+together, and so do not learn together.
+"""
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from ttt_e2e.config import Config
+from ttt_e2e.errors import UserError
+from ttt_e2e.inference.prompts import encode, find_tokenizer
+from ttt_e2e.inference.reader import Reader, ReaderState
+from ttt_e2e.inference.sampling import Sampling, choose
+from ttt_e2e.inference.state import check_can_save, load_state, read_about, save_state
+from ttt_e2e.inference.text import TextStream
+from ttt_e2e.outer.checkpoint import load_params
+from ttt_e2e.outer.steps import abstract_model
+
+LEARN = ("all", "prompt", "none")
+PIECE = 4096  # tokens of a prompt that are read between two looks at the progress bar
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked for. Raises `UserError` for what means nothing."""
+
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    learn: str = "all"  # from "all" tokens, from those of the "prompt", or from "none"
+
+    def __post_init__(self):
+        if self.max_new_tokens < 0:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}, but it must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}, but it must be at least 0 and below 2^32")
+        if self.learn not in LEARN:
+            raise UserError(f"learn is {self.learn!r}, but it must be one of {', '.join(LEARN)}")
+        if "" in self.stop:
+            raise UserError("stop is '', but it must be a string of at least one character")
+
+
+class Token(NamedTuple):
+    """One that was generated."""
+
+    id: int
+    nll: float  # under the model's own prediction, whatever the sampling made of it
+    state: ReaderState  # after it
+
+
+def generate(
+    config: Config,
+    checkpoint,
+    prompts: list[str],
+    settings: Settings,
+    *,
+    load_from: str = "",
+    save_to: str = "",
+    precision: str = "float32",
+    output: str = "",
+    max_length: int = 0,
+) -> None:
+    """Continues prompts: one to stdout as it comes, several as JSON lines.
+
+    Args:
+      config: of the model.
+      checkpoint: its parameters.
+      prompts: at least one; an empty one begins with BOS alone.
+      settings: what is asked for.
+      load_from: saved state that every prompt goes on from; "" = from BOS.
+      save_to: directory for the state after the one prompt and its continuation; "" = none.
+      precision: of what is saved, as of `save_state`.
+      output: file for the JSON lines; "" = stdout where there are several prompts.
+      max_length: as of `Reader`; 0 = as many as are needed.
+
+    Raises:
+      UserError: something does not fit together; then, nothing is written.
+    """
+    if not settings.max_new_tokens and not save_to:
+        raise UserError("max_new_tokens is 0, but it must be at least 1: 0 only reads, and makes sense with save_state")
+    if save_to and len(prompts) > 1:
+        raise UserError(f"save_state={save_to} takes a single prompt, but there are {len(prompts)}")
+    if save_to:
+        check_can_save(save_to, precision)
+    tokenizer = find_tokenizer(config)
+    prompt_ids = [encode(tokenizer, prompt, config.model.vocab_size) for prompt in prompts]
+    about = read_about(load_from) if load_from else {"position": 0, "cache_size": 0}
+    longest = max(map(len, prompt_ids)) + settings.max_new_tokens
+    reader = load_reader(config, checkpoint, max_length or max(about["position"] + longest, about["cache_size"], 1))
+    bos_id = config.data.bos_id or tokenizer.bos_id
+    start = load_state(load_from, reader) if load_from else reader.start(bos_id)
+    if (batch_size := len(start.tokens_Bb)) != 1:
+        raise UserError(f"state {load_from} is of {batch_size} sequences, but prompts are continued one at a time")
+    reader.check_room(start, longest)
+    streams = len(prompts) == 1
+    with _open_output(output, streams) as file:
+        for index, (prompt, ids) in enumerate(zip(prompts, prompt_ids)):
+            result, state = _continue(reader, start, ids, settings, index, tokenizer, bos_id, echo=streams)
+            if file:
+                file.write(json.dumps({"prompt": prompt, **result}) + "\n")
+                file.flush()
+    if save_to:
+        save_state(save_to, reader, state, precision=precision)
+        logger.info("saved the state after %d tokens in %s", state.position, save_to)
+
+
+def generate_tokens(reader: Reader, state: ReaderState, ids, settings: Settings, key, bos_id: int) -> Iterator[Token]:
+    """Generates until BOS, which begins another document, or `max_new_tokens`.
+
+    Args:
+      reader: whose state it is.
+      state: of one sequence, after the prompt.
+      ids: the prompt's tokens, which the repetition penalty counts as there before.
+      settings: what is asked for; stop strings are the caller's to find.
+      key: random key of this sequence.
+      bos_id: where to stop.
+    """
+    seen_BV = np.zeros((1, reader.config.model.vocab_size), bool)
+    seen_BV[0, ids] = True
+    for index in range(settings.max_new_tokens):
+
+        def draw(logits_BV, index=index):
+            return choose(key[None], index, logits_BV, seen_BV, settings.sampling)
+
+        state, token_B, nll_B = reader.step(state, draw, learn=settings.learn == "all")
+        token = Token(int(token_B[0]), float(nll_B[0]), state)
+        seen_BV[0, token.id] = True
+        yield token
+        if token.id == bos_id:
+            return
+
+
+def load_reader(config: Config, checkpoint, max_length: int) -> Reader:
+    """A reader with the parameters of the checkpoint that a path means, on one device. Raises as `load_params`."""
+    graphdef, abstract = abstract_model(config)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = load_params(
+        checkpoint, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    )
+    return Reader(graphdef, params, config, max_length=max_length)
+
+
+def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, bos_id: int, *, echo: bool):
+    """Reads a prompt and continues it. Returns its result, and the state after it; `echo` prints text as it comes."""
+    # A bar beside text that streams to the same terminal would tear it up.
+    hidden = echo and sys.stdout.isatty()
+    started = time.perf_counter()
+    state = _read_prompt(reader, state, ids, settings.learn != "none", hidden)
+    read = time.perf_counter()
+    key = jax.random.fold_in(jax.random.key(settings.seed), index)
+    stream, tokens, nlls, text = TextStream(tokenizer, settings.stop), [], [], ""
+    reason = "length"
+
+    def give_out(more: str) -> str:
+        if echo and settings.max_new_tokens:
+            print(more, end="", flush=True)
+        return more
+
+    bar = tqdm(total=settings.max_new_tokens, desc="generate", unit="token", disable=hidden, leave=False)
+    with bar:
+        for token in generate_tokens(reader, state, ids, settings, key, bos_id):
+            state = token.state
+            tokens.append(token.id)
+            nlls.append(token.nll)
+            bar.update()
+            if token.id == bos_id:
+                reason = "bos"
+                break
+            text += give_out(stream.push(token.id))
+            if stream.stopped:
+                reason = "stop"
+                break
+    text += give_out(stream.finish())
+    give_out("\n")
+    generated = time.perf_counter()
+    rates = len(ids) / (read - started), len(tokens) / (generated - read)
+    counts = (len(ids), rates[0], len(tokens), rates[1])
+    logger.info("read %d tokens, %.1f tokens/s; generated %d, %.1f tokens/s (compiling included)", *counts)
+    return {"text": text, "tokens": tokens, "nll": nlls, "ended_by": reason}, state
+
+
+def _read_prompt(reader: Reader, state: ReaderState, ids, learn: bool, hidden: bool) -> ReaderState:
+    with tqdm(total=len(ids), desc="read", unit="token", disable=hidden, leave=False) as bar:
+        for begin in range(0, len(ids), PIECE):
+            piece = ids[begin : begin + PIECE]
+            state, _ = reader.read(state, piece[None], learn=learn)
+            bar.update(len(piece))
+    return state
+
+
+def _open_output(output: str, streams: bool):
+    """A context with the file to write results to, or None."""
+    if not output:
+        return contextlib.nullcontext(None if streams else sys.stdout)
+    path = epath.Path(output)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w")
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written ({error.strerror or error})") from None

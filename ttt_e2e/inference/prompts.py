@@ -1,0 +1,83 @@
+"""Prompts, and the tokenizer that makes them tokens."""
+
+import json
+
+import numpy as np
+from etils import epath
+
+from ttt_e2e.config import Config
+from ttt_e2e.data.store import TokenStore, check_range
+from ttt_e2e.data.tokenizers import Tokenizer, load_tokenizer
+from ttt_e2e.errors import UserError
+
+
+def find_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of `config.data.tokenizer`, else the one that made the token store.
+
+    Raises:
+      UserError: there is neither, or it has more tokens than the model.
+    """
+    data = config.data
+    if data.tokenizer == "bytes" or (data.tokenizer and epath.Path(data.tokenizer).exists()):
+        spec = data.tokenizer
+    elif not data.path:
+        raise UserError(f"config.data.tokenizer is {data.tokenizer!r}, but it must be bytes or an existing .model file")
+    else:
+        store = TokenStore.open(data.path, data.train_split)
+        recorded = store.attributes.get("tokenizer", "")
+        spec = store.tokenizer_spec if data.tokenizer in ("", recorded) else data.tokenizer
+    if not spec:
+        raise UserError(
+            f"config.data.tokenizer is '', and token store {data.path} does not say which made it: bytes, or a .model"
+        )
+    tokenizer = load_tokenizer(spec)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"config.model.vocab_size is {config.model.vocab_size}, but tokenizer {spec} has {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, prompt: str, vocab_size: int) -> np.ndarray:
+    """Token ids of a prompt, without BOS. Raises `UserError` for text that is no Unicode, as of a mistyped byte."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt has at character {error.start} a byte that is no UTF-8; it must be text") from None
+    ids = tokenizer.encode(prompt)
+    check_range(ids, vocab_size, "prompt")
+    return ids
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a file: the field `prompt` of every line of a .jsonl, all of any other file.
+
+    Raises:
+      UserError: it cannot be read, is no UTF-8, or has a line without a prompt.
+    """
+    try:
+        text = epath.Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"prompt_file {path} cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#04x} at {error.start}"
+        raise UserError(f"prompt_file {path} is no UTF-8 text: {byte}") from None
+    if not path.endswith(".jsonl"):
+        return [text]
+    prompts = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            prompts.append(_prompt_of(line, f"prompt_file {path}, line {number}"))
+    if not prompts:
+        raise UserError(f"prompt_file {path} has no line: expected one JSON object a line, with the field 'prompt'")
+    return prompts
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise UserError(f"{where}: expected a JSON object with a string in the field 'prompt'")
+    return prompt

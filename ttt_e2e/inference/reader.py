@@ -1,0 +1,290 @@
+"""A reader: reads any number of tokens at a time into a state of fixed size, and learns when a mini-batch is full.
+
+Whether tokens come in one piece or one by one, are read or generated, makes no difference: a full mini-batch is always
+run whole, from the window caches and the fast weights at its beginning, as in training. What is run before it is full
+gives predictions only.
+
+Shapes: `B` sequences, `n` tokens, `b` inner mini-batch, `D` model width, `V` vocabulary, `K` positions of a window
+cache, `L` blocks (the prefix's first), `G` key/value heads, `H` head width.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_e2e.config import Config
+from ttt_e2e.errors import UserError
+from ttt_e2e.inner import clip_scale
+from ttt_e2e.inner.step import target_weights
+from ttt_e2e.inner.trajectory import take_step
+from ttt_e2e.model import KeyValues
+from ttt_e2e.model.dual_loss import head_pass
+from ttt_e2e.model.parameters import at_least_float32, merge, split
+from ttt_e2e.model.passes import FirstOrderPass
+
+# Models without fast weights are trained with mini-batches as long as sequences, which mean nothing to their reader: it
+# runs at most this many positions at once.
+MAX_STATIC_MINI_BATCH = 1024
+
+
+class ReaderState(NamedTuple):
+    """All that is kept of what was read, for B sequences that are read in step; its size does not depend on it."""
+
+    fast: Any  # W_i, float32, with a leading axis B
+    cache_BLKGH: KeyValues  # window caches of all blocks at the beginning of the unfinished mini-batch
+    recent_BLbGH: KeyValues  # keys and values of the unfinished mini-batch, as far as it was run; zeros beyond
+    tokens_Bb: jax.Array  # the unfinished mini-batch's tokens; the newest was not run yet; zeros beyond
+    position: np.int64  # tokens read after the first one. On the host: choosing a program waits for no device
+
+
+# What has a leading axis B.
+_BATCHED = ReaderState(fast=0, cache_BLKGH=0, recent_BLbGH=0, tokens_Bb=0, position=None)
+
+
+class Reader:
+    """Reads and predicts with a model's parameters. Its programs are compiled once for every B."""
+
+    def __init__(self, graphdef, params: dict, config: Config, *, max_length: int = 0):
+        """A reader of B sequences, which `start` decides.
+
+        Args:
+          graphdef: static structure of the `Transformer`.
+          params: its weights, {"fast": W_0, "slow": theta}.
+          config: the run's configuration; learning while reading takes the full `inner.learning_rate`.
+          max_length: tokens that a state can hold where some block has full attention; other states hold any number.
+
+        Raises:
+          UserError: full attention without a `max_length`.
+        """
+        model, b = config.model, config.inner.mini_batch_size
+        self.params, self.config = params, config
+        self.has_window = all(model.windows)
+        if not self.has_window and max_length < 1:
+            raise UserError(f"max_length is {max_length}, but a model with full attention takes one of at least 1")
+        self.cache_size = model.sliding_window if self.has_window else max_length
+        self.mini_batch_size = b if model.num_fast_blocks else min(b, MAX_STATIC_MINI_BATCH)
+
+        def batched(function, *in_axes):
+            return jax.jit(jax.vmap(function, in_axes=in_axes))
+
+        self._extend = batched(partial(_extend, graphdef), None, _BATCHED, 0, None)
+        self._finish = batched(partial(_finish, graphdef), None, _BATCHED, 0)
+        self._learn = self._finish
+        if model.num_fast_blocks:
+            self._learn = batched(partial(_learn, graphdef, config), None, _BATCHED, 0)
+        self._predict = batched(partial(_predict, graphdef), None, _BATCHED)
+        self._append = batched(_append, _BATCHED, 0, 0)
+
+    def start(self, first, batch_size: int = 1) -> ReaderState:
+        """The state of `batch_size` sequences that begin with the token `first`, or each with its own, [B].
+
+        The first token is not predicted, and so has no NLL: documents begin with BOS.
+        """
+        model = self.config.model
+        fast = jax.tree.map(
+            lambda w: jnp.broadcast_to(w.astype(at_least_float32(w.dtype)), (batch_size, *w.shape)), self.params["fast"]
+        )
+        tokens_Bb = np.zeros((batch_size, self.mini_batch_size), np.int32)
+        tokens_Bb[:, 0] = first
+
+        def empty(size):
+            shape = (batch_size, model.num_hidden_layers, size, model.num_key_value_heads, model.head_dim)
+            return KeyValues(*(jnp.zeros(shape, jnp.dtype(model.compute_dtype)) for _ in range(2)))
+
+        caches = empty(self.cache_size), empty(self.mini_batch_size)
+        return ReaderState(fast, *caches, jnp.asarray(tokens_Bb), np.int64(0))
+
+    def read(self, state: ReaderState, tokens_Bn, *, learn: bool = True) -> tuple[ReaderState, np.ndarray]:
+        """Reads tokens [B, n], n of any size.
+
+        Args:
+          state: is left as it was.
+          tokens_Bn: integers below the vocabulary's size.
+          learn: whether mini-batches that become full are learned from.
+
+        Returns:
+          The state after them, and the NLL [B, n] of each token given those before it, in nats, under the fast weights
+          that were in force when its mini-batch was read.
+
+        Raises:
+          UserError: a token that is not in the vocabulary, or more than a model with full attention has room for.
+        """
+        tokens_Bn, b = np.asarray(tokens_Bn, np.int32), self.mini_batch_size
+        B, n = tokens_Bn.shape
+        if n and not 0 <= tokens_Bn.min() <= tokens_Bn.max() < self.config.model.vocab_size:
+            raise UserError(
+                f"tokens to read are from {tokens_Bn.min()} to {tokens_Bn.max()}, but they must be at least 0 and "
+                f"below config.model.vocab_size {self.config.model.vocab_size}"
+            )
+        self.check_room(state, n)
+        parts, done = [], 0
+        while done < n:
+            count = int(state.position % b)
+            size = min(b - count, n - done)
+            part_Bb = np.zeros((B, b), np.int32)
+            part_Bb[:, :size] = tokens_Bn[:, done : done + size]
+            if size == 1 and count + 1 < b:
+                state, _, nll_B = self.step(state, lambda _, part_Bb=part_Bb: part_Bb[:, 0])
+                parts.append((nll_B[:, None], 0, 1))
+            else:
+                state, nll_Bb = self._read_part(state, part_Bb, size, learn)
+                parts.append((nll_Bb, count, size))
+            done += size
+        # Fetched at the end, so that the device never waits for the host. (Slicing there would compile every slice.)
+        nlls = [np.asarray(nll)[:, start : start + size] for nll, start, size in parts]
+        return state, np.concatenate(nlls, axis=1) if nlls else np.zeros((B, 0), np.float32)
+
+    def step(self, state: ReaderState, choose: Callable, *, learn: bool = True):
+        """Predicts the next token, and reads the one that is chosen.
+
+        Args:
+          state: is left as it was.
+          choose: (logits [B, V], float32) -> tokens [B].
+          learn: as of `read`.
+
+        Returns:
+          The state after the tokens, the tokens [B], and their NLL [B] under the model's own prediction. Nothing waits
+          for the device, unless `choose` does.
+        """
+        self.check_room(state, 1)
+        b = self.mini_batch_size
+        logits_BV, new_BL1GH = self._predict(self.params["slow"], state)
+        token_B = jnp.asarray(choose(logits_BV), jnp.int32)
+        if (state.position + 1) % b:
+            changes = self._append(state, new_BL1GH, token_B)
+            after = state._replace(**changes, position=state.position + 1)
+        else:
+            part_Bb = jnp.zeros((len(token_B), b), jnp.int32).at[:, 0].set(token_B)
+            after, _ = self._read_part(state, part_Bb, 1, learn)
+        return after, token_B, _chosen_nll(logits_BV, token_B)
+
+    def _read_part(self, state: ReaderState, part_Bb, size: int, learn: bool):
+        """Reads the first `size` tokens of `part_Bb`, at most as many as the mini-batch lacks; its NLL [B, b]."""
+        if int(state.position) % self.mini_batch_size + size < self.mini_batch_size:
+            changes, nll_Bb = self._extend(self.params["slow"], state, part_Bb, size)
+        else:
+            changes, nll_Bb = (self._learn if learn else self._finish)(self.params["slow"], state, part_Bb)
+        return state._replace(**changes, position=state.position + size), nll_Bb
+
+    def check_room(self, state: ReaderState, n: int) -> None:
+        """Raises `UserError` where a model with full attention has no room for `n` more tokens."""
+        if not self.has_window and state.position + n > self.cache_size:
+            raise UserError(
+                f"max_length is {self.cache_size}, but {state.position} tokens were read and {n} more are to come: a "
+                "model with full attention keeps them all, and needs a greater max_length from the start"
+            )
+
+
+# ------------------------------------------------------------------------------- the programs, for one sequence
+# They return what changes in the state: what does not would be copied.
+
+
+def _extend(graphdef, slow, state: ReaderState, part_b, size):
+    """`size` more tokens, which leave the mini-batch unfinished: changes, and NLL [b], of which `size` are new."""
+    tokens_b1 = _with_part(state, part_b)
+    nll_b, new = _score(graphdef, slow, state, tokens_b1)
+    is_run_b = jnp.arange(len(part_b)) < _count(state) + size
+    recent = jax.tree.map(lambda a: jnp.where(is_run_b[:, None, None], a, 0), new)
+    return {"recent_BLbGH": recent, "tokens_Bb": tokens_b1[:-1]}, nll_b
+
+
+def _finish(graphdef, slow, state: ReaderState, part_b):
+    """Tokens that complete the mini-batch: changes, and its NLL [b]. Learns nothing."""
+    tokens_b1 = _with_part(state, part_b)
+    nll_b, new = _score(graphdef, slow, state, tokens_b1)
+    return _next_mini_batch(state, new, tokens_b1), nll_b
+
+
+def _learn(graphdef, config: Config, slow, state: ReaderState, part_b):
+    """`_finish`, and the inner step."""
+    inner, bos_id = config.inner, config.data.bos_id
+    model, tokens_b1 = merge(graphdef, state.fast, slow), _with_part(state, part_b)
+    targets_b, num_empty = tokens_b1[1:], _num_empty(state)
+    is_target_b = targets_b != bos_id if bos_id else jnp.ones_like(targets_b, dtype=bool)
+    prefix_cache, suffix_cache = model.split_cache(state.cache_BLKGH)
+    x_bD, prefix_new = model.run_prefix_cached(model.embed(tokens_b1[:-1]), prefix_cache, num_empty)
+    suffix_def, suffix_fast, suffix_slow = split(model.make_suffix())
+
+    def run(fast):
+        suffix = merge(suffix_def, fast, suffix_slow)
+        hidden_bD, new, _ = suffix(x_bD, suffix_cache, num_empty, make_pass=FirstOrderPass)
+        return hidden_bD, new
+
+    hidden_bD, pull_back, suffix_new = jax.vjp(run, suffix_fast, has_aux=True)
+    head = head_pass(hidden_bD, suffix_slow["head"], targets_b)
+    weight_b = target_weights(is_target_b, head.nll_T.dtype)
+    (gradient,) = pull_back((weight_b[:, None] * head.gradient_TD).astype(hidden_bD.dtype))
+    rate = inner.learning_rate * clip_scale(gradient, inner.clip_norm)
+    fast, _ = take_step(inner, suffix_fast, gradient, rate)
+    new = jax.tree.map(lambda *parts: jnp.concatenate(parts), prefix_new, suffix_new)
+    return {"fast": {"suffix": fast["blocks"]}, **_next_mini_batch(state, new, tokens_b1)}, head.nll_T
+
+
+def _predict(graphdef, slow, state: ReaderState):
+    """Logits [V] of the next token, and the keys and values [L, 1, G, H] of the newest."""
+    model, count = merge(graphdef, state.fast, slow), _count(state)
+    K = state.cache_BLKGH.k.shape[1]
+
+    def most_recent(cache, recent):
+        return jax.lax.dynamic_slice_in_dim(jnp.concatenate([cache, recent], axis=1), count, K, axis=1)
+
+    cache = jax.tree.map(most_recent, state.cache_BLKGH, state.recent_BLbGH)
+    newest = jax.lax.dynamic_slice_in_dim(state.tokens_Bb, count, 1)
+    x_1D, new = model.run_cached(model.embed(newest), cache, jnp.maximum(K - state.position, 0))
+    return model.logits(x_1D)[0], new
+
+
+def _append(state: ReaderState, new_L1GH: KeyValues, token):
+    """One more token, which leaves the mini-batch unfinished, given what `_predict` says: changes."""
+    count = _count(state)
+
+    def put(recent, new):
+        return jax.lax.dynamic_update_slice_in_dim(recent, new, count, axis=1)
+
+    recent = jax.tree.map(put, state.recent_BLbGH, new_L1GH)
+    return {"recent_BLbGH": recent, "tokens_Bb": state.tokens_Bb.at[count + 1].set(token)}
+
+
+@jax.jit
+def _chosen_nll(logits_BV, token_B):
+    return jax.nn.logsumexp(logits_BV, axis=-1) - jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+
+
+def _score(graphdef, slow, state: ReaderState, tokens_b1):
+    """NLL [b] of the last b tokens, and the keys and values [L, b, G, H] of the first b, a mini-batch.
+
+    Where it is unfinished, nothing that comes before its end depends on what fills it up.
+    """
+    model = merge(graphdef, state.fast, slow)
+    x_bD, new = model.run_cached(model.embed(tokens_b1[:-1]), state.cache_BLKGH, _num_empty(state))
+    return model.nll(x_bD, tokens_b1[1:]), new
+
+
+def _next_mini_batch(state: ReaderState, new_LbGH: KeyValues, tokens_b1) -> dict:
+    """What changes at the beginning of the next mini-batch, after one with these keys, values, and tokens."""
+    return {
+        "cache_BLKGH": state.cache_BLKGH.append(new_LbGH),
+        "recent_BLbGH": jax.tree.map(jnp.zeros_like, state.recent_BLbGH),
+        "tokens_Bb": jnp.zeros_like(state.tokens_Bb).at[0].set(tokens_b1[-1]),
+    }
+
+
+def _with_part(state: ReaderState, part_b):
+    """The mini-batch's b inputs and the target of the last, [b + 1], as far as they are known with these tokens."""
+    b = len(part_b)
+    room = jnp.concatenate([state.tokens_Bb, jnp.zeros(b + 1, jnp.int32)])
+    return jax.lax.dynamic_update_slice_in_dim(room, part_b, _count(state) + 1, axis=0)[: b + 1]
+
+
+def _count(state: ReaderState):
+    """How many tokens of the unfinished mini-batch were run."""
+    return state.position % state.tokens_Bb.shape[-1]
+
+
+def _num_empty(state: ReaderState):
+    """Leading positions of the window caches that hold nothing."""
+    return jnp.maximum(state.cache_BLKGH.k.shape[1] - (state.position - _count(state)), 0)

@@ -1,0 +1,155 @@
+"""Saved reader states: what a model learned from a document, for that model to go on from.
+
+A directory with two items of Orbax: `state` (arrays) and `about` (JSON), which names the model. Orbax writes under a
+temporary name and renames when all is written.
+
+Shapes: `B` sequences, `K` positions of a window cache, `L` blocks, `G` key/value heads, `H` head width.
+"""
+
+import dataclasses
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ttt_e2e.errors import UserError
+from ttt_e2e.inference.reader import Reader, ReaderState
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+def save_state(path, reader: Reader, state: ReaderState, *, precision: str = "float32") -> None:
+    """Writes a state into the new directory `path`.
+
+    Args:
+      path: must not exist.
+      reader: whose state it is.
+      state: of any number of sequences, within a mini-batch too.
+      precision: "bfloat16" stores the difference of the fast weights from W_0, rounded to bfloat16: half the size.
+
+    Raises:
+      UserError: `path` exists, or cannot be written.
+    """
+    path = epath.Path(path).resolve()
+    check_can_save(path, precision)
+    tree = state._asdict()
+    about = {
+        "model": dataclasses.asdict(reader.config.model),
+        "parameters": parameters_digest(reader.params),
+        "mini_batch_size": reader.mini_batch_size,
+        "cache_size": reader.cache_size,
+        "batch_size": len(state.tokens_Bb),
+        "position": int(tree.pop("position")),
+        "precision": precision,
+    }
+    if precision == "bfloat16":
+        tree["fast"] = jax.tree.map(lambda w, w_0: (w - w_0).astype(jnp.bfloat16), state.fast, reader.params["fast"])
+    items = {"state": ocp.args.StandardSave(tree), "about": ocp.args.JsonSave(about)}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(path, args=ocp.args.Composite(**items))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"could not save a state in {path} ({str(error).splitlines()[0]})") from error
+
+
+def load_state(path, reader: Reader) -> ReaderState:
+    """The state that `save_state` wrote.
+
+    A state of full attention may be of a shorter `max_length` than the reader.
+
+    Raises:
+      UserError: there is no whole state, or it is of another model, mini-batch size, or greater `max_length`.
+    """
+    path = epath.Path(path).resolve()
+    about = read_about(path)
+    _check_model(path, about, reader)
+    abstract = jax.eval_shape(lambda: reader.start(0, about["batch_size"]))._asdict()
+    abstract.pop("position")
+    grown, K = reader.cache_size - about["cache_size"], about["cache_size"]
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def stored(name: str, leaf):
+        shape, dtype = leaf.shape, leaf.dtype
+        if name == "cache_BLKGH":
+            shape = (*shape[:2], K, *shape[3:])
+        if name == "fast" and about["precision"] == "bfloat16":
+            dtype = jnp.bfloat16
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+
+    wanted = {name: jax.tree.map(lambda leaf, name=name: stored(name, leaf), tree) for name, tree in abstract.items()}
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(path / "state", wanted)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"state {path} is damaged: {str(error).splitlines()[0]}") from error
+    if about["precision"] == "bfloat16":
+        tree["fast"] = jax.tree.map(
+            lambda difference, w_0, leaf: (w_0 + difference.astype(leaf.dtype)).astype(leaf.dtype),
+            tree["fast"],
+            reader.params["fast"],
+            abstract["fast"],
+        )
+    # The newest position stands last in a cache: room for more is at its front.
+    tree["cache_BLKGH"] = jax.tree.map(
+        lambda a: jnp.pad(a, [(0, 0), (0, 0), (grown, 0), (0, 0), (0, 0)]) if grown else a, tree["cache_BLKGH"]
+    )
+    return ReaderState(**tree, position=np.int64(about["position"]))
+
+
+def check_can_save(path, precision: str) -> None:
+    """Raises `UserError` where there is something at `path` already, or the precision is unknown."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision is {precision!r}, but it must be one of {', '.join(PRECISIONS)}")
+    if epath.Path(path).exists():
+        raise UserError(f"{path} already exists: remove it, or choose another directory to save the state in")
+
+
+def read_about(path) -> dict:
+    """What a saved state says of itself: its model, sizes and position. Raises `UserError` where there is none."""
+    path = epath.Path(path)
+    if not (path / "about").is_dir():
+        raise UserError(f"{path} holds no saved state: expected a directory that --save_state wrote")
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path.resolve() / "about")
+    except (OSError, ValueError) as error:
+        raise UserError(f"state {path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def parameters_digest(params) -> str:
+    """16 hex digits that identify parameters by their values; computed where they live, as they may be large."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sums = jax.device_get(jax.jit(lambda leaves: [_checksum(leaf) for leaf in leaves])([leaf for _, leaf in leaves]))
+    identity = [
+        (jax.tree_util.keystr(key), leaf.shape, str(leaf.dtype), int(s)) for (key, leaf), s in zip(leaves, sums)
+    ]
+    return hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
+
+
+def _checksum(array):
+    """Sum of the array's bits by odd weights, modulo 2^32: another value anywhere gives another sum."""
+    bits = jax.lax.bitcast_convert_type(array, jnp.uint16 if array.dtype.itemsize == 2 else jnp.uint32)
+    bits = bits.reshape(-1).astype(jnp.uint32)
+    weights = 2 * jax.lax.iota(jnp.uint32, len(bits)) + 1
+    return jnp.sum(bits * weights, dtype=jnp.uint32)
+
+
+def _check_model(path, about: dict, reader: Reader) -> None:
+    for field, ours in dataclasses.asdict(reader.config.model).items():
+        if (theirs := about["model"].get(field)) != ours:
+            raise UserError(f"state {path} belongs to a model whose model.{field} is {theirs!r}; here it is {ours!r}")
+    if (digest := parameters_digest(reader.params)) != about["parameters"]:
+        raise UserError(
+            f"state {path} belongs to parameters {about['parameters']}; these are {digest}: "
+            "load it with the checkpoint that it was made with"
+        )
+    if (theirs := about["mini_batch_size"]) != reader.mini_batch_size:
+        raise UserError(
+            f"state {path} was made with config.inner.mini_batch_size {theirs}; here it is {reader.mini_batch_size}"
+        )
+    if (theirs := about["cache_size"]) > reader.cache_size:
+        raise UserError(f"state {path} has max_length {theirs}; here it is {reader.cache_size}: it must not be less")
