@@ -63,6 +63,9 @@ class DualPass(Pass):
     The products of a value and of its tangent with the same weight are one product over stacked rows. So is its
     transpose, and the gradient of the weight is one over a stacked contraction: the weight is read once each time. What
     is known is not computed again.
+
+    Hidden states must have a tangent everywhere: a value computed together with the outer reverse's own tangent cannot
+    be linearised. The scan over blocks carries one from the first block on.
     """
 
     derivatives = "reverse_of_tangent"
