@@ -64,8 +64,8 @@ class DualPass(Pass):
     transpose, and the gradient of the weight is one over a stacked contraction: the weight is read once each time. What
     is known is not computed again.
 
-    Hidden states must have a tangent everywhere: a value computed together with the outer reverse's own tangent cannot
-    be linearised. The scan over blocks carries one from the first block on.
+    Hidden states must have a tangent under that jvp everywhere, which a scan over blocks sees to: where there is none,
+    the reverse would stack its own tangents with values, and JAX cannot linearise that.
     """
 
     derivatives = "reverse_of_tangent"
