@@ -76,9 +76,7 @@ def evaluate(argv: list[str]) -> None:
     """Measure a checkpoint's loss on held-out text, with and without learning while reading."""
 
     def define(values):
-        _config(values)
-        _string(values, "workdir", "Run directory to evaluate the newest checkpoint of.")
-        _string(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
+        _trained_model(values)
         _string(values, "output", "Directory for metrics.json and token_nll.npy; default: WORKDIR/evaluation.")
 
     values, overrides = parse(argv, define, "ttt-e2e evaluate: held-out loss of a checkpoint.")
@@ -96,9 +94,7 @@ def generate(argv: list[str]) -> None:
     """Continue a prompt, or save what reading it taught."""
 
     def define(values):
-        _config(values)
-        _string(values, "workdir", "Run directory to take the newest checkpoint of.")
-        _string(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
+        _trained_model(values)
         _string(values, "prompt", "Text to continue; without any, a new document.")
         _string(values, "prompt_file", "File with the prompt, or .jsonl with one a line, in the field `prompt`.")
         flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate; 0 = only read.", flag_values=values)
@@ -189,7 +185,7 @@ def bench(argv: list[str]) -> None:
 
     values, overrides = parse(argv[1:], define, f"ttt-e2e bench {name}: {inspect.getdoc(run)}")
     _require(values, "output")
-    config = {"config": _resolve(values, overrides)} if "config" in values and values.config else {}
+    config = {"config": _resolve(values, overrides)} if overrides or ("config" in values and values.config) else {}
     run(values.output, **config, **{option.name: _bench_value(values, option) for option in options})
 
 
@@ -215,6 +211,12 @@ def _string(values: flags.FlagValues, name: str, text: str, default: str = "") -
 
 def _config(values: flags.FlagValues) -> None:
     _string(values, "config", "Config file, FILE.py[:ARG]; override fields by --config.section.field=value.")
+
+
+def _trained_model(values: flags.FlagValues) -> None:
+    _config(values)
+    _string(values, "workdir", "Run directory to take the newest checkpoint of.")
+    _string(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
 
 
 def _bench_flag(values: flags.FlagValues, name: str, default) -> None:

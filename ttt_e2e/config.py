@@ -18,6 +18,8 @@ from ttt_e2e.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MIXERS = ("window", "attention")
+TRAJECTORIES = ("auto", "store", "delta", "segment")
+REMATS = ("auto", "keep", "mini_batch", "block")
 
 
 @dataclass(frozen=True)
@@ -316,8 +318,8 @@ def _check_run(config: Config) -> None:
     _at_least(inner, "config.inner", 1, "mini_batch_size")
     _at_least(inner, "config.inner", 0, "learning_rate", "clip_norm", "warmup_steps", "warmup_init")
     _one_of(inner, "config.inner", "gradient", ("exact", "first_order", "reference"))
-    _one_of(inner, "config.inner", "trajectory", ("auto", "store", "delta", "segment"))
-    _one_of(inner, "config.inner", "remat", ("auto", "keep", "mini_batch", "block"))
+    _one_of(inner, "config.inner", "trajectory", TRAJECTORIES)
+    _one_of(inner, "config.inner", "remat", REMATS)
     _at_least(inner, "config.inner", 0, "truncate", "segment_length", "memory_budget_bytes")
 
     _at_least(train, "config.train", 1, "seq_len", "global_batch_size", "accumulation_steps", "num_steps")
