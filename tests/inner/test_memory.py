@@ -8,6 +8,9 @@ import pytest
 
 from tests.model.tiny import tiny_model
 from ttt_e2e.inner import memory, read_batch
+from ttt_e2e.inner.meta_gradient import adapt
+from ttt_e2e.inner.step import MiniBatch
+from ttt_e2e.model.parameters import split
 
 B, T, b = 2, 256, 32
 FAST_BYTES = 3 * 32 * 64 * 4  # of one sequence's fast weights: three matrices
@@ -82,6 +85,31 @@ def test_the_estimate_is_about_what_the_compiled_program_takes(model, estimates,
     compiled = jax.jit(jax.value_and_grad(loss)).lower(model.params, tokens).compile()
     ratio = estimates["store", remat] / compiled.memory_analysis().temp_size_in_bytes
     assert 0.5 < ratio < 2, ratio
+
+
+@pytest.mark.parametrize("remat", ["mini_batch", "block"])
+def test_a_longer_sequence_adds_one_trajectory_entry_and_its_keys_and_values(model, remat):
+    """And of each mini-batch what it reads and the gradient at its hidden states; the compiled program, no more."""
+    inner = dataclasses.replace(model.config.inner, trajectory="store", remat=remat)
+    suffix_def, fast, slow = split(model.merge().make_suffix())
+    D, G, H = (getattr(model.config.model, name) for name in ("hidden_size", "num_key_value_heads", "head_dim"))
+
+    def temp_bytes(num_mini_batches):
+        shape = (B, num_mini_batches, b)
+        mini_batches = MiniBatch(
+            jnp.zeros((*shape, D), jnp.float32), jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
+        )
+
+        def loss(fast, slow, x):
+            return adapt(suffix_def, inner, fast, slow, mini_batches._replace(x_bD=x), jnp.float32(1))[0].sum()
+
+        fast_B = jax.tree.map(lambda w: jnp.broadcast_to(w, (B, *w.shape)), fast)
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        return gradient.lower(fast_B, slow, mini_batches.x_bD).compile().memory_analysis().temp_size_in_bytes
+
+    keys_and_values, hidden, scalars = 2 * b * G * H * 4, b * D * 4, b * (4 + 1 + 2 * 4) + 4
+    of_mini_batch = B * (FAST_BYTES + keys_and_values + 2 * hidden + scalars)
+    assert temp_bytes(16) - temp_bytes(8) <= 8 * 1.01 * of_mini_batch
 
 
 def test_reading_with_a_policy_left_open_is_a_mistake(model):

@@ -100,7 +100,8 @@ def _held(inner: InnerConfig, graphdef, fast, slow, tokens) -> dict:
     b, stream = mini_batch.targets_b.shape[1], scan.stream_BLSGH
     K = stream.k.shape[2] - len(scan.scale_MB) * b
     cache, num_empty = meta_gradient.window_cache(stream, 0, b, K)
-    _, head, _, kept = meta_gradient.inner_gradient(suffix_def, inner, fast_B, slow_suffix, stream, mini_batch, 0, K)
+    seen = (cache, num_empty)
+    _, head, _, kept = meta_gradient.inner_gradient(suffix_def, inner, fast_B, slow_suffix, seen, mini_batch)
 
     def saved_by_reverse(remat):
         policies = dataclasses.replace(inner, remat=remat)

@@ -28,6 +28,9 @@ from ttt_e2e.model.loss import token_nll
 from ttt_e2e.model.parameters import merge
 from ttt_e2e.model.passes import DualPass, Pass, Recording
 
+# Suffix blocks: slicing so few out of stacked arrays, for each mini-batch anew, costs more than a longer program.
+MAX_UNROLLED = 2
+
 
 class Residuals(NamedTuple):
     """What the forward scan leaves for the reverse one."""
@@ -66,18 +69,21 @@ def forward_scan(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniB
     K = suffix.cache_size(M * b)
 
     def inner_step(carry, step):
-        fast, stream = carry
+        fast, cache = carry
         mini_batch, i = step
-        gradient, head, new, kept = inner_gradient(suffix_def, inner, fast, slow, stream, mini_batch, i, K)
+        seen = cache, jnp.maximum(K - i * b, 0)
+        gradient, head, new, kept = inner_gradient(suffix_def, inner, fast, slow, seen, mini_batch)
         scale_B = jax.vmap(partial(clip_scale, clip_norm=inner.clip_norm))(gradient)
         next_fast, saved = jax.vmap(partial(trajectory.take_step, inner))(fast, gradient, learning_rate * scale_B)
-        stream = jax.tree.map(lambda s, n: jax.lax.dynamic_update_slice_in_dim(s, n, K + i * b, axis=2), stream, new)
-        return (next_fast, stream), ((head.nll_T, scale_B), (saved, (head, kept)))
+        return (next_fast, cache.append(new)), ((head.nll_T, scale_B, new), (saved, (head, kept)))
 
-    empty = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape)), suffix.empty_cache(K + M * b))
+    empty = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape)), suffix.empty_cache(K))
     mini_batches_M = jax.tree.map(lambda a: a.swapaxes(0, 1), mini_batches)
     steps = (mini_batches_M, jnp.arange(M))
-    (final, stream), ((nll_MBb, scale_MB), saved) = trajectory.scan(inner, inner_step, (fast, empty), steps)
+    (final, _), ((nll_MBb, scale_MB, new_M), saved) = trajectory.scan(inner, inner_step, (fast, empty), steps)
+    # Not carried through the scan: XLA would copy the whole stream for every mini-batch that writes to it.
+    new = jax.tree.map(lambda n: jnp.moveaxis(n, 0, 2).reshape(*n.shape[1:3], M * b, *n.shape[4:]), new_M)
+    stream = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), empty, new)
     nll_BMb = nll_MBb.swapaxes(0, 1)
     loss_BM = jnp.sum(target_weights(mini_batches.is_target_b, nll_BMb.dtype) * nll_BMb, axis=-1)
     residuals = Residuals(slow, mini_batches_M, learning_rate, stream, scale_MB, saved, final)
@@ -92,7 +98,8 @@ def _reverse(suffix_def, inner: InnerConfig, residuals: Residuals, cotangents):
 
     def replay_step(fast, step):
         mini_batch, i, scale_B, *_ = step
-        gradient, head, _, kept = inner_gradient(suffix_def, inner, fast, slow, stream, mini_batch, i, K)
+        seen = window_cache(stream, i, b, K)
+        gradient, head, _, kept = inner_gradient(suffix_def, inner, fast, slow, seen, mini_batch)
         return jax.vmap(sgd_update)(fast, gradient, learning_rate * scale_B), (head, kept)
 
     def reverse_step(carry, fast, update, known, step):
@@ -137,15 +144,16 @@ def _run_suffix(suffix_def, fast, slow, cache: KeyValues, x_BbD, *, num_empty, m
 
     def run(fast, cache, x_bD, known):
         suffix = merge(suffix_def, fast, slow)
-        return suffix(x_bD, cache, num_empty, make_pass=make_pass, known=known, remat=remat)
+        unroll = suffix.config.num_fast_blocks <= MAX_UNROLLED and not remat
+        return suffix(x_bD, cache, num_empty, make_pass=make_pass, known=known, remat=remat, unroll=unroll)
 
     return jax.vmap(run)(fast, cache, x_BbD, known)
 
 
-def inner_gradient(suffix_def, inner: InnerConfig, fast, slow, stream: KeyValues, mini_batch: MiniBatch, i, K: int):
+def inner_gradient(suffix_def, inner: InnerConfig, fast, slow, seen, mini_batch: MiniBatch):
     """Gradient of each sequence's loss_i at its fast weights, the head's forward pass, new keys and values, and what
-    the reverse of the mini-batch is to know already."""
-    cache, num_empty = window_cache(stream, i, mini_batch.targets_b.shape[1], K)
+    the reverse of the mini-batch is to know already; `seen` is what `window_cache` says."""
+    cache, num_empty = seen
     make_pass, remat = (Recording if inner.remat == "keep" else Pass), inner.remat == "block"
 
     def run(fast):

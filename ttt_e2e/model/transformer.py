@@ -97,7 +97,7 @@ class Suffix(nnx.Module):
     def __init__(self, config, blocks: Block, final_norm: RMSNorm, head_DV: nnx.Param):
         self.config, self.blocks, self.final_norm, self.head = config, blocks, final_norm, head_DV
 
-    def __call__(self, x_bD, cache_LKGH: KeyValues, num_empty, *, make_pass=Pass, known=(), remat: bool = False):
+    def __call__(self, x_bD, cache_LKGH: KeyValues, num_empty, *, make_pass=Pass, known=(), remat=False, unroll=False):
         """All suffix blocks and the final norm over one mini-batch.
 
         Args:
@@ -107,13 +107,15 @@ class Suffix(nnx.Module):
           make_pass: what kind of pass this is: makes the `Pass` of each block, from what is known of it.
           known: the results that a `Recording` pass kept, for a pass that takes them; its leaves begin with L.
           remat: whether each block is rematerialised in the backward pass.
+          unroll: whether the program repeats the block's, and slices nothing out of stacked arrays. Not with `remat`:
+            XLA would see that a block is computed twice, and keep what it has.
 
         Returns:
           Normed hidden states [b, D], the mini-batch's own keys and values [L, b, G, H], and the results that the pass
           kept.
         """
         x_bD, new, kept = _scan_blocks(
-            self.blocks, self.config.windows, make_pass, x_bD, cache_LKGH, num_empty, known, remat=remat
+            self.blocks, self.config.windows, make_pass, x_bD, cache_LKGH, num_empty, known, remat=remat, unroll=unroll
         )
         return self.final_norm(x_bD), new, kept
 
@@ -144,7 +146,9 @@ def _stack(config, rngs: nnx.Rngs, num_blocks: int, *, fast: bool) -> Block:
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(key)))(keys))
 
 
-def _scan_blocks(stack: Block, windows, make_pass, x_TD, cache_LKGH=None, num_empty=0, known=(), *, remat: bool):
+def _scan_blocks(
+    stack: Block, windows, make_pass, x_TD, cache_LKGH=None, num_empty=0, known=(), *, remat, unroll=False
+):
     """Runs stacked blocks one after another; block i has window `windows[i % len(windows)]`.
 
     Returns the hidden states, the new keys and values [L, T, G, H] where there are caches, and what the passes kept.
@@ -170,5 +174,5 @@ def _scan_blocks(stack: Block, windows, make_pass, x_TD, cache_LKGH=None, num_em
     # An array for each block of a period, not a slice of one: what a scan is given as it is, its reverse does not copy.
     blocks = (state, cache_LKGH, known)
     periods = [jax.tree.map(lambda a, i=i: a[i :: len(windows)], blocks) for i in range(len(windows))]
-    x_TD, outputs = jax.lax.scan(run_period, x_TD, periods)
+    x_TD, outputs = jax.lax.scan(run_period, x_TD, periods, unroll=unroll)
     return x_TD, *jax.tree.map(lambda *arrays: jnp.stack(arrays, 1).reshape(-1, *arrays[0].shape[1:]), *outputs)
