@@ -73,21 +73,34 @@ def train(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """Measure a checkpoint's loss on held-out text, with and without learning while reading."""
+    """Measure a checkpoint on held-out text: its loss, with and without learning, context lengths, needles, samples."""
 
     def define(values):
         _trained_model(values)
-        _string(values, "output", "Directory for metrics.json and token_nll.npy; default: WORKDIR/evaluation.")
+        _string(values, "output", "Directory for what is found; default: WORKDIR/evaluation.")
+        _long_context(values)
 
-    values, overrides = parse(argv, define, "ttt-e2e evaluate: held-out loss of a checkpoint.")
+    values, overrides = parse(argv, define, "ttt-e2e evaluate: held-out loss of a checkpoint, or what it recalls.")
     config = _resolve(values, overrides)
     if not values.workdir:
         _require(values, "checkpoint", "output")
-    from ttt_e2e.evaluation.token_losses import evaluate
+    checkpoint, output = values.checkpoint or values.workdir, values.output or f"{values.workdir}/evaluation"
+    asked = _asked_evaluations(values)
+    if not asked:
+        from ttt_e2e.evaluation.token_losses import evaluate
 
-    output = values.output or f"{values.workdir}/evaluation"
-    metrics = evaluate(config, values.checkpoint or values.workdir, output)
-    print(json.dumps({"output": output, **metrics}, indent=2))
+        print(json.dumps({"output": output, **evaluate(config, checkpoint, output)}, indent=2))
+        return
+    from ttt_e2e.outer.checkpoint import find_step
+
+    find_step(checkpoint)
+    for evaluation, settings in asked:  # all of them before the first one runs, which may take hours
+        evaluation.check(config, settings)
+    results = {"output": output}
+    for evaluation, settings in asked:
+        result = evaluation.evaluate(config, checkpoint, output, settings)
+        results[evaluation.NAME] = {k: v for k, v in result.items() if k not in ("cells", "about")}
+    print(json.dumps(results, indent=2))
 
 
 def generate(argv: list[str]) -> None:
@@ -217,6 +230,45 @@ def _trained_model(values: flags.FlagValues) -> None:
     _config(values)
     _string(values, "workdir", "Run directory to take the newest checkpoint of.")
     _string(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
+
+
+# The flags that each evaluation of long contexts takes, after the one that asks for it.
+LONG_CONTEXT = {
+    "context_lengths": ("scored_tokens", "num_stretches"),
+}
+
+
+def _long_context(values: flags.FlagValues) -> None:
+    lengths = "Instead: loss of the same held-out tokens after contexts of these lengths, as 1024,2048,4096."
+    flags.DEFINE_list("context_lengths", [], lengths, flag_values=values)
+    scored = "Last tokens of a context that the loss is taken of; 0 = as many as the shortest length."
+    flags.DEFINE_integer("scored_tokens", 0, scored, flag_values=values)
+    stretches = "At most as many stretches of held-out text, each of the longest length; 0 = all."
+    flags.DEFINE_integer("num_stretches", 32, stretches, flag_values=values)
+
+
+def _asked_evaluations(values: flags.FlagValues) -> list:
+    """The evaluations of long contexts that are asked for, each a module with its settings."""
+    for evaluation, names in LONG_CONTEXT.items():
+        for name in names:
+            if values[name].present and not values[evaluation].value:
+                raise UserError(f"--{name} belongs to --{evaluation}, which is missing")
+    asked = []
+    if values.context_lengths:
+        from ttt_e2e.evaluation import context_lengths
+
+        lengths = _integers(values, "context_lengths")
+        asked.append((context_lengths, context_lengths.Settings(lengths, values.scored_tokens, values.num_stretches)))
+    return asked
+
+
+def _integers(values: flags.FlagValues, name: str) -> tuple[int, ...]:
+    """What a flag lists. Raises `UserError` where that is anything but integers."""
+    try:
+        return tuple(map(int, values[name].value))
+    except ValueError:
+        listed = ",".join(values[name].value)
+        raise UserError(f"--{name}={listed}: it takes integers separated by commas") from None
 
 
 def _bench_flag(values: flags.FlagValues, name: str, default) -> None:

@@ -102,8 +102,18 @@ class TokenStore:
         indices = np.asarray(indices, np.int64)
         if indices.size and not (indices.min() >= 0 and indices.max() < count):
             raise IndexError(f"sequence {indices.min()} to {indices.max()} of {count}")
-        reads = [self._array[start : start + seq_len + 1].read() for start in (indices * seq_len).tolist()]
-        tokens = np.empty((len(reads), seq_len + 1), self._array.dtype.numpy_dtype)
+        return self._read((indices * seq_len).tolist(), seq_len + 1, vocab_size)
+
+    def stretch(self, start: int, stop: int, vocab_size: int = _INT32_IDS) -> np.ndarray:
+        """Tokens `start` to `stop` - 1, int32 [stop - start]. Raises as `sequences`."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
+        return self._read([start], stop - start, vocab_size)[0]
+
+    def _read(self, starts: list[int], length: int, vocab_size: int) -> np.ndarray:
+        """The `length` tokens from each of `starts` on, int32 [len(starts), length], read concurrently."""
+        reads = [self._array[start : start + length].read() for start in starts]
+        tokens = np.empty((len(reads), length), self._array.dtype.numpy_dtype)
         try:
             for row, read in zip(tokens, reads):
                 row[:] = read.result()
