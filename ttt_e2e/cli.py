@@ -235,6 +235,7 @@ def _trained_model(values: flags.FlagValues) -> None:
 # The flags that each evaluation of long contexts takes, after the one that asks for it.
 LONG_CONTEXT = {
     "context_lengths": ("scored_tokens", "num_stretches"),
+    "needle": ("needle_lengths", "needle_depths", "needle_samples"),
 }
 
 
@@ -245,6 +246,13 @@ def _long_context(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("scored_tokens", 0, scored, flag_values=values)
     stretches = "At most as many stretches of held-out text, each of the longest length; 0 = all."
     flags.DEFINE_integer("num_stretches", 32, stretches, flag_values=values)
+    tasks = "Instead: retrieval of 1 = a number in noise, 2 = a number in text, 3 = a UUID in text, as 1,2,3."
+    flags.DEFINE_list("needle", [], tasks, flag_values=values)
+    lengths = "Tokens of the prompts; default: a quarter, half, one and two of the trained length, where they fit."
+    flags.DEFINE_list("needle_lengths", [], lengths, flag_values=values)
+    depths = "Where in the text the needle is, in percent."
+    flags.DEFINE_list("needle_depths", ["0", "25", "50", "75", "100"], depths, flag_values=values)
+    flags.DEFINE_integer("needle_samples", 4, "Prompts for each task, length and depth.", flag_values=values)
 
 
 def _asked_evaluations(values: flags.FlagValues) -> list:
@@ -259,6 +267,11 @@ def _asked_evaluations(values: flags.FlagValues) -> list:
 
         lengths = _integers(values, "context_lengths")
         asked.append((context_lengths, context_lengths.Settings(lengths, values.scored_tokens, values.num_stretches)))
+    if values.needle:
+        from ttt_e2e.evaluation import needle
+
+        lists = (_integers(values, name) for name in ("needle", "needle_lengths", "needle_depths"))
+        asked.append((needle, needle.Settings(*lists, values.needle_samples)))
     return asked
 
 

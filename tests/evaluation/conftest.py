@@ -22,16 +22,17 @@ MODEL = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 16, "num_hid
 MODEL |= {"num_attention_heads": 2, "num_fast_blocks": 1, "sliding_window": 8, "initializer_range": 0.3}
 
 
-def write_store(path, lengths=DOCUMENT_LENGTHS, seed=0):
+def write_store(path, tokenizer=None, lengths=DOCUMENT_LENGTHS):
     """A store whose one split, val, has documents of random words of these lengths."""
-    random = np.random.default_rng(seed)
+    tokenizer, random = tokenizer or ByteTokenizer(), np.random.default_rng(0)
     words = ["".join(random.choice(list("abcdefghij"), 4)) for _ in range(20)]
-    writer = TokenWriter(path, "val", 257)
+    writer = TokenWriter(path, "val", tokenizer.vocab_size)
     for length in lengths:
-        text = " ".join(random.choice(words, length)).replace(words[0], "\n")[:length]
-        writer.append(np.array([BOS, *ByteTokenizer().encode(text)]))
+        text = " ".join(random.choice(words, length)).replace(words[0], "\n")
+        writer.append(np.array([tokenizer.bos_id, *tokenizer.encode(text)[:length]]))
     writer.close()
-    write_attributes(path, {"tokenizer": "bytes", "vocab_size": 257, "bos_id": BOS})
+    name = "bytes" if isinstance(tokenizer, ByteTokenizer) else "tokenizer.model"
+    write_attributes(path, {"tokenizer": name, "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id})
 
 
 def make_run(workdir, store, *, seed=0, **model):

@@ -80,8 +80,7 @@ class TokenStore:
     @property
     def tokenizer_spec(self) -> str:
         """What `load_tokenizer` takes to give the tokenizer that made the store; "" if the store does not say."""
-        spec = self.attributes.get("tokenizer", "")
-        return spec if spec in ("", "bytes") else f"{self.path.rstrip('/')}/{spec}"
+        return tokenizer_spec(self.path, self.attributes)
 
     def num_sequences(self, seq_len: int) -> int:
         """Number of whole sequences of `seq_len` inputs and targets. Raises UserError if there is none."""
@@ -211,6 +210,12 @@ def read_attributes(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path}/zarr.json: damaged metadata ({error}); legal: {LEGAL_PATHS}") from None
     return attributes
+
+
+def tokenizer_spec(path: str, attributes: dict[str, Any]) -> str:
+    """What `TokenStore.tokenizer_spec` says of the store at `path`, which has these attributes."""
+    spec = attributes.get("tokenizer", "")
+    return spec if spec in ("", "bytes") else f"{path.rstrip('/')}/{spec}"
 
 
 def write_attributes(path: str | os.PathLike, attributes: dict[str, Any]) -> None:
