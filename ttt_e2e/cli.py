@@ -111,11 +111,8 @@ def generate(argv: list[str]) -> None:
         _string(values, "prompt", "Text to continue; without any, a new document.")
         _string(values, "prompt_file", "File with the prompt, or .jsonl with one a line, in the field `prompt`.")
         flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate; 0 = only read.", flag_values=values)
-        flags.DEFINE_float("temperature", 1.0, "0 = always the likeliest token.", flag_values=values)
-        flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0 = off.", flag_values=values)
-        flags.DEFINE_float("top_p", 1.0, "Draw from the fewest with this probability; 1 = off.", flag_values=values)
+        _sampling(values)
         flags.DEFINE_float("repetition_penalty", 1.0, "Weakens tokens that were there; 1 = off.", flag_values=values)
-        flags.DEFINE_integer("seed", 0, "Of what is drawn.", flag_values=values)
         flags.DEFINE_multi_string("stop", [], "Text to stop before; may be given repeatedly.", flag_values=values)
         _string(values, "learn", "Learn while reading from: all, prompt or none.", "all")
         _string(values, "load_state", "Saved state to go on from.")
@@ -232,10 +229,21 @@ def _trained_model(values: flags.FlagValues) -> None:
     _string(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
 
 
+def _sampling(values: flags.FlagValues) -> None:
+    flags.DEFINE_float("temperature", 1.0, "0 = always the likeliest token.", flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0 = off.", flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "Draw from the fewest with this probability; 1 = off.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of what is drawn.", flag_values=values)
+
+
 # The flags that each evaluation of long contexts takes, after the one that asks for it.
 LONG_CONTEXT = {
     "context_lengths": ("scored_tokens", "num_stretches"),
     "needle": ("needle_lengths", "needle_depths", "needle_samples"),
+    "generation": (
+        *("generation_prompt_tokens", "generation_tokens", "generation_samples"),
+        *("temperature", "top_k", "top_p", "seed", "judge"),
+    ),
 }
 
 
@@ -253,6 +261,14 @@ def _long_context(values: flags.FlagValues) -> None:
     depths = "Where in the text the needle is, in percent."
     flags.DEFINE_list("needle_depths", ["0", "25", "50", "75", "100"], depths, flag_values=values)
     flags.DEFINE_integer("needle_samples", 4, "Prompts for each task, length and depth.", flag_values=values)
+    continuations = "Instead: continuations of held-out documents, scored by a judge."
+    flags.DEFINE_boolean("generation", False, continuations, flag_values=values)
+    prompt = "First tokens of a document to continue; 0 = half the trained length."
+    flags.DEFINE_integer("generation_prompt_tokens", 0, prompt, flag_values=values)
+    flags.DEFINE_integer("generation_tokens", 128, "Tokens to generate, at most.", flag_values=values)
+    flags.DEFINE_integer("generation_samples", 16, "Documents to continue, at most.", flag_values=values)
+    _sampling(values)
+    _string(values, "judge", "Run directory of the judge, or a checkpoint in one; default: the model itself.")
 
 
 def _asked_evaluations(values: flags.FlagValues) -> list:
@@ -272,6 +288,13 @@ def _asked_evaluations(values: flags.FlagValues) -> list:
 
         lists = (_integers(values, name) for name in ("needle", "needle_lengths", "needle_depths"))
         asked.append((needle, needle.Settings(*lists, values.needle_samples)))
+    if values.generation:
+        from ttt_e2e.evaluation import generation
+        from ttt_e2e.inference.sampling import Sampling
+
+        sizes = (values.generation_prompt_tokens, values.generation_tokens, values.generation_samples)
+        sampling = Sampling(values.temperature, values.top_k, values.top_p)
+        asked.append((generation, generation.Settings(*sizes, sampling, values.seed, values.judge)))
     return asked
 
 

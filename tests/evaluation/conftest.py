@@ -35,13 +35,13 @@ def write_store(path, tokenizer=None, lengths=DOCUMENT_LENGTHS):
     write_attributes(path, {"tokenizer": name, "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id})
 
 
-def make_run(workdir, store, *, seed=0, **model):
+def make_run(workdir, store, *, seed=0, bos_id=BOS, **model):
     """A run directory with a checkpoint of random parameters, at step 0."""
     sections = {
         "model": MODEL | model,
         "inner": {"mini_batch_size": b, "learning_rate": 0.5},
         "train": {"seq_len": T, "seed": seed},
-        "data": {"path": str(store), "bos_id": BOS},
+        "data": {"path": str(store), "bos_id": bos_id},
         "eval": {"batch_size": 2},
         "mesh": {"data": 1},
     }
