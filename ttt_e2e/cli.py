@@ -73,21 +73,34 @@ def train(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """Measure a checkpoint's loss on held-out text, with and without learning while reading."""
+    """Measure a checkpoint on held-out text: its loss, with and without learning, context lengths, needles, samples."""
 
     def define(values):
         _trained_model(values)
-        _string(values, "output", "Directory for metrics.json and token_nll.npy; default: WORKDIR/evaluation.")
+        _string(values, "output", "Directory for what is found; default: WORKDIR/evaluation.")
+        _long_context(values)
 
-    values, overrides = parse(argv, define, "ttt-e2e evaluate: held-out loss of a checkpoint.")
+    values, overrides = parse(argv, define, "ttt-e2e evaluate: held-out loss of a checkpoint, or what it recalls.")
     config = _resolve(values, overrides)
     if not values.workdir:
         _require(values, "checkpoint", "output")
-    from ttt_e2e.evaluation.token_losses import evaluate
+    checkpoint, output = values.checkpoint or values.workdir, values.output or f"{values.workdir}/evaluation"
+    asked = _asked_evaluations(values)
+    if not asked:
+        from ttt_e2e.evaluation.token_losses import evaluate
 
-    output = values.output or f"{values.workdir}/evaluation"
-    metrics = evaluate(config, values.checkpoint or values.workdir, output)
-    print(json.dumps({"output": output, **metrics}, indent=2))
+        print(json.dumps({"output": output, **evaluate(config, checkpoint, output)}, indent=2))
+        return
+    from ttt_e2e.outer.checkpoint import find_step
+
+    find_step(checkpoint)
+    for evaluation, settings in asked:  # all of them before the first one runs, which may take hours
+        evaluation.check(config, settings)
+    results = {"output": output}
+    for evaluation, settings in asked:
+        result = evaluation.evaluate(config, checkpoint, output, settings)
+        results[evaluation.NAME] = {k: v for k, v in result.items() if k not in ("cells", "about")}
+    print(json.dumps(results, indent=2))
 
 
 def generate(argv: list[str]) -> None:
@@ -98,11 +111,8 @@ def generate(argv: list[str]) -> None:
         _string(values, "prompt", "Text to continue; without any, a new document.")
         _string(values, "prompt_file", "File with the prompt, or .jsonl with one a line, in the field `prompt`.")
         flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate; 0 = only read.", flag_values=values)
-        flags.DEFINE_float("temperature", 1.0, "0 = always the likeliest token.", flag_values=values)
-        flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0 = off.", flag_values=values)
-        flags.DEFINE_float("top_p", 1.0, "Draw from the fewest with this probability; 1 = off.", flag_values=values)
+        _sampling(values)
         flags.DEFINE_float("repetition_penalty", 1.0, "Weakens tokens that were there; 1 = off.", flag_values=values)
-        flags.DEFINE_integer("seed", 0, "Of what is drawn.", flag_values=values)
         flags.DEFINE_multi_string("stop", [], "Text to stop before; may be given repeatedly.", flag_values=values)
         _string(values, "learn", "Learn while reading from: all, prompt or none.", "all")
         _string(values, "load_state", "Saved state to go on from.")
@@ -217,6 +227,84 @@ def _trained_model(values: flags.FlagValues) -> None:
     _config(values)
     _string(values, "workdir", "Run directory to take the newest checkpoint of.")
     _string(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
+
+
+def _sampling(values: flags.FlagValues) -> None:
+    flags.DEFINE_float("temperature", 1.0, "0 = always the likeliest token.", flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0 = off.", flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "Draw from the fewest with this probability; 1 = off.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of what is drawn.", flag_values=values)
+
+
+# The flags that each evaluation of long contexts takes, after the one that asks for it.
+LONG_CONTEXT = {
+    "context_lengths": ("scored_tokens", "num_stretches"),
+    "needle": ("needle_lengths", "needle_depths", "needle_samples"),
+    "generation": (
+        *("generation_prompt_tokens", "generation_tokens", "generation_samples"),
+        *("temperature", "top_k", "top_p", "seed", "judge"),
+    ),
+}
+
+
+def _long_context(values: flags.FlagValues) -> None:
+    lengths = "Instead: loss of the same held-out tokens after contexts of these lengths, as 1024,2048,4096."
+    flags.DEFINE_list("context_lengths", [], lengths, flag_values=values)
+    scored = "Last tokens of a context that the loss is taken of; 0 = as many as the shortest length."
+    flags.DEFINE_integer("scored_tokens", 0, scored, flag_values=values)
+    stretches = "At most as many stretches of held-out text, each of the longest length; 0 = all."
+    flags.DEFINE_integer("num_stretches", 32, stretches, flag_values=values)
+    tasks = "Instead: retrieval of 1 = a number in noise, 2 = a number in text, 3 = a UUID in text, as 1,2,3."
+    flags.DEFINE_list("needle", [], tasks, flag_values=values)
+    lengths = "Tokens of the prompts; default: a quarter, half, one and two of the trained length, where they fit."
+    flags.DEFINE_list("needle_lengths", [], lengths, flag_values=values)
+    depths = "Where in the text the needle is, in percent."
+    flags.DEFINE_list("needle_depths", ["0", "25", "50", "75", "100"], depths, flag_values=values)
+    flags.DEFINE_integer("needle_samples", 4, "Prompts for each task, length and depth.", flag_values=values)
+    continuations = "Instead: continuations of held-out documents, scored by a judge."
+    flags.DEFINE_boolean("generation", False, continuations, flag_values=values)
+    prompt = "First tokens of a document to continue; 0 = half the trained length."
+    flags.DEFINE_integer("generation_prompt_tokens", 0, prompt, flag_values=values)
+    flags.DEFINE_integer("generation_tokens", 128, "Tokens to generate, at most.", flag_values=values)
+    flags.DEFINE_integer("generation_samples", 16, "Documents to continue, at most.", flag_values=values)
+    _sampling(values)
+    _string(values, "judge", "Run directory of the judge, or a checkpoint in one; default: the model itself.")
+
+
+def _asked_evaluations(values: flags.FlagValues) -> list:
+    """The evaluations of long contexts that are asked for, each a module with its settings."""
+    for evaluation, names in LONG_CONTEXT.items():
+        for name in names:
+            if values[name].present and not values[evaluation].value:
+                raise UserError(f"--{name} belongs to --{evaluation}, which is missing")
+    asked = []
+    if values.context_lengths:
+        from ttt_e2e.evaluation import context_lengths
+
+        lengths = _integers(values, "context_lengths")
+        asked.append((context_lengths, context_lengths.Settings(lengths, values.scored_tokens, values.num_stretches)))
+    if values.needle:
+        from ttt_e2e.evaluation import needle
+
+        lists = (_integers(values, name) for name in ("needle", "needle_lengths", "needle_depths"))
+        asked.append((needle, needle.Settings(*lists, values.needle_samples)))
+    if values.generation:
+        from ttt_e2e.evaluation import generation
+        from ttt_e2e.inference.sampling import Sampling
+
+        sizes = (values.generation_prompt_tokens, values.generation_tokens, values.generation_samples)
+        sampling = Sampling(values.temperature, values.top_k, values.top_p)
+        asked.append((generation, generation.Settings(*sizes, sampling, values.seed, values.judge)))
+    return asked
+
+
+def _integers(values: flags.FlagValues, name: str) -> tuple[int, ...]:
+    """What a flag lists. Raises `UserError` where that is anything but integers."""
+    try:
+        return tuple(map(int, values[name].value))
+    except ValueError:
+        listed = ",".join(values[name].value)
+        raise UserError(f"--{name}={listed}: it takes integers separated by commas") from None
 
 
 def _bench_flag(values: flags.FlagValues, name: str, default) -> None:

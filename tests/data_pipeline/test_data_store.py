@@ -58,6 +58,10 @@ def test_what_is_written_is_read(tmp_path_factory, blocks, chunk_tokens, seq_len
     indices = generator.permutation(count)
     read = store.sequences(indices, seq_len, vocab_size)
     assert read.dtype == np.int32 and read.shape == (count, seq_len + 1)
+    start, stop = sorted(generator.integers(0, len(tokens) + 1, 2))
+    np.testing.assert_array_equal(store.stretch(start, stop, vocab_size), tokens[start:stop])
+    with pytest.raises(IndexError):
+        store.stretch(0, len(tokens) + 1)
     for index, row in zip(indices, read):
         np.testing.assert_array_equal(row, tokens[index * seq_len : index * seq_len + seq_len + 1])
     for wrong in (-1, count):

@@ -9,7 +9,9 @@ import pytest
 
 from ttt_e2e.config import default_config, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
+from ttt_e2e.evaluation.long_context_plots import context_lengths_figure, needle_figure
 from ttt_e2e.evaluation.report import format_table, write_report
+from ttt_e2e.evaluation.runs import read_runs
 
 T, b, k = 1024, 64, 128
 VOID = {"meta", "img", "link", "br"}
@@ -54,6 +56,37 @@ def evaluate(workdir, kind, floor, steps, rng):
         np.save(folder / f"token_nll{suffix}.npy", nll)
         metrics |= {f"loss{suffix}": float(nll.mean()), f"token_loss{suffix}": float(nll.mean()) + 0.001}
     (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+def evaluate_long_contexts(workdir, lengths=(512, 1024, 2048), tasks=(1, 3), learns=True, stretches=5):
+    """Results such as `evaluate` writes; of one stretch, there are no standard errors."""
+    folder = workdir / "evaluation"
+    folder.mkdir(exist_ok=True)
+    entries = []
+    for i, length in enumerate(lengths):
+        entry = {"length": length}
+        for suffix in ("", "_without_learning") if learns else ("",):
+            error = 0.1 if stretches > 1 else None
+            entry |= {f"loss{suffix}": 3 - i / 4, f"standard_error{suffix}": error}
+            entry |= {f"difference{suffix}": -i / 4, f"difference_standard_error{suffix}": error}
+        entries.append(entry)
+    contexts = {"step": 9, "lengths": entries, "scored_tokens": 512, "num_stretches": stretches, "num_targets": 2500}
+    means = {"exact_match": 0.25, "recall_gain": 0.5, "value_gain": -0.125, "nll": 2.0, "nll_control": 2.5}
+    grid = {
+        "lengths": list(lengths),
+        "depths": [0, 50, 100],
+        "samples": 4,
+        "tasks": [{"task": t} | means for t in tasks],
+    }
+    cells = [{"task": t, "length": n, "depth": d} | means for t in tasks for n in lengths for d in grid["depths"]]
+    judged = {"num_bytes": 90, "judge_num_tokens": 50, "judge_nll_per_token": 2.5, "judge_nll_per_byte": 1.25}
+    generated = {"num_tokens": 50, "own_nll_per_token": None, **judged}
+    generation = {"judge": "runs/<judge>", "num_samples": 3, "prompt_tokens": 32, "generated": generated}
+    generation |= {"reference": judged | {"judge_nll_per_token": 2.375}, "about": {"step": 9}}
+    results = {"context_lengths": contexts, "needle": grid | {"cells": cells}, "generation": generation}
+    for name, result in results.items():
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    return workdir
 
 
 class Balanced(HTMLParser):
@@ -136,6 +169,58 @@ def test_a_run_not_evaluated_has_no_plot_by_position(tmp_path):
     assert "loss_by_position" not in summary["files"] and not (tmp_path / "report/loss_by_position.png").exists()
     table = format_table(summary["rows"])
     assert "Positions in context" not in table and "ttt-e2e evaluate --workdir" in table
+
+
+def test_long_contexts_are_plotted_and_tabulated_where_there_are_any(tmp_path):
+    runs = [
+        evaluate_long_contexts(make_run(tmp_path / "e2e", evaluated=False)),
+        evaluate_long_contexts(make_run(tmp_path / "full", kind="full"), (256, 512), (2,), learns=False, stretches=1),
+        make_run(tmp_path / "new", evaluated=False),
+    ]
+    summary = write_report(runs, tmp_path / "report")
+    plots = {"training", "loss_by_position", "context_lengths", "needle"}
+    assert {name for name, path in summary["files"].items() if path.endswith(".png")} == plots
+    assert json.loads((tmp_path / "report/report.json").read_text()) == summary["rows"]
+    first, _, new = summary["rows"]
+    assert [entry["length"] for entry in first["context_lengths"]] == [512, 1024, 2048]
+    assert [task["task"] for task in first["needle"]] == [1, 3]
+    assert new["context_lengths"] is new["needle"] is new["generation"] is None
+
+    page = parse((tmp_path / "report/report.html").read_text())
+    assert len(page.sources) == 4
+    cells = ["runs/<judge>", "3", "32", "50", "–", "2.5000", "1.2500", "2.3750", "1.2500"]
+    at = page.text.index(cells[0])
+    assert [text for text in page.text[at:] if text.strip()][: len(cells)] == cells
+    line = next(line for line in format_table(summary["rows"]).splitlines() if "runs/<judge>" in line)
+    assert line.split() == ["e2e", *cells]
+
+
+@pytest.mark.parametrize("run_index", [0, 1])
+def test_every_number_of_a_result_is_in_its_figure(tmp_path, run_index):
+    sizes = [{"lengths": (512, 1024, 2048), "tasks": (1, 3)}, {"lengths": (256, 4096), "tasks": (2,), "stretches": 1}]
+    workdir = evaluate_long_contexts(make_run(tmp_path / "run"), **sizes[run_index])
+    runs = read_runs([workdir])
+    top, bottom = context_lengths_figure(runs).axes
+    losses = [entry["loss"] for entry in runs[0].context_lengths["lengths"]]
+    assert list(top.get_lines()[0].get_ydata()) == losses
+    assert list(top.get_lines()[0].get_xdata()) == list(sizes[run_index]["lengths"])
+    assert list(bottom.get_lines()[0].get_ydata()) == [loss - losses[0] for loss in losses]
+    assert [text.get_text() for text in top.get_legend().get_texts()] == ["run", "run, not learning"]
+    texts = [text.get_text() for panel in needle_figure(runs).axes for text in panel.texts]
+    count = len(runs[0].needle["cells"])
+    assert texts == ["25%"] * count + ["+0.50"] * count + ["-0.12"] * count
+
+
+@pytest.mark.parametrize("name, field", [("context_lengths", "lengths"), ("needle", "cells"), ("generation", "judge")])
+def test_a_result_of_another_form_is_named(tmp_path, name, field):
+    workdir = evaluate_long_contexts(make_run(tmp_path / "run", steps=3))
+    path = workdir / f"evaluation/{name}.json"
+    result = json.loads(path.read_text())
+    del result[field]
+    path.write_text(json.dumps(result))
+    with pytest.raises(UserError, match=rf"{name}.json has no '{field}': evaluate the run again"):
+        write_report([workdir], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

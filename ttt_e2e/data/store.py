@@ -80,8 +80,7 @@ class TokenStore:
     @property
     def tokenizer_spec(self) -> str:
         """What `load_tokenizer` takes to give the tokenizer that made the store; "" if the store does not say."""
-        spec = self.attributes.get("tokenizer", "")
-        return spec if spec in ("", "bytes") else f"{self.path.rstrip('/')}/{spec}"
+        return tokenizer_spec(self.path, self.attributes)
 
     def num_sequences(self, seq_len: int) -> int:
         """Number of whole sequences of `seq_len` inputs and targets. Raises UserError if there is none."""
@@ -102,8 +101,18 @@ class TokenStore:
         indices = np.asarray(indices, np.int64)
         if indices.size and not (indices.min() >= 0 and indices.max() < count):
             raise IndexError(f"sequence {indices.min()} to {indices.max()} of {count}")
-        reads = [self._array[start : start + seq_len + 1].read() for start in (indices * seq_len).tolist()]
-        tokens = np.empty((len(reads), seq_len + 1), self._array.dtype.numpy_dtype)
+        return self._read((indices * seq_len).tolist(), seq_len + 1, vocab_size)
+
+    def stretch(self, start: int, stop: int, vocab_size: int = _INT32_IDS) -> np.ndarray:
+        """Tokens `start` to `stop` - 1, int32 [stop - start]. Raises as `sequences`."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
+        return self._read([start], stop - start, vocab_size)[0]
+
+    def _read(self, starts: list[int], length: int, vocab_size: int) -> np.ndarray:
+        """The `length` tokens from each of `starts` on, int32 [len(starts), length], read concurrently."""
+        reads = [self._array[start : start + length].read() for start in starts]
+        tokens = np.empty((len(reads), length), self._array.dtype.numpy_dtype)
         try:
             for row, read in zip(tokens, reads):
                 row[:] = read.result()
@@ -201,6 +210,12 @@ def read_attributes(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path}/zarr.json: damaged metadata ({error}); legal: {LEGAL_PATHS}") from None
     return attributes
+
+
+def tokenizer_spec(path: str, attributes: dict[str, Any]) -> str:
+    """What `TokenStore.tokenizer_spec` says of the store at `path`, which has these attributes."""
+    spec = attributes.get("tokenizer", "")
+    return spec if spec in ("", "bytes") else f"{path.rstrip('/')}/{spec}"
 
 
 def write_attributes(path: str | os.PathLike, attributes: dict[str, Any]) -> None:

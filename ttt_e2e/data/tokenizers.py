@@ -1,5 +1,6 @@
 """Text to token ids and back: raw bytes, or a SentencePiece model."""
 
+import hashlib
 import io
 import itertools
 import os
@@ -30,6 +31,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     bos_id: int
+    fingerprint: str  # the same for tokenizers that are the same
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, int32 [num_tokens], without BOS."""
@@ -43,6 +45,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     bos_id = 256
+    fingerprint = "bytes"
 
     def encode(self, text: str) -> np.ndarray:
         """UTF-8 bytes of `text`, int32 [num_bytes], without BOS."""
@@ -71,6 +74,7 @@ class SentencePieceTokenizer:
             loaded = False
         if not loaded:
             raise UserError(f"tokenizer {path}: not a SentencePiece model; legal: {LEGAL_SPECS}")
+        self.fingerprint = hashlib.blake2b(model, digest_size=8).hexdigest()
         self.vocab_size = self._processor.vocab_size()
         self.bos_id = self._processor.bos_id()
         if self.bos_id < 0:

@@ -40,7 +40,7 @@ def require_matplotlib() -> None:
         raise UserError("a report needs matplotlib, which is not installed: pip install 'ttt-e2e[plot]'") from None
 
 
-def _figure(**options):
+def make_figure(**options):
     """A figure drawn by Agg: no window, and no pyplot with its state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -55,9 +55,9 @@ def training_figure(runs: list[Run]):
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure = _figure(figsize=(9, 6.4))
+        figure = make_figure(figsize=(9, 6.4))
         panels = figure.subplot_mosaic([["loss", "loss"], ["grad", "speed"]], height_ratios=[2, 1])
-        for run, color in zip(runs, _colors(runs)):
+        for run, color in zip(runs, colors_of(runs)):
             _draw_smoothed(panels["loss"], run, "loss", color, label=f"{run.name}, training")
             _draw_smoothed(panels["grad"], run, "grad_norm", color)
             _draw_smoothed(panels["speed"], run, "tokens_per_second", color)
@@ -103,7 +103,7 @@ def position_figure(runs: list[Run]):
 
     size = _bin_size(runs)
     curves = []  # (label, color, linestyle, NLL of each bin)
-    for run, color in zip(runs, _colors(runs)):
+    for run, color in zip(runs, colors_of(runs)):
         if run.nll_T is not None:
             curves.append((run.name, color, "-", _binned(run.nll_T, size)))
         if run.nll_without_learning_T is not None:
@@ -111,7 +111,7 @@ def position_figure(runs: list[Run]):
     reference_label, *_, reference = curves[0]
 
     with matplotlib.rc_context(STYLE):
-        figure = _figure(figsize=(9, 6.4 if len(curves) > 1 else 4.2))
+        figure = make_figure(figsize=(9, 6.4 if len(curves) > 1 else 4.2))
         if len(curves) > 1:
             top, bottom = figure.subplots(2, sharex=True, height_ratios=[3, 2])
         else:
@@ -174,5 +174,6 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, np.full(width, 1 / width), mode="valid") if len(values) else values
 
 
-def _colors(runs: list[Run]) -> list[str]:
+def colors_of(runs: list[Run]) -> list[str]:
+    """A colour for each run, the same in all figures."""
     return [COLORS[i % len(COLORS)] for i in range(len(runs))]

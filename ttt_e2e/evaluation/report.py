@@ -1,4 +1,4 @@
-"""One small HTML page, with its plots, about one or several runs: training, and loss by position in context."""
+"""One small HTML page, with its plots, about one or several runs: training, and what they do with their context."""
 
 import base64
 import html
@@ -13,6 +13,7 @@ from flax import nnx
 
 from ttt_e2e.config import ModelConfig, to_dict
 from ttt_e2e.errors import UserError
+from ttt_e2e.evaluation.long_context_plots import context_lengths_figure, needle_figure
 from ttt_e2e.evaluation.plots import position_figure, require_matplotlib, training_figure
 from ttt_e2e.evaluation.runs import Run, read_runs
 from ttt_e2e.model import Transformer
@@ -24,9 +25,15 @@ NOT_LEARNING_NOTE = (
     "model was trained to rely on, not what a model trained without it would lose."
 )
 
+GENERATION_NOTE = (
+    "Continuations of held-out documents: NLL of what was generated under the model itself (own) and under the judge, "
+    "and of what truly follows (true) under the judge, per token and per byte of text. Tokens of different tokenizers "
+    "cannot be compared, bytes can."
+)
+
 
 def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLike) -> dict:
-    """Writes `training.png`, `loss_by_position.png` (if a run was evaluated), `report.json` and `report.html`.
+    """Writes `report.html`, `report.json`, `training.png` and, of what was evaluated, the other plots of `PLOTS`.
 
     Args:
       workdirs: run directories, in the order in which to show them; the first evaluated one is what the lower panel
@@ -49,11 +56,11 @@ def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLik
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be made a directory: {error.strerror}") from None
-    files = {"training": output / "training.png"}
-    _save_figure(training_figure(runs), files["training"])
-    if any(run.nll_T is not None for run in runs):
-        files["loss_by_position"] = output / "loss_by_position.png"
-        _save_figure(position_figure(runs), files["loss_by_position"])
+    files = {}
+    for name, (draw, is_shown, _) in PLOTS.items():
+        if any(is_shown(run) for run in runs):
+            files[name] = output / f"{name}.png"
+            _save_figure(draw(runs), files[name])
     files["json"], files["html"] = output / "report.json", output / "report.html"
     _write(files["json"], (json.dumps(rows, indent=2) + "\n").encode())
     _write(files["html"], _page(runs, rows, files).encode())
@@ -62,17 +69,22 @@ def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLik
 
 def format_table(rows: Sequence[dict]) -> str:
     """The rows of `write_report` as plain text for a terminal, with what its columns mean below."""
-    header, lines = _table(rows)
-    cells = [header, *lines]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    notes = [textwrap.fill(note, 110) for note in _notes(rows)]
+    text = "\n".join([_text_table(*_table(rows), NUM_WORD_COLUMNS), "", *notes])
+    if any(row["generation"] for row in rows):
+        text += "\n\n" + _text_table(*_generation_table(rows), 2) + "\n\n" + textwrap.fill(GENERATION_NOTE, 110)
+    return text
+
+
+def _text_table(header: list[str], lines: list[list[str]], num_words: int) -> str:
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
 
     def text(line):
-        is_words = [i < NUM_WORD_COLUMNS for i in range(len(line))]
+        is_words = [i < num_words for i in range(len(line))]
         return "  ".join(c.ljust(w) if words else c.rjust(w) for c, w, words in zip(line, widths, is_words)).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
-    notes = [textwrap.fill(note, 110) for note in _notes(rows)]
-    return "\n".join([text(header), rule, *map(text, lines), "", *notes])
+    return "\n".join([text(header), rule, *map(text, lines)])
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -111,6 +123,9 @@ def _row(run: Run, sections: tuple[int, str]) -> dict:
         "num_sequences": metrics.get("num_sequences"),
         "seq_len": metrics.get("seq_len", run.config.train.seq_len),
         "by_position": [] if run.nll_T is None else _by_position(run, *sections),
+        "context_lengths": run.context_lengths and run.context_lengths["lengths"],
+        "needle": run.needle and run.needle["tasks"],
+        "generation": run.generation and {k: v for k, v in run.generation.items() if k != "about"},
     }
 
 
@@ -169,6 +184,22 @@ def _table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
         if has_both:
             lines.append(["", "", "", "not learning", "", *(f"{without:.4f}" for _, without in pairs)])
             lines.append(["", "", "", "difference", "", *(f"{loss - without:+.4f}" for loss, without in pairs)])
+    return header, lines
+
+
+def _generation_table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of cells: what each run generated, and the true continuations, as its judge finds them."""
+    header = ["run", "judge", "samples", "prompt", "tokens", "own", "judge", "judge, bytes", "true", "true, bytes"]
+    lines = []
+    for row in rows:
+        if not (found := row["generation"]):
+            continue
+        figures = [found["generated"]["own_nll_per_token"]]
+        for of in (found["generated"], found["reference"]):
+            figures += [of["judge_nll_per_token"], of["judge_nll_per_byte"]]
+        counts = (found["num_samples"], found["prompt_tokens"], found["generated"]["num_tokens"])
+        cells = ["–" if figure is None else f"{figure:.4f}" for figure in figures]
+        lines.append([row["run"], found["judge"] or "itself", *map(str, counts), *cells])
     return header, lines
 
 
@@ -234,14 +265,37 @@ TRAINING_CAPTION = (
 )
 
 
+CONTEXT_LENGTHS_CAPTION = (
+    "Loss by length of the context: the same last tokens of the same held-out stretches, as the context before them "
+    "grows. Solid: as trained; dashed: the same model not learning. Bars: one standard error, over stretches. Grey "
+    "lines: the length that a model was trained at. What differs between lengths is in the lower panel."
+)
+NEEDLE_CAPTION = (
+    "Needles: a number in noise (task 1), a number (2) or a UUID (3) in held-out text, by length of the prompt and "
+    "depth of the needle. Recall gain: how much likelier the value is than without the needle; value gain: how much "
+    "likelier than another value, which takes recalling the value itself and not only what values look like."
+)
+
+# Name -> how it is drawn, which runs it has something of, caption.
+PLOTS = {
+    "loss_by_position": (position_figure, lambda run: run.nll_T is not None, POSITION_CAPTION),
+    "context_lengths": (context_lengths_figure, lambda run: run.context_lengths is not None, CONTEXT_LENGTHS_CAPTION),
+    "needle": (needle_figure, lambda run: run.needle is not None, NEEDLE_CAPTION),
+    "training": (training_figure, lambda run: True, TRAINING_CAPTION),
+}
+
+
 def _page(runs: list[Run], rows: list[dict], files: dict[str, Path]) -> str:
     title = f"Report on {', '.join(run.name for run in runs)}"
     plots = [
         f'<figure><img alt="{html.escape(caption.partition(":")[0])}" src="data:image/png;base64,'
         f'{base64.b64encode(files[name].read_bytes()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>'
-        for name, caption in (("loss_by_position", POSITION_CAPTION), ("training", TRAINING_CAPTION))
+        for name, (_, _, caption) in PLOTS.items()
         if name in files
     ]
+    if any(row["generation"] for row in rows):
+        table = _html_table(*_generation_table(rows))
+        plots.append(f'<h2>Generation</h2>\n{table}\n<p class="note">{html.escape(GENERATION_NOTE)}</p>')
     configs = [
         f"<details><summary>{html.escape(run.name)}: {row['model']}, {row['size']}</summary>"
         f"<pre>{html.escape(json.dumps(to_dict(run.config), indent=2))}</pre></details>"
@@ -250,15 +304,14 @@ def _page(runs: list[Run], rows: list[dict], files: dict[str, Path]) -> str:
     return PAGE.format(
         title=html.escape(title),
         num_words=NUM_WORD_COLUMNS,
-        table=_html_table(rows),
+        table=_html_table(*_table(rows)),
         note=html.escape(" ".join(_notes(rows))),
         plots="\n".join(plots),
         configs="\n".join(configs),
     )
 
 
-def _html_table(rows: list[dict]) -> str:
-    header, lines = _table(rows)
+def _html_table(header: list[str], lines: list[list[str]]) -> str:
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     body = []
     for line in lines:

@@ -1,7 +1,8 @@
 """Reading what a run directory tells about its run.
 
 It holds `config.json` and `metrics.jsonl`, and once evaluated `evaluation/metrics.json`, `evaluation/token_nll.npy`
-and, where the model has fast weights, `evaluation/token_nll_without_learning.npy`. Losses are in nats per token.
+and, where the model has fast weights, `evaluation/token_nll_without_learning.npy`; and the results of those evaluations
+of long contexts that were made, `evaluation/NAME.json`. Losses are in nats per token.
 Shapes: `T` positions of a sequence.
 """
 
@@ -22,7 +23,8 @@ from ttt_e2e.errors import UserError
 class Run:
     """What is known of one run: its name among the others, and the lines of its metrics in the order of their steps.
 
-    The last three are None where it has not been evaluated, the last also where the model has no fast weights.
+    What follows `held_out` is None where it has not been evaluated (so), `nll_without_learning_T` also where the model
+    has no fast weights.
     """
 
     name: str
@@ -32,6 +34,17 @@ class Run:
     metrics: dict | None
     nll_T: np.ndarray | None
     nll_without_learning_T: np.ndarray | None
+    context_lengths: dict | None
+    needle: dict | None
+    generation: dict | None
+
+
+# The fields of each evaluation of long contexts that a report reads.
+LONG_CONTEXT = {
+    "context_lengths": ("lengths", "scored_tokens", "num_stretches"),
+    "needle": ("lengths", "depths", "samples", "tasks", "cells"),
+    "generation": ("judge", "num_samples", "prompt_tokens", "generated", "reference"),
+}
 
 
 def read_runs(workdirs: Sequence[str | os.PathLike]) -> list[Run]:
@@ -72,7 +85,20 @@ def _read_run(workdir: Path, name: str) -> Run:
     if not training:
         raise UserError(f"{workdir / 'metrics.jsonl'} holds no training step yet")
     by_step = [[of[step] for step in sorted(of)] for of in (training, held_out)]
-    return Run(name, config, *by_step, *_read_evaluation(workdir / "evaluation"))
+    folder = workdir / "evaluation"
+    long_context = {of: _read_result(folder / f"{of}.json", fields) for of, fields in LONG_CONTEXT.items()}
+    return Run(name, config, *by_step, *_read_evaluation(folder), **long_context)
+
+
+def _read_result(path: Path, fields: tuple[str, ...]) -> dict | None:
+    """The result of an evaluation of long contexts; None where there is none."""
+    if not path.is_file():
+        return None
+    result = _read_json(path)
+    for field in fields:
+        if field not in result:
+            raise UserError(f"{path} has no {field!r}: evaluate the run again")
+    return result
 
 
 def _read_evaluation(folder: Path):

@@ -6,7 +6,7 @@ import numpy as np
 from etils import epath
 
 from ttt_e2e.config import Config
-from ttt_e2e.data.store import TokenStore, check_range
+from ttt_e2e.data.store import check_range, read_attributes, tokenizer_spec
 from ttt_e2e.data.tokenizers import Tokenizer, load_tokenizer
 from ttt_e2e.errors import UserError
 
@@ -23,9 +23,9 @@ def find_tokenizer(config: Config) -> Tokenizer:
     elif not data.path:
         raise UserError(f"config.data.tokenizer is {data.tokenizer!r}, but it must be bytes or an existing .model file")
     else:
-        store = TokenStore.open(data.path, data.train_split)
-        recorded = store.attributes.get("tokenizer", "")
-        spec = store.tokenizer_spec if data.tokenizer in ("", recorded) else data.tokenizer
+        attributes = read_attributes(data.path)
+        is_recorded = data.tokenizer in ("", attributes.get("tokenizer", ""))
+        spec = tokenizer_spec(data.path, attributes) if is_recorded else data.tokenizer
     if not spec:
         raise UserError(
             f"config.data.tokenizer is '', and token store {data.path} does not say which made it: bytes, or a .model"

@@ -116,6 +116,11 @@ def load_params(path, abstract_params):
     return _restore(find_step(path) / "params", abstract_params)
 
 
+def check_params(path, abstract_params) -> None:
+    """Raises `UserError` where `load_params` would for a missing checkpoint or a parameter that differs."""
+    _check_shapes(find_step(path) / "params", abstract_params)
+
+
 def load_progress(step_directory) -> dict:
     """What `progress_of` recorded. Raises `UserError` where it is missing or damaged."""
     path = epath.Path(step_directory) / "progress"
@@ -152,6 +157,14 @@ def read_tree_metadata(path) -> dict:
 
 def _restore(path, abstract):
     """Restores an item after comparing shapes (a restore with a wrong one spills tracebacks from other threads)."""
+    _check_shapes(path, abstract)
+    try:
+        return ocp.StandardCheckpointer().restore(epath.Path(path), abstract)
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _check_shapes(path, abstract) -> None:
     stored = read_tree_metadata(path)
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     wanted = {parameter_name(key): tuple(leaf.shape) for key, leaf in leaves}
@@ -164,7 +177,3 @@ def _restore(path, abstract):
             )
     if extra := sorted(set(stored) - set(wanted)):
         raise UserError(f"checkpoint {path} has parameters that the config has no place for: {', '.join(extra)}")
-    try:
-        return ocp.StandardCheckpointer().restore(epath.Path(path), abstract)
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {str(error).splitlines()[0]}") from error

@@ -35,6 +35,19 @@ def claim(workdir, config: Config) -> None:
         temporary.replace(path)
 
 
+def find_run(path) -> epath.Path:
+    """The run directory that a path means: itself, or that of the checkpoint that it is.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = epath.Path(path).resolve()
+    for directory in (path, path.parent, path.parent.parent):  # WORKDIR/checkpoints/STEP
+        if (directory / "config.json").exists():
+            return directory
+    raise UserError(f"{path} is no run directory, and no checkpoint in one: there is no config.json")
+
+
 def load_config(workdir) -> Config:
     """The resolved config of a run. Raises `UserError` where the directory holds none, or it is damaged."""
     path = epath.Path(workdir) / "config.json"
