@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ttt_e2e.model.attention import KeyValues
+from ttt_e2e.model.attention import KeyValues, Unfinished
 from ttt_e2e.model.block import Block
 from ttt_e2e.model.loss import logits, token_nll
 from ttt_e2e.model.norm import RMSNorm
@@ -47,32 +47,54 @@ class Transformer(nnx.Module):
             return x_TD
         return _scan_blocks(self.prefix, self.config.windows, FirstOrderPass, x_TD, remat=remat)[0]
 
-    def run_prefix_cached(self, x_TD, cache_LKGH: KeyValues, num_empty):
-        """All prefix blocks over T positions that follow those of the window caches; may be differentiated once.
+    def run_cached(self, x_TD, caches: dict[str, KeyValues], num_empty):
+        """Blocks over T positions that follow those of their window caches; may be differentiated once.
+
+        Args:
+          x_TD: hidden states.
+          caches: for the stacks to run, which are "prefix" and "suffix", keys and values [L, K, G, H] of their blocks.
+          num_empty: leading positions of the caches that hold nothing yet (may be traced).
 
         Returns:
-          Hidden states [T, D] and the new keys and values [L, T, G, H].
+          Hidden states [T, D], and of each stack the new keys and values [L, T, G, H].
         """
-        if not self.config.num_prefix_blocks:
-            return x_TD, jax.tree.map(lambda c: jnp.zeros((0, len(x_TD), *c.shape[2:]), c.dtype), cache_LKGH)
-        stack, windows = self.prefix, self.config.windows
-        return _scan_blocks(stack, windows, FirstOrderPass, x_TD, cache_LKGH, num_empty, remat=False)[:2]
+        new = {}
+        for name, cache_LKGH in caches.items():
+            x_TD, new[name], _ = _scan_blocks(
+                getattr(self, name), self.config.windows, FirstOrderPass, x_TD, cache_LKGH, num_empty, remat=False
+            )
+        return x_TD, new
 
-    def run_cached(self, x_TD, cache_LKGH: KeyValues, num_empty):
-        """As `run_prefix_cached`, but all blocks: the prefix's caches come first among the L."""
-        prefix_cache, suffix_cache = self.split_cache(cache_LKGH)
-        x_TD, new = self.run_prefix_cached(x_TD, prefix_cache, num_empty)
-        if not self.config.num_fast_blocks:
-            return x_TD, new
-        x_TD, more, _ = _scan_blocks(
-            self.suffix, self.config.windows, FirstOrderPass, x_TD, suffix_cache, num_empty, remat=False
-        )
-        return x_TD, jax.tree.map(lambda *parts: jnp.concatenate(parts), new, more)
+    def decode(self, x_1D, before: dict[str, Unfinished], num_empty, count):
+        """As `run_cached`, for one position of an unfinished mini-batch; see `Attention.decode`.
 
-    def split_cache(self, cache_LKGH: KeyValues) -> tuple[KeyValues, KeyValues]:
-        """The window caches of the prefix blocks and those of the suffix blocks."""
-        count = self.config.num_prefix_blocks
-        return jax.tree.map(lambda c: c[:count], cache_LKGH), jax.tree.map(lambda c: c[count:], cache_LKGH)
+        Args:
+          x_1D: hidden states.
+          before: of both stacks, as far as there are blocks in them, what precedes the position; leading axes L.
+          num_empty: leading positions of the caches that hold nothing yet (may be traced).
+          count: positions of the mini-batch before this one (may be traced).
+
+        Returns:
+          Hidden states [1, D], and of each stack the position's keys, rotated, and values [L, 1, G, H].
+        """
+        new, windows = {}, self.config.windows
+        for name, before_L in before.items():
+            graphdef, state = nnx.split(getattr(self, name))
+
+            def run_period(x_1D, period, graphdef=graphdef):
+                outputs = []
+                for i, window in enumerate(windows):
+                    state, before = jax.tree.map(lambda a, i=i: a[i], period)
+                    context = {"window": window, "before": before, "num_empty": num_empty, "count": count}
+                    x_1D, output = nnx.merge(graphdef, state)(x_1D, FirstOrderPass(), decode=True, **context)
+                    outputs.append(output)
+                return x_1D, jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)
+
+            # Scanned over as they lie: slices of a stack would be copied for every token.
+            periods = jax.tree.map(lambda a: a.reshape(-1, len(windows), *a.shape[1:]), (state, before_L))
+            x_1D, output = jax.lax.scan(run_period, x_1D, periods)
+            new[name] = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), output)
+        return x_1D, new
 
     def make_suffix(self) -> "Suffix":
         """The part of the model that reads mini-batch by mini-batch; it shares this model's weights."""
