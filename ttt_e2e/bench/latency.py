@@ -63,6 +63,9 @@ def run(
     for name, value in {"--new_tokens": new_tokens, "--batch": batch, "--repeats": repeats}.items():
         if value < 1:
             raise UserError(f"{name} is {value}, but it must be at least 1")
+    for name, values in {"--configs": configs, "--context_lengths": context_lengths}.items():
+        if not values:
+            raise UserError(f"{name} is empty: give one at least, or leave it out")
     lengths = sorted(set(context_lengths))
     variants = [_variant(spec, lengths, new_tokens) for spec in configs]
     times, states = _measure(variants, lengths, batch, repeats)

@@ -45,7 +45,7 @@ class Transformer(nnx.Module):
         """
         if not self.config.num_prefix_blocks:
             return x_TD
-        return _scan_blocks(self.prefix, self.config.windows, FirstOrderPass, x_TD, remat=remat)[0]
+        return _scan_blocks(self.prefix, self.config.windows, FirstOrderPass, x_TD, {}, remat=remat)[0]
 
     def run_cached(self, x_TD, caches: dict[str, KeyValues], num_empty):
         """Blocks over T positions that follow those of their window caches; may be differentiated once.
@@ -60,8 +60,9 @@ class Transformer(nnx.Module):
         """
         new = {}
         for name, cache_LKGH in caches.items():
+            stack, of_blocks = getattr(self, name), {"cache": cache_LKGH}
             x_TD, new[name], _ = _scan_blocks(
-                getattr(self, name), self.config.windows, FirstOrderPass, x_TD, cache_LKGH, num_empty, remat=False
+                stack, self.config.windows, FirstOrderPass, x_TD, of_blocks, remat=False, num_empty=num_empty
             )
         return x_TD, new
 
@@ -77,23 +78,13 @@ class Transformer(nnx.Module):
         Returns:
           Hidden states [1, D], and of each stack the position's keys, rotated, and values [L, 1, G, H].
         """
-        new, windows = {}, self.config.windows
+        new = {}
         for name, before_L in before.items():
-            graphdef, state = nnx.split(getattr(self, name))
-
-            def run_period(x_1D, period, graphdef=graphdef):
-                outputs = []
-                for i, window in enumerate(windows):
-                    state, before = jax.tree.map(lambda a, i=i: a[i], period)
-                    context = {"window": window, "before": before, "num_empty": num_empty, "count": count}
-                    x_1D, output = nnx.merge(graphdef, state)(x_1D, FirstOrderPass(), decode=True, **context)
-                    outputs.append(output)
-                return x_1D, jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)
-
-            # Scanned over as they lie: slices of a stack would be copied for every token.
-            periods = jax.tree.map(lambda a: a.reshape(-1, len(windows), *a.shape[1:]), (state, before_L))
-            x_1D, output = jax.lax.scan(run_period, x_1D, periods)
-            new[name] = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), output)
+            stack, of_blocks = getattr(self, name), {"before": before_L}
+            context = {"decode": True, "num_empty": num_empty, "count": count}
+            x_1D, new[name], _ = _scan_blocks(
+                stack, self.config.windows, FirstOrderPass, x_1D, of_blocks, remat=False, **context
+            )
         return x_1D, new
 
     def make_suffix(self) -> "Suffix":
@@ -135,7 +126,14 @@ class Suffix(nnx.Module):
           kept.
         """
         x_bD, new, kept = _scan_blocks(
-            self.blocks, self.config.windows, make_pass, x_bD, cache_LKGH, num_empty, known, remat=remat
+            self.blocks,
+            self.config.windows,
+            make_pass,
+            x_bD,
+            {"cache": cache_LKGH},
+            known,
+            remat=remat,
+            num_empty=num_empty,
         )
         return self.final_norm(x_bD), new, kept
 
@@ -166,18 +164,20 @@ def _stack(config, rngs: nnx.Rngs, num_blocks: int, *, fast: bool) -> Block:
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(key)))(keys))
 
 
-def _scan_blocks(stack: Block, windows, make_pass, x_TD, cache_LKGH=None, num_empty=0, known=(), *, remat: bool):
+def _scan_blocks(stack: Block, windows, make_pass, x_TD, of_blocks: dict, known=(), *, remat: bool, **context):
     """Runs stacked blocks one after another; block i has window `windows[i % len(windows)]`.
+
+    `of_blocks` and `context` are arguments of `Block`; arrays of the former have a leading axis over blocks.
 
     Returns the hidden states, the new keys and values [L, T, G, H] where there are caches, and what the passes kept.
     """
     graphdef, state = nnx.split(stack)
 
-    def run_block(x_TD, state, cache_KGH, known, window):
+    def run_block(x_TD, state, of_block, known, window):
         compute = make_pass(known)
         block = nnx.merge(graphdef, state)
-        x_TD, new_TGH = block(x_TD, compute, window=window, cache=cache_KGH, num_empty=num_empty)
-        return x_TD, (None if cache_KGH is None else new_TGH, compute.kept)
+        x_TD, new_TGH = block(x_TD, compute, window=window, **of_block, **context)
+        return x_TD, (new_TGH if of_block else None, compute.kept)
 
     if remat:
         run_block = jax.checkpoint(run_block, static_argnums=4, prevent_cse=False)
@@ -190,7 +190,7 @@ def _scan_blocks(stack: Block, windows, make_pass, x_TD, cache_LKGH=None, num_em
         return x_TD, outputs
 
     # An array for each block of a period, not a slice of one: what a scan is given as it is, its reverse does not copy.
-    blocks = (state, cache_LKGH, known)
+    blocks = (state, of_blocks, known)
     periods = [jax.tree.map(lambda a, i=i: a[i :: len(windows)], blocks) for i in range(len(windows))]
     x_TD, outputs = jax.lax.scan(run_period, x_TD, periods)
     return x_TD, *jax.tree.map(lambda *arrays: jnp.stack(arrays, 1).reshape(-1, *arrays[0].shape[1:]), *outputs)
