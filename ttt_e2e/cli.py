@@ -173,10 +173,14 @@ def report(argv: list[str]) -> None:
 
 
 def bench(argv: list[str]) -> None:
-    """Measure time, FLOPs and memory: bench window_attention, bench meta_gradient."""
-    from ttt_e2e.bench import meta_gradient, window_attention
+    """Measure time, FLOPs and memory: bench window_attention, bench meta_gradient, bench latency."""
+    from ttt_e2e.bench import latency, meta_gradient, window_attention
 
-    benchmarks = {"window_attention": window_attention.run, "meta_gradient": meta_gradient.run}
+    benchmarks = {
+        "window_attention": window_attention.run,
+        "meta_gradient": meta_gradient.run,
+        "latency": latency.run,
+    }
     name = argv[0] if argv else ""
     if name not in benchmarks and name not in ("-h", "--help"):
         raise UserError(

@@ -53,6 +53,12 @@ class ModelConfig:
         return self.num_hidden_layers - self.num_fast_blocks
 
     @property
+    def stacks(self) -> dict[str, int]:
+        """Number of blocks of each stack that has any, in the order in which they run."""
+        counts = {"prefix": self.num_prefix_blocks, "suffix": self.num_fast_blocks}
+        return {name: count for name, count in counts.items() if count}
+
+    @property
     def windows(self) -> tuple[int, ...]:
         """Window of each block of the mixer pattern, which repeats over the blocks; 0 = full attention."""
         if not self.mixer:

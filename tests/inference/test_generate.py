@@ -246,3 +246,15 @@ def test_a_state_takes_a_single_prompt(run, tmp_path):
     code, _, lines = run(f"--prompt_file={tmp_path / 'prompts.jsonl'}", f"--save_state={tmp_path / 'state'}")
     assert code == 2
     assert "takes a single prompt, but there are 2" in lines[0]
+
+
+def test_a_state_of_another_model_or_mini_batch_size_is_refused(run, tmp_path):
+    state = tmp_path / "state"
+    assert run("--prompt=some text", "--max_new_tokens=0", f"--save_state={state}")[0] == 0
+    for override, message in {
+        "--config.inner.mini_batch_size=4": "was made with config.inner.mini_batch_size 8; here it is 4",
+        "--config.model.sliding_window=4": "belongs to a model whose model.sliding_window is 8; here it is 4",
+    }.items():
+        code, out, lines = run("--prompt=a", f"--load_state={state}", override)
+        assert (code, out, len(lines)) == (2, "", 1)
+        assert message in lines[0]

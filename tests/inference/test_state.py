@@ -111,5 +111,5 @@ def test_full_attention_may_go_on_with_more_room(tmp_path):
     _, nll_Bn = long.read(load_state(tmp_path / "state", long), rest)
     _, expected_Bn = long.read(long.start(tokens_BT1[:, 0]), tokens_BT1[:, 1:])
     np.testing.assert_allclose(nll_Bn, expected_Bn[:, b + 2 :], rtol=1e-10)
-    with pytest.raises(UserError, match=r"max_length 8; here it is 6"):
-        load_state(tmp_path / "state", reader_of(model, max_length=6))
+    with pytest.raises(UserError, match=r"state has 6 tokens; max_length is 5, but must not be less"):
+        load_state(tmp_path / "state", reader_of(model, max_length=5))

@@ -99,9 +99,9 @@ def generate(
         check_can_save(save_to, precision)
     tokenizer = find_tokenizer(config)
     prompt_ids = [encode(tokenizer, prompt, config.model.vocab_size) for prompt in prompts]
-    about = read_about(load_from) if load_from else {"position": 0, "cache_size": 0}
+    about = read_about(load_from) if load_from else {"position": 0}
     longest = max(map(len, prompt_ids)) + settings.max_new_tokens
-    reader = load_reader(config, checkpoint, max_length or max(about["position"] + longest, about["cache_size"], 1))
+    reader = load_reader(config, checkpoint, max_length or max(about["position"] + longest, 1))
     bos_id = config.data.bos_id or tokenizer.bos_id
     start = load_state(load_from, reader) if load_from else reader.start(bos_id)
     if (batch_size := len(start.tokens_Bb)) != 1:
@@ -138,7 +138,8 @@ def generate_tokens(reader: Reader, state: ReaderState, ids, settings: Settings,
             return choose(key[None], index, logits_BV, seen_BV, settings.sampling)
 
         state, token_B, nll_B = reader.step(state, draw, learn=settings.learn == "all")
-        token = Token(int(token_B[0]), float(nll_B[0]), state)
+        [token_id], [nll] = jax.device_get((token_B, nll_B))  # one wait for both
+        token = Token(int(token_id), float(nll), state)
         seen_BV[0, token.id] = True
         yield token
         if token.id == bos_id:

@@ -5,7 +5,7 @@ run whole, from the window caches and the fast weights at its beginning, as in t
 gives predictions only.
 
 Shapes: `B` sequences, `n` tokens, `b` inner mini-batch, `D` model width, `V` vocabulary, `K` positions of a window
-cache, `L` blocks (the prefix's first), `G` key/value heads, `H` head width.
+cache, `L` blocks of a stack, `G` key/value heads, `H` head width.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_e2e.config import Config
+from ttt_e2e.config import Config, ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner import clip_scale
 from ttt_e2e.inner.step import target_weights
 from ttt_e2e.inner.trajectory import take_step
-from ttt_e2e.model import KeyValues
+from ttt_e2e.model.attention import KeyValues, Unfinished
 from ttt_e2e.model.dual_loss import head_pass
 from ttt_e2e.model.parameters import at_least_float32, merge, split
 from ttt_e2e.model.passes import FirstOrderPass
+from ttt_e2e.model.rope import rotate
 
 # Models without fast weights are trained with mini-batches as long as sequences, which mean nothing to their reader: it
 # runs at most this many positions at once.
@@ -32,21 +33,29 @@ MAX_STATIC_MINI_BATCH = 1024
 
 
 class ReaderState(NamedTuple):
-    """All that is kept of what was read, for B sequences that are read in step; its size does not depend on it."""
+    """All that is kept of what was read, for B sequences that are read in step.
+
+    Its size does not depend on that, but for full attention. Keys and values are by stack, "prefix" and "suffix", and
+    lie as predicting a token reads them.
+    """
 
     fast: Any  # W_i, float32, with a leading axis B
-    cache_BLKGH: KeyValues  # window caches of all blocks at the beginning of the unfinished mini-batch
-    recent_BLbGH: KeyValues  # keys and values of the unfinished mini-batch, as far as it was run; zeros beyond
+    cache_LBGKH: dict[str, KeyValues]  # window caches of all blocks at the beginning of the unfinished mini-batch
+    recent_LBGbH: dict[str, KeyValues]  # of the unfinished mini-batch, as far as it was run, keys rotated; zeros beyond
     tokens_Bb: jax.Array  # the unfinished mini-batch's tokens; the newest was not run yet; zeros beyond
     position: np.int64  # tokens read after the first one. On the host: choosing a program waits for no device
+    rotated_LBGKH: dict[str, jax.Array] | None = None  # the cache's keys, rotated, once a token was predicted from it
 
 
-# What has a leading axis B.
-_BATCHED = ReaderState(fast=0, cache_BLKGH=0, recent_BLbGH=0, tokens_Bb=0, position=None)
+# Where the axis B is.
+_BATCHED = ReaderState(fast=0, cache_LBGKH=1, recent_LBGbH=1, tokens_Bb=0, position=None, rotated_LBGKH=1)
 
 
 class Reader:
-    """Reads and predicts with a model's parameters. Its programs are compiled once for every B."""
+    """Reads and predicts with a model's parameters.
+
+    Its programs are compiled once for every B; where some block has full attention, again each time its cache grows.
+    """
 
     def __init__(self, graphdef, params: dict, config: Config, *, max_length: int = 0):
         """A reader of B sequences, which `start` decides.
@@ -55,7 +64,7 @@ class Reader:
           graphdef: static structure of the `Transformer`.
           params: its weights, {"fast": W_0, "slow": theta}.
           config: the run's configuration; learning while reading takes the full `inner.learning_rate`.
-          max_length: tokens that a state can hold where some block has full attention; other states hold any number.
+          max_length: tokens that a state may hold where some block has full attention; other states hold any number.
 
         Raises:
           UserError: full attention without a `max_length`.
@@ -65,19 +74,23 @@ class Reader:
         self.has_window = all(model.windows)
         if not self.has_window and max_length < 1:
             raise UserError(f"max_length is {max_length}, but a model with full attention takes one of at least 1")
-        self.cache_size = model.sliding_window if self.has_window else max_length
+        self.max_length = max_length
         self.mini_batch_size = b if model.num_fast_blocks else min(b, MAX_STATIC_MINI_BATCH)
 
-        def batched(function, *in_axes):
-            return jax.jit(jax.vmap(function, in_axes=in_axes))
+        def batched(function, *in_axes, out_axes):
+            return jax.jit(jax.vmap(function, in_axes=in_axes, out_axes=out_axes))
 
-        self._extend = batched(partial(_extend, graphdef), None, _BATCHED, 0, None)
-        self._finish = batched(partial(_finish, graphdef), None, _BATCHED, 0)
+        some = {name: getattr(_BATCHED, name) for name in ("recent_LBGbH", "tokens_Bb")}
+        most = some | {"cache_LBGKH": _BATCHED.cache_LBGKH}
+        self._extend = batched(partial(_extend, graphdef, model), None, _BATCHED, 0, None, out_axes=(some, 0))
+        self._finish = batched(partial(_finish, graphdef), None, _BATCHED, 0, out_axes=(most, 0))
         self._learn = self._finish
         if model.num_fast_blocks:
-            self._learn = batched(partial(_learn, graphdef, config), None, _BATCHED, 0)
-        self._predict = batched(partial(_predict, graphdef), None, _BATCHED)
-        self._append = batched(_append, _BATCHED, 0, 0)
+            learn = partial(_learn, graphdef, config)
+            self._learn = batched(learn, None, _BATCHED, 0, out_axes=(most | {"fast": 0}, 0))
+        self._rotate = jax.jit(partial(_rotate, model))
+        self._predict = batched(partial(_predict, graphdef), None, _BATCHED, out_axes=(0, 1))
+        self._append = batched(_append, _BATCHED, 1, 0, 0, out_axes=(some, 0))
 
     def start(self, first, batch_size: int = 1) -> ReaderState:
         """The state of `batch_size` sequences that begin with the token `first`, or each with its own, [B].
@@ -91,12 +104,25 @@ class Reader:
         tokens_Bb = np.zeros((batch_size, self.mini_batch_size), np.int32)
         tokens_Bb[:, 0] = first
 
-        def empty(size):
-            shape = (batch_size, model.num_hidden_layers, size, model.num_key_value_heads, model.head_dim)
+        def empty(num_blocks, size):
+            shape = (num_blocks, batch_size, model.num_key_value_heads, size, model.head_dim)
             return KeyValues(*(jnp.zeros(shape, jnp.dtype(model.compute_dtype)) for _ in range(2)))
 
-        caches = empty(self.cache_size), empty(self.mini_batch_size)
+        sizes = self.cache_size(0), self.mini_batch_size
+        caches = ({name: empty(count, size) for name, count in model.stacks.items()} for size in sizes)
         return ReaderState(fast, *caches, jnp.asarray(tokens_Bb), np.int64(0))
+
+    def cache_size(self, position: int) -> int:
+        """K, the positions of a cache that holds those of `position` tokens and of a mini-batch more.
+
+        The window; with full attention, the least of 1, 2, 3, 4, 6, 8, 12, 16 ... mini-batches that hold as many: few
+        sizes to compile programs for, and keys that are read for nothing are a sixth on average.
+        """
+        if self.has_window:
+            return self.config.model.sliding_window
+        needed = position // self.mini_batch_size + 1
+        power = 1 << (needed - 1).bit_length()
+        return self.mini_batch_size * (power if needed > power * 3 // 4 else power * 3 // 4)
 
     def read(self, state: ReaderState, tokens_Bn, *, learn: bool = True) -> tuple[ReaderState, np.ndarray]:
         """Reads tokens [B, n], n of any size.
@@ -152,29 +178,61 @@ class Reader:
         """
         self.check_room(state, 1)
         b = self.mini_batch_size
-        logits_BV, new_BL1GH = self._predict(self.params["slow"], state)
+        if state.rotated_LBGKH is None:
+            state = state._replace(rotated_LBGKH=self._rotate(state.cache_LBGKH))
+        logits_BV, new_LB1GH = self._predict(self.params["slow"], state)
         token_B = jnp.asarray(choose(logits_BV), jnp.int32)
+        # Where this token completes the mini-batch, the changes are those of reading all of it.
+        changes, nll_B = self._append(state, new_LB1GH, logits_BV, token_B)
         if (state.position + 1) % b:
-            changes = self._append(state, new_BL1GH, token_B)
             after = state._replace(**changes, position=state.position + 1)
         else:
             part_Bb = jnp.zeros((len(token_B), b), jnp.int32).at[:, 0].set(token_B)
             after, _ = self._read_part(state, part_Bb, 1, learn)
-        return after, token_B, _chosen_nll(logits_BV, token_B)
+        return after, token_B, nll_B
+
+    def programs(self, state: ReaderState) -> dict[str, tuple[Callable, tuple]]:
+        """The compiled functions that continue a state, with arguments, or their shapes, for measuring them.
+
+        "mini_batch" reads a full one, and learns from it; "rotate" runs once in a mini-batch that tokens are predicted
+        in; "predict" and "append" run for each of these.
+        """
+        slow, unrotated = self.params["slow"], state._replace(rotated_LBGKH=None)
+        state = state._replace(rotated_LBGKH=jax.eval_shape(self._rotate, state.cache_LBGKH))
+        logits_BV, new_LB1GH = jax.eval_shape(self._predict, slow, state)
+        token_B = jax.ShapeDtypeStruct(logits_BV.shape[:1], jnp.int32)
+        return {
+            "mini_batch": (self._learn, (slow, self._with_room(unrotated), state.tokens_Bb)),
+            "rotate": (self._rotate, (state.cache_LBGKH,)),
+            "predict": (self._predict, (slow, state)),
+            "append": (self._append, (state, new_LB1GH, logits_BV, token_B)),
+        }
 
     def _read_part(self, state: ReaderState, part_Bb, size: int, learn: bool):
         """Reads the first `size` tokens of `part_Bb`, at most as many as the mini-batch lacks; its NLL [B, b]."""
+        rotated, state = state.rotated_LBGKH, state._replace(rotated_LBGKH=None)
         if int(state.position) % self.mini_batch_size + size < self.mini_batch_size:
             changes, nll_Bb = self._extend(self.params["slow"], state, part_Bb, size)
+            changes["rotated_LBGKH"] = rotated
         else:
+            state = self._with_room(state)
             changes, nll_Bb = (self._learn if learn else self._finish)(self.params["slow"], state, part_Bb)
         return state._replace(**changes, position=state.position + size), nll_Bb
 
+    def _with_room(self, state: ReaderState) -> ReaderState:
+        """The state with caches that hold the unfinished mini-batch too."""
+        lacking = self.cache_size(int(state.position)) - _cache_size(state)
+        if lacking <= 0:
+            return state
+        # The newest position stands last in a cache: room for more is at its front.
+        room = [(0, 0), (0, 0), (0, 0), (lacking, 0), (0, 0)]
+        return state._replace(cache_LBGKH=jax.tree.map(lambda a: jnp.pad(a, room), state.cache_LBGKH))
+
     def check_room(self, state: ReaderState, n: int) -> None:
         """Raises `UserError` where a model with full attention has no room for `n` more tokens."""
-        if not self.has_window and state.position + n > self.cache_size:
+        if not self.has_window and state.position + n > self.max_length:
             raise UserError(
-                f"max_length is {self.cache_size}, but {state.position} tokens were read and {n} more are to come: a "
+                f"max_length is {self.max_length}, but {state.position} tokens were read and {n} more are to come: a "
                 "model with full attention keeps them all, and needs a greater max_length from the start"
             )
 
@@ -183,13 +241,15 @@ class Reader:
 # They return what changes in the state: what does not would be copied.
 
 
-def _extend(graphdef, slow, state: ReaderState, part_b, size):
+def _extend(graphdef, config: ModelConfig, slow, state: ReaderState, part_b, size):
     """`size` more tokens, which leave the mini-batch unfinished: changes, and NLL [b], of which `size` are new."""
     tokens_b1 = _with_part(state, part_b)
     nll_b, new = _score(graphdef, slow, state, tokens_b1)
-    is_run_b = jnp.arange(len(part_b)) < _count(state) + size
-    recent = jax.tree.map(lambda a: jnp.where(is_run_b[:, None, None], a, 0), new)
-    return {"recent_BLbGH": recent, "tokens_Bb": tokens_b1[:-1]}, nll_b
+    b, K = len(part_b), _cache_size(state)
+    is_run_b = jnp.arange(b) < _count(state) + size
+    recent = jax.tree.map(lambda a: jnp.where(is_run_b[:, None], a.swapaxes(-2, -3), 0), new)
+    recent = {name: kv._replace(k=_rotated(config, kv.k, jnp.arange(K, K + b))) for name, kv in recent.items()}
+    return {"recent_LBGbH": recent, "tokens_Bb": tokens_b1[:-1]}, nll_b
 
 
 def _finish(graphdef, slow, state: ReaderState, part_b):
@@ -205,70 +265,82 @@ def _learn(graphdef, config: Config, slow, state: ReaderState, part_b):
     model, tokens_b1 = merge(graphdef, state.fast, slow), _with_part(state, part_b)
     targets_b, num_empty = tokens_b1[1:], _num_empty(state)
     is_target_b = targets_b != bos_id if bos_id else jnp.ones_like(targets_b, dtype=bool)
-    prefix_cache, suffix_cache = model.split_cache(state.cache_BLKGH)
-    x_bD, prefix_new = model.run_prefix_cached(model.embed(tokens_b1[:-1]), prefix_cache, num_empty)
+    caches = _by_position(state.cache_LBGKH)
+    suffix_cache = caches.pop("suffix")
+    x_bD, new = model.run_cached(model.embed(tokens_b1[:-1]), caches, num_empty)
     suffix_def, suffix_fast, suffix_slow = split(model.make_suffix())
 
     def run(fast):
         suffix = merge(suffix_def, fast, suffix_slow)
-        hidden_bD, new, _ = suffix(x_bD, suffix_cache, num_empty, make_pass=FirstOrderPass)
-        return hidden_bD, new
+        hidden_bD, suffix_new, _ = suffix(x_bD, suffix_cache, num_empty, make_pass=FirstOrderPass)
+        return hidden_bD, suffix_new
 
-    hidden_bD, pull_back, suffix_new = jax.vjp(run, suffix_fast, has_aux=True)
+    hidden_bD, pull_back, new["suffix"] = jax.vjp(run, suffix_fast, has_aux=True)
     head = head_pass(hidden_bD, suffix_slow["head"], targets_b)
     weight_b = target_weights(is_target_b, head.nll_T.dtype)
     (gradient,) = pull_back((weight_b[:, None] * head.gradient_TD).astype(hidden_bD.dtype))
     rate = inner.learning_rate * clip_scale(gradient, inner.clip_norm)
     fast, _ = take_step(inner, suffix_fast, gradient, rate)
-    new = jax.tree.map(lambda *parts: jnp.concatenate(parts), prefix_new, suffix_new)
     return {"fast": {"suffix": fast["blocks"]}, **_next_mini_batch(state, new, tokens_b1)}, head.nll_T
 
 
 def _predict(graphdef, slow, state: ReaderState):
-    """Logits [V] of the next token, and the keys and values [L, 1, G, H] of the newest."""
+    """Logits [V] of the next token, and the keys, rotated, and values [L, 1, G, H] of the newest, by stack."""
     model, count = merge(graphdef, state.fast, slow), _count(state)
-    K = state.cache_BLKGH.k.shape[1]
-
-    def most_recent(cache, recent):
-        return jax.lax.dynamic_slice_in_dim(jnp.concatenate([cache, recent], axis=1), count, K, axis=1)
-
-    cache = jax.tree.map(most_recent, state.cache_BLKGH, state.recent_BLbGH)
+    before = {
+        name: Unfinished(KeyValues(state.rotated_LBGKH[name], cache.v), state.recent_LBGbH[name])
+        for name, cache in state.cache_LBGKH.items()
+    }
     newest = jax.lax.dynamic_slice_in_dim(state.tokens_Bb, count, 1)
-    x_1D, new = model.run_cached(model.embed(newest), cache, jnp.maximum(K - state.position, 0))
+    x_1D, new = model.decode(model.embed(newest), before, _num_empty(state), count)
     return model.logits(x_1D)[0], new
 
 
-def _append(state: ReaderState, new_L1GH: KeyValues, token):
-    """One more token, which leaves the mini-batch unfinished, given what `_predict` says: changes."""
+def _append(state: ReaderState, new_L1GH: dict[str, KeyValues], logits_V, token):
+    """One more token, which leaves the mini-batch unfinished, given what `_predict` says: changes, and its NLL."""
     count = _count(state)
 
     def put(recent, new):
-        return jax.lax.dynamic_update_slice_in_dim(recent, new, count, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(recent, new.swapaxes(-2, -3), count, axis=2)
 
-    recent = jax.tree.map(put, state.recent_BLbGH, new_L1GH)
-    return {"recent_BLbGH": recent, "tokens_Bb": state.tokens_Bb.at[count + 1].set(token)}
+    recent = jax.tree.map(put, state.recent_LBGbH, new_L1GH)
+    changes = {"recent_LBGbH": recent, "tokens_Bb": state.tokens_Bb.at[count + 1].set(token)}
+    return changes, jax.nn.logsumexp(logits_V) - logits_V[token]
 
 
-@jax.jit
-def _chosen_nll(logits_BV, token_B):
-    return jax.nn.logsumexp(logits_BV, axis=-1) - jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+def _rotate(config: ModelConfig, cache_LBGKH: dict[str, KeyValues]):
+    """The keys of caches, rotated at the positions in which they stand."""
+    return {name: _rotated(config, cache.k, jnp.arange(cache.k.shape[-2])) for name, cache in cache_LBGKH.items()}
+
+
+def _rotated(config: ModelConfig, keys, positions):
+    """Keys [..., positions, H]."""
+    heads_last = jnp.moveaxis(keys.reshape(-1, *keys.shape[-2:]), 0, 1)
+    rotated = rotate(heads_last, positions, theta=config.rope_theta, style=config.rope_style)
+    return jnp.moveaxis(rotated, 1, 0).reshape(keys.shape)
 
 
 def _score(graphdef, slow, state: ReaderState, tokens_b1):
-    """NLL [b] of the last b tokens, and the keys and values [L, b, G, H] of the first b, a mini-batch.
+    """NLL [b] of the last b tokens, and the keys and values [L, b, G, H] of the first b, a mini-batch, by stack.
 
     Where it is unfinished, nothing that comes before its end depends on what fills it up.
     """
     model = merge(graphdef, state.fast, slow)
-    x_bD, new = model.run_cached(model.embed(tokens_b1[:-1]), state.cache_BLKGH, _num_empty(state))
+    x_bD, new = model.run_cached(model.embed(tokens_b1[:-1]), _by_position(state.cache_LBGKH), _num_empty(state))
     return model.nll(x_bD, tokens_b1[1:]), new
 
 
-def _next_mini_batch(state: ReaderState, new_LbGH: KeyValues, tokens_b1) -> dict:
+def _by_position(caches: dict[str, KeyValues]) -> dict[str, KeyValues]:
+    """Keys and values [L, G, positions, H] as [L, positions, G, H], or back."""
+    return jax.tree.map(lambda a: a.swapaxes(-2, -3), caches)
+
+
+def _next_mini_batch(state: ReaderState, new_LbGH: dict[str, KeyValues], tokens_b1) -> dict:
     """What changes at the beginning of the next mini-batch, after one with these keys, values, and tokens."""
+    caches = {name: cache.append(new_LbGH[name]) for name, cache in _by_position(state.cache_LBGKH).items()}
     return {
-        "cache_BLKGH": state.cache_BLKGH.append(new_LbGH),
-        "recent_BLbGH": jax.tree.map(jnp.zeros_like, state.recent_BLbGH),
+        "cache_LBGKH": _by_position(caches),
+        "recent_LBGbH": jax.tree.map(jnp.zeros_like, state.recent_LBGbH),
         "tokens_Bb": jnp.zeros_like(state.tokens_Bb).at[0].set(tokens_b1[-1]),
     }
 
@@ -287,4 +359,9 @@ def _count(state: ReaderState):
 
 def _num_empty(state: ReaderState):
     """Leading positions of the window caches that hold nothing."""
-    return jnp.maximum(state.cache_BLKGH.k.shape[1] - (state.position - _count(state)), 0)
+    return jnp.maximum(_cache_size(state) - (state.position - _count(state)), 0)
+
+
+def _cache_size(state: ReaderState) -> int:
+    """K, of the caches of one sequence or of several."""
+    return jax.tree.leaves(state.cache_LBGKH)[0].shape[-2]

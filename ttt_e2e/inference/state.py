@@ -37,11 +37,12 @@ def save_state(path, reader: Reader, state: ReaderState, *, precision: str = "fl
     path = epath.Path(path).resolve()
     check_can_save(path, precision)
     tree = state._asdict()
+    tree.pop("rotated_LBGKH")  # made again when it is wanted
     about = {
         "model": dataclasses.asdict(reader.config.model),
         "parameters": parameters_digest(reader.params),
         "mini_batch_size": reader.mini_batch_size,
-        "cache_size": reader.cache_size,
+        "cache_size": jax.tree.leaves(state.cache_LBGKH)[0].shape[-2],
         "batch_size": len(state.tokens_Bb),
         "position": int(tree.pop("position")),
         "precision": precision,
@@ -59,23 +60,21 @@ def save_state(path, reader: Reader, state: ReaderState, *, precision: str = "fl
 def load_state(path, reader: Reader) -> ReaderState:
     """The state that `save_state` wrote.
 
-    A state of full attention may be of a shorter `max_length` than the reader.
-
     Raises:
-      UserError: there is no whole state, or it is of another model, mini-batch size, or greater `max_length`.
+      UserError: there is no whole state, or it is of another model or mini-batch size, or, with full attention, longer
+        than the reader's `max_length`.
     """
     path = epath.Path(path).resolve()
     about = read_about(path)
     _check_model(path, about, reader)
     abstract = jax.eval_shape(lambda: reader.start(0, about["batch_size"]))._asdict()
-    abstract.pop("position")
-    grown, K = reader.cache_size - about["cache_size"], about["cache_size"]
+    del abstract["position"], abstract["rotated_LBGKH"]
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def stored(name: str, leaf):
         shape, dtype = leaf.shape, leaf.dtype
-        if name == "cache_BLKGH":
-            shape = (*shape[:2], K, *shape[3:])
+        if name == "cache_LBGKH":
+            shape = (*shape[:3], about["cache_size"], *shape[4:])
         if name == "fast" and about["precision"] == "bfloat16":
             dtype = jnp.bfloat16
         return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
@@ -93,10 +92,6 @@ def load_state(path, reader: Reader) -> ReaderState:
             reader.params["fast"],
             abstract["fast"],
         )
-    # The newest position stands last in a cache: room for more is at its front.
-    tree["cache_BLKGH"] = jax.tree.map(
-        lambda a: jnp.pad(a, [(0, 0), (0, 0), (grown, 0), (0, 0), (0, 0)]) if grown else a, tree["cache_BLKGH"]
-    )
     return ReaderState(**tree, position=np.int64(about["position"]))
 
 
@@ -151,5 +146,5 @@ def _check_model(path, about: dict, reader: Reader) -> None:
         raise UserError(
             f"state {path} was made with config.inner.mini_batch_size {theirs}; here it is {reader.mini_batch_size}"
         )
-    if (theirs := about["cache_size"]) > reader.cache_size:
-        raise UserError(f"state {path} has max_length {theirs}; here it is {reader.cache_size}: it must not be less")
+    if not reader.has_window and (length := about["position"]) > reader.max_length:
+        raise UserError(f"state {path} has {length} tokens; max_length is {reader.max_length}, but must not be less")

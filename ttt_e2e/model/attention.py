@@ -1,15 +1,16 @@
 """Self-attention over a sequence, or over a window cache and the mini-batch that follows it.
 
-Shapes: `T` new positions, `K` cached positions, `D` model width, `N` query heads, `G` key/value heads, `H` head width.
+Shapes: `T` new positions, `K` cached positions, `b` inner mini-batch, `D` model width, `N` query heads, `G` key/value
+heads, `H` head width.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ttt_e2e.kernels.one_query import Keys, attend_one
 from ttt_e2e.model.norm import RMSNorm
 from ttt_e2e.model.parameters import matrix
 from ttt_e2e.model.passes import Pass
@@ -31,6 +32,16 @@ class KeyValues(NamedTuple):
             return jax.lax.slice_in_dim(both, both.shape[-3] - size, both.shape[-3], axis=both.ndim - 3)
 
         return KeyValues(most_recent(self.k, new.k), most_recent(self.v, new.v))
+
+
+class Unfinished(NamedTuple):
+    """What precedes a position in an unfinished mini-batch: *rotated* keys, and values, head by head.
+
+    They stay the same until the mini-batch is full: rotated once, they serve every token that is predicted in it.
+    """
+
+    cached_GKH: KeyValues  # rotated at 0 ... K - 1
+    recent_GbH: KeyValues  # of the mini-batch so far, rotated at K ... K + b - 1
 
 
 class Attention(nnx.Module):
@@ -62,20 +73,53 @@ class Attention(nnx.Module):
         Returns:
           Output [T, D] and the new keys and values [T, G, H].
         """
-        config, T = self.config, x_TD.shape[0]
-        q_TNH = self._heads(compute.product(x_TD, self.wq[...]))
-        k_TGH = self._heads(compute.product(x_TD, self.wk[...]))
-        v_TGH = self._heads(compute.product(x_TD, self.wv[...]))
-        if config.qk_norm:
-            q_TNH, k_TGH = self.q_norm(q_TNH), self.k_norm(k_TGH)
-        new = KeyValues(k_TGH, v_TGH)
+        T = x_TD.shape[0]
+        q_TNH, new = self._project(x_TD, compute)
         K = 0 if cache is None else cache.k.shape[0]
-        rotated = partial(rotate, theta=config.rope_theta, style=config.rope_style)
-        q_TNH, k_TGH = (rotated(a, jnp.arange(K, K + T)) for a in (q_TNH, k_TGH))
+        q_TNH, k_TGH = (self._rotated(a, jnp.arange(K, K + T)) for a in (q_TNH, new.k))
         # Cached keys and values go in apart: constants to the inner gradient, which then spends nothing on them.
-        cached = {} if cache is None else {"cached_k": rotated(cache.k, jnp.arange(K)), "cached_v": cache.v}
-        out_TNH = compute.attention(q_TNH, k_TGH, v_TGH, window=window, num_empty=num_empty, **cached)
+        cached = {} if cache is None else {"cached_k": self._rotated(cache.k, jnp.arange(K)), "cached_v": cache.v}
+        out_TNH = compute.attention(q_TNH, k_TGH, new.v, window=window, num_empty=num_empty, **cached)
         return compute.product(out_TNH.reshape(T, -1), self.wo[...]), new
+
+    def decode(self, x_1D, compute: Pass, *, window: int, before: Unfinished, num_empty, count):
+        """As `__call__`, for one position of an unfinished mini-batch, without copying what precedes it.
+
+        Args:
+          x_1D: its normed hidden state.
+          compute: who computes products.
+          window: k; 0 = full attention.
+          before: what precedes it.
+          num_empty: leading positions of the cache that hold nothing yet (may be traced).
+          count: positions of the mini-batch before this one (may be traced).
+
+        Returns:
+          Output [1, D], and the position's key, *rotated*, and value [1, G, H].
+        """
+        q_1NH, (k_1GH, v_1GH) = self._project(x_1D, compute)
+        K, b = before.cached_GKH.k.shape[1], before.recent_GbH.k.shape[1]
+        q_1NH, k_1GH = (self._rotated(a, K + count + jnp.arange(1)) for a in (q_1NH, k_1GH))
+        reach = window or K + b + 1
+        first = max(0, K - reach)  # a longer cache is another block's, of full attention
+        cached_GKH = jax.tree.map(lambda a: a[:, first:], before.cached_GKH)
+        place_K, place_b = jnp.arange(first, K), jnp.arange(b)
+        out_NH = attend_one(
+            q_1NH[0],
+            Keys(*cached_GKH, (place_K >= num_empty) & (place_K > K + count - reach)),
+            Keys(*before.recent_GbH, (place_b < count) & (place_b > count - reach)),
+            Keys(k_1GH.swapaxes(0, 1), v_1GH.swapaxes(0, 1), jnp.ones(1, bool)),
+        )
+        return compute.product(out_NH.reshape(1, -1), self.wo[...]), KeyValues(k_1GH, v_1GH)
+
+    def _project(self, x_TD, compute: Pass):
+        """Queries [T, N, H], and keys and values [T, G, H]: normed, unrotated."""
+        q_TNH, k_TGH, v_TGH = (self._heads(compute.product(x_TD, w[...])) for w in (self.wq, self.wk, self.wv))
+        if self.config.qk_norm:
+            q_TNH, k_TGH = self.q_norm(q_TNH), self.k_norm(k_TGH)
+        return q_TNH, KeyValues(k_TGH, v_TGH)
+
+    def _rotated(self, x_TNH, positions_T):
+        return rotate(x_TNH, positions_T, theta=self.config.rope_theta, style=self.config.rope_style)
 
     def _heads(self, x_T):
         return x_T.reshape(x_T.shape[0], -1, self.config.head_dim)

@@ -2,7 +2,7 @@
 
 from flax import nnx
 
-from ttt_e2e.model.attention import Attention, KeyValues
+from ttt_e2e.model.attention import Attention
 from ttt_e2e.model.mlp import SwiGLU
 from ttt_e2e.model.norm import RMSNorm
 from ttt_e2e.model.parameters import FastParam
@@ -28,9 +28,13 @@ class Block(nnx.Module):
                 self.fast_mlp_post_norm = RMSNorm(D, config)
         self.fast, self.post_norm = fast, config.post_norm
 
-    def __call__(self, x_TD, compute: Pass, *, window: int, cache: KeyValues | None = None, num_empty=0):
-        """Hidden states [T, D] to hidden states [T, D] and the new keys and values [T, G, H]; see `Attention`."""
-        y_TD, new = self.attention(self.attention_norm(x_TD), compute, window=window, cache=cache, num_empty=num_empty)
+    def __call__(self, x_TD, compute: Pass, *, decode: bool = False, **context):
+        """Hidden states [T, D] to hidden states [T, D] and the new keys and values [T, G, H].
+
+        `context` is as of `Attention`: of its `decode`, or of its `__call__`.
+        """
+        attend = self.attention.decode if decode else self.attention
+        y_TD, new = attend(self.attention_norm(x_TD), compute, **context)
         x_TD = x_TD + (self.attention_post_norm(y_TD) if self.post_norm else y_TD)
         if self.fast:
             y_TD = self.fast_mlp(self.fast_mlp_norm(x_TD), compute)

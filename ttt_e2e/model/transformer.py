@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ttt_e2e.model.attention import KeyValues
+from ttt_e2e.model.attention import KeyValues, Unfinished
 from ttt_e2e.model.block import Block
 from ttt_e2e.model.loss import logits, token_nll
 from ttt_e2e.model.norm import RMSNorm
@@ -45,34 +45,47 @@ class Transformer(nnx.Module):
         """
         if not self.config.num_prefix_blocks:
             return x_TD
-        return _scan_blocks(self.prefix, self.config.windows, FirstOrderPass, x_TD, remat=remat)[0]
+        return _scan_blocks(self.prefix, self.config.windows, FirstOrderPass, x_TD, {}, remat=remat)[0]
 
-    def run_prefix_cached(self, x_TD, cache_LKGH: KeyValues, num_empty):
-        """All prefix blocks over T positions that follow those of the window caches; may be differentiated once.
+    def run_cached(self, x_TD, caches: dict[str, KeyValues], num_empty):
+        """Blocks over T positions that follow those of their window caches; may be differentiated once.
+
+        Args:
+          x_TD: hidden states.
+          caches: for the stacks to run, which are "prefix" and "suffix", keys and values [L, K, G, H] of their blocks.
+          num_empty: leading positions of the caches that hold nothing yet (may be traced).
 
         Returns:
-          Hidden states [T, D] and the new keys and values [L, T, G, H].
+          Hidden states [T, D], and of each stack the new keys and values [L, T, G, H].
         """
-        if not self.config.num_prefix_blocks:
-            return x_TD, jax.tree.map(lambda c: jnp.zeros((0, len(x_TD), *c.shape[2:]), c.dtype), cache_LKGH)
-        stack, windows = self.prefix, self.config.windows
-        return _scan_blocks(stack, windows, FirstOrderPass, x_TD, cache_LKGH, num_empty, remat=False)[:2]
+        new = {}
+        for name, cache_LKGH in caches.items():
+            stack, of_blocks = getattr(self, name), {"cache": cache_LKGH}
+            x_TD, new[name], _ = _scan_blocks(
+                stack, self.config.windows, FirstOrderPass, x_TD, of_blocks, remat=False, num_empty=num_empty
+            )
+        return x_TD, new
 
-    def run_cached(self, x_TD, cache_LKGH: KeyValues, num_empty):
-        """As `run_prefix_cached`, but all blocks: the prefix's caches come first among the L."""
-        prefix_cache, suffix_cache = self.split_cache(cache_LKGH)
-        x_TD, new = self.run_prefix_cached(x_TD, prefix_cache, num_empty)
-        if not self.config.num_fast_blocks:
-            return x_TD, new
-        x_TD, more, _ = _scan_blocks(
-            self.suffix, self.config.windows, FirstOrderPass, x_TD, suffix_cache, num_empty, remat=False
-        )
-        return x_TD, jax.tree.map(lambda *parts: jnp.concatenate(parts), new, more)
+    def decode(self, x_1D, before: dict[str, Unfinished], num_empty, count):
+        """As `run_cached`, for one position of an unfinished mini-batch; see `Attention.decode`.
 
-    def split_cache(self, cache_LKGH: KeyValues) -> tuple[KeyValues, KeyValues]:
-        """The window caches of the prefix blocks and those of the suffix blocks."""
-        count = self.config.num_prefix_blocks
-        return jax.tree.map(lambda c: c[:count], cache_LKGH), jax.tree.map(lambda c: c[count:], cache_LKGH)
+        Args:
+          x_1D: hidden states.
+          before: of both stacks, as far as there are blocks in them, what precedes the position; leading axes L.
+          num_empty: leading positions of the caches that hold nothing yet (may be traced).
+          count: positions of the mini-batch before this one (may be traced).
+
+        Returns:
+          Hidden states [1, D], and of each stack the position's keys, rotated, and values [L, 1, G, H].
+        """
+        new = {}
+        for name, before_L in before.items():
+            stack, of_blocks = getattr(self, name), {"before": before_L}
+            context = {"decode": True, "num_empty": num_empty, "count": count}
+            x_1D, new[name], _ = _scan_blocks(
+                stack, self.config.windows, FirstOrderPass, x_1D, of_blocks, remat=False, **context
+            )
+        return x_1D, new
 
     def make_suffix(self) -> "Suffix":
         """The part of the model that reads mini-batch by mini-batch; it shares this model's weights."""
@@ -115,7 +128,15 @@ class Suffix(nnx.Module):
           kept.
         """
         x_bD, new, kept = _scan_blocks(
-            self.blocks, self.config.windows, make_pass, x_bD, cache_LKGH, num_empty, known, remat=remat, unroll=unroll
+            self.blocks,
+            self.config.windows,
+            make_pass,
+            x_bD,
+            {"cache": cache_LKGH},
+            known,
+            remat=remat,
+            unroll=unroll,
+            num_empty=num_empty,
         )
         return self.final_norm(x_bD), new, kept
 
@@ -147,19 +168,21 @@ def _stack(config, rngs: nnx.Rngs, num_blocks: int, *, fast: bool) -> Block:
 
 
 def _scan_blocks(
-    stack: Block, windows, make_pass, x_TD, cache_LKGH=None, num_empty=0, known=(), *, remat, unroll=False
+    stack: Block, windows, make_pass, x_TD, of_blocks: dict, known=(), *, remat: bool, unroll: bool = False, **context
 ):
     """Runs stacked blocks one after another; block i has window `windows[i % len(windows)]`.
+
+    `of_blocks` and `context` are arguments of `Block`; arrays of the former have a leading axis over blocks.
 
     Returns the hidden states, the new keys and values [L, T, G, H] where there are caches, and what the passes kept.
     """
     graphdef, state = nnx.split(stack)
 
-    def run_block(x_TD, state, cache_KGH, known, window):
+    def run_block(x_TD, state, of_block, known, window):
         compute = make_pass(known)
         block = nnx.merge(graphdef, state)
-        x_TD, new_TGH = block(x_TD, compute, window=window, cache=cache_KGH, num_empty=num_empty)
-        return x_TD, (None if cache_KGH is None else new_TGH, compute.kept)
+        x_TD, new_TGH = block(x_TD, compute, window=window, **of_block, **context)
+        return x_TD, (new_TGH if of_block else None, compute.kept)
 
     if remat:
         run_block = jax.checkpoint(run_block, static_argnums=4, prevent_cse=False)
@@ -172,7 +195,7 @@ def _scan_blocks(
         return x_TD, outputs
 
     # An array for each block of a period, not a slice of one: what a scan is given as it is, its reverse does not copy.
-    blocks = (state, cache_LKGH, known)
+    blocks = (state, of_blocks, known)
     periods = [jax.tree.map(lambda a, i=i: a[i :: len(windows)], blocks) for i in range(len(windows))]
     x_TD, outputs = jax.lax.scan(run_period, x_TD, periods, unroll=unroll)
     return x_TD, *jax.tree.map(lambda *arrays: jnp.stack(arrays, 1).reshape(-1, *arrays[0].shape[1:]), *outputs)

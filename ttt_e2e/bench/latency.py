@@ -1,0 +1,210 @@
+"""`ttt-e2e bench latency`: what a token costs to read and to generate, against the length of the context before it."""
+
+import itertools
+import time
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from ttt_e2e.bench import compiled, table
+from ttt_e2e.config import Config, from_config_dict
+from ttt_e2e.errors import UserError
+from ttt_e2e.flags import load_config_file, override
+from ttt_e2e.inference import Reader, ReaderState
+from ttt_e2e.outer.steps import abstract_model, init_state
+
+WINDOW = 256
+# The models measured where no config is named: about equal parameters, and mini-batches that suit each.
+_SHAPE = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+BUILT_IN = {
+    "e2e": ({"intermediate_size": 256, "num_fast_blocks": 1, "sliding_window": WINDOW}, 64),
+    "window": ({"intermediate_size": 320, "sliding_window": WINDOW}, 256),
+    "full": ({"intermediate_size": 320}, 256),
+}
+COSTS = {"prefill": "prefill_seconds_per_1k_tokens", "decode": "decode_milliseconds_per_token"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model that is measured."""
+
+    name: str
+    config: Config
+    reader: Reader
+    num_new: int  # tokens to generate, whole mini-batches
+
+
+def run(
+    output,
+    *,
+    configs=tuple(BUILT_IN),
+    context_lengths=tuple(WINDOW * 2**i for i in range(1, 7)),
+    new_tokens: int = 256,
+    batch: int = 1,
+    repeats: int = 3,
+) -> list[dict]:
+    """Measures models with random weights at every context length; writes the results to `output`, returns the rows.
+
+    `configs` are config files, FILE.py[:ARG], or the small built-in models e2e, window and full. Context lengths are
+    multiples of the models' mini-batches; at least `new_tokens` are generated after each, and whole mini-batches of
+    them, so that each bears its share of an inner step. Every part of the text is read and continued `repeats` times,
+    models in turn, and the least time counts; the device is waited for after every token, as where text streams.
+
+    Figures of a row: `prefill_seconds_per_1k_tokens` of reading the whole context, over its length;
+    `decode_milliseconds_per_token`; `prefill_tokens_per_second` and `decode_tokens_per_second`, of all sequences
+    together; `state_bytes` after the context; `peak_bytes`, counted: parameters, state, and the most that a program
+    takes besides, its results included; `prefill_flops_per_token` and `decode_flops_per_token` of matrix products, at
+    the context's end (a generated token bears its share of running its mini-batch); `compile_seconds` of the programs
+    in use there.
+    """
+    for name, value in {"--new_tokens": new_tokens, "--batch": batch, "--repeats": repeats}.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}, but it must be at least 1")
+    for name, values in {"--configs": configs, "--context_lengths": context_lengths}.items():
+        if not values:
+            raise UserError(f"{name} is empty: give one at least, or leave it out")
+    lengths = sorted(set(context_lengths))
+    variants = [_variant(spec, lengths, new_tokens) for spec in configs]
+    times, states = _measure(variants, lengths, batch, repeats)
+    rows = []
+    for variant in variants:
+        figures, prefill_seconds = {}, 0.0
+        for length in lengths:
+            state, seconds = states[variant.name, length], times[variant.name, length]
+            prefill_seconds += seconds["prefill"]
+            size = state_bytes(state)
+            if size not in figures:  # else the programs are the same
+                figures[size] = program_figures(variant.reader, state)
+            row = {"variant": variant.name, "context_length": length, "batch": batch}
+            row |= {
+                COSTS["prefill"]: prefill_seconds / length * 1000,
+                COSTS["decode"]: seconds["decode"] / variant.num_new * 1000,
+                "prefill_tokens_per_second": batch * length / prefill_seconds,
+                "decode_tokens_per_second": batch * variant.num_new / seconds["decode"],
+                "state_bytes": size,
+            }
+            rows.append(row | figures[size])
+    print(table.write(output, rows, "Latency", notes=notes(variants, rows)))
+    return rows
+
+
+def state_bytes(state: ReaderState) -> int:
+    """Of all arrays of a state."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def program_figures(reader: Reader, state: ReaderState) -> dict:
+    """What the programs that continue a state are counted to do and to take."""
+    B, b = state.tokens_Bb.shape
+    programs = {name: compiled.measure(function, *a) for name, (function, a) in reader.programs(state).items()}
+    resident = sum(leaf.nbytes for leaf in jax.tree.leaves((reader.params, state)))
+    rotated = programs["rotate"].call.memory_analysis().output_size_in_bytes
+    results = {name: program.call.memory_analysis().output_size_in_bytes for name, program in programs.items()}
+    return {
+        "peak_bytes": resident + rotated + max(program.temp_bytes + results[n] for n, program in programs.items()),
+        "prefill_flops_per_token": programs["mini_batch"].flops / (B * b),
+        "decode_flops_per_token": programs["predict"].flops / B + programs["mini_batch"].flops / (B * b),
+        "compile_seconds": sum(program.trace_seconds + program.compile_seconds for program in programs.values()),
+    }
+
+
+def crossover(lengths: list[int], costs: list[float], others: list[float]) -> float | None:
+    """The context length from which on `costs` stay below `others`, interpolated linearly between those measured.
+
+    The first length where they are below at every one, None where they are not at the last.
+    """
+    differences = [cost - other for cost, other in zip(costs, others)]
+    dearer = [i for i, difference in enumerate(differences) if difference >= 0]
+    if not dearer:
+        return float(lengths[0])
+    i = dearer[-1]
+    if i + 1 == len(lengths):
+        return None
+    share = differences[i] / (differences[i] - differences[i + 1])
+    return lengths[i] + share * (lengths[i + 1] - lengths[i])
+
+
+def notes(variants: list[Variant], rows: list[dict]) -> str:
+    """How each model's costs change over the context lengths, and from where on learning models beat full attention."""
+    costs = {
+        (variant.name, kind): [row[figure] for row in rows if row["variant"] == variant.name]
+        for variant in variants
+        for kind, figure in COSTS.items()
+    }
+    lengths = sorted({row["context_length"] for row in rows})
+    lines = []
+    for variant in variants:
+        spread = {kind: max(costs[variant.name, kind]) / min(costs[variant.name, kind]) for kind in COSTS}
+        lines.append(
+            f"- {variant.name}: dearest over cheapest context length: prefill {spread['prefill']:.2f}, "
+            f"decode {spread['decode']:.2f}."
+        )
+    learning = [v.name for v in variants if v.config.model.num_fast_blocks]
+    full = [v.name for v in variants if not v.config.model.num_fast_blocks and not v.reader.has_window]
+    for ours, other, kind in itertools.product(learning, full, COSTS):
+        at = crossover(lengths, costs[ours, kind], costs[other, kind])
+        where = f"from about {at:.0f} tokens on" if at else f"not up to {lengths[-1]} tokens"
+        where = "at every length measured" if at == lengths[0] else where
+        lines.append(f"- {kind}: {ours} costs less per token than {other} {where}.")
+    return "\n".join(lines)
+
+
+def _variant(spec: str, lengths: list[int], new_tokens: int) -> Variant:
+    if spec in BUILT_IN:
+        model, b = BUILT_IN[spec]
+        config = from_config_dict({"model": _SHAPE | model, "inner": {"mini_batch_size": b}, "train": {"seq_len": b}})
+    elif not spec.partition(":")[0].endswith(".py"):
+        raise UserError(f"--configs={spec}: it takes config files, FILE.py[:ARG], and {', '.join(BUILT_IN)}")
+    else:
+        config = override(load_config_file(spec), [])
+    graphdef, _ = abstract_model(config)
+    params = jax.jit(lambda: init_state(config, optax.identity()).params)()
+    reader = Reader(graphdef, params, config, max_length=lengths[-1] + new_tokens + config.inner.mini_batch_size)
+    b = reader.mini_batch_size
+    for length in lengths:
+        if length < 1 or length % b:
+            raise UserError(f"--context_lengths={length}: it takes multiples of {b}, the mini-batch of {spec}")
+    return Variant(spec, config, reader, -(-new_tokens // b) * b)
+
+
+def _measure(variants: list[Variant], lengths: list[int], batch: int, repeats: int):
+    """Least seconds {"prefill", "decode"} of each (variant, length), and the state after each context.
+
+    Prefill is of the part between the length before and this one.
+    """
+    times = {(variant.name, length): dict.fromkeys(COSTS, np.inf) for variant in variants for length in lengths}
+    states, random = {}, np.random.default_rng(0)
+    rounds = itertools.product(range(repeats + 1), itertools.pairwise([0, *lengths]), variants)
+    total = (repeats + 1) * len(lengths) * len(variants)
+    for i, (begin, end), variant in tqdm(rounds, desc="bench latency", unit="part", total=total):
+        reader, vocab_size = variant.reader, variant.config.model.vocab_size
+        before = states[variant.name, begin] if begin else reader.start(variant.config.data.bos_id, batch)
+        tokens = random.integers(0, vocab_size, (batch, end - begin))
+        (state, _), prefill = _timed(reader.read, before, tokens)
+        _, decode = _timed(_generate, reader, state, variant.num_new)
+        states[variant.name, end] = state
+        if i:  # the first round compiles
+            least = times[variant.name, end]
+            times[variant.name, end] = {kind: min(s, least[kind]) for kind, s in zip(COSTS, (prefill, decode))}
+    return times, states
+
+
+def _generate(reader: Reader, state: ReaderState, count: int) -> ReaderState:
+    for _ in range(count):
+        state, token_B, _ = reader.step(state, _likeliest)
+        jax.device_get(token_B)
+    return state
+
+
+@jax.jit
+def _likeliest(logits_BV):
+    return logits_BV.argmax(-1)
+
+
+def _timed(function, *arguments):
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*arguments))
+    return result, time.perf_counter() - start

@@ -1,0 +1,34 @@
+"""Attention of a single query, for predicting a token: keys are read where they lie, in several arrays.
+
+Joining these, as `window_attention` does, would copy every key for each token.
+
+Shapes: `S` keys, `N` query heads, `G` key/value heads, `R` = N / G, `H` head width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ttt_e2e.kernels import tiles
+
+
+class Keys(NamedTuple):
+    """Some of the keys, with their values: [G, S, H], the layout that they are read in."""
+
+    k_GSH: jax.Array
+    v_GSH: jax.Array
+    visible_S: jax.Array  # whether the query sees each
+
+
+def attend_one(q_NH, *parts: Keys):
+    """Attention of one query to the visible keys of all parts: [N, H], in the dtype of the values.
+
+    Each part needs a key at least, and some part a visible one.
+    """
+    q_GRH = q_NH.reshape(parts[0].k_GSH.shape[0], -1, q_NH.shape[-1])
+    # The R query heads of a key head as so many rows of one. What sees nothing has an lse of about -1e30.
+    results = [tiles.forward(q_GRH[:, None], k_GSH, v_GSH, visible_S) for k_GSH, v_GSH, visible_S in parts]
+    outs, lses = (jnp.stack(arrays) for arrays in zip(*results))
+    out_G1RH = jnp.sum(jax.nn.softmax(lses, axis=0) * outs, axis=0)
+    return out_G1RH.reshape(q_NH.shape[0], -1).astype(parts[0].v_GSH.dtype)
