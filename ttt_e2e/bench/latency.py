@@ -44,14 +44,15 @@ def run(
     context_lengths=tuple(WINDOW * 2**i for i in range(1, 7)),
     new_tokens: int = 256,
     batch: int = 1,
-    repeats: int = 3,
+    repeats: int = 5,
 ) -> list[dict]:
     """Measures models with random weights at every context length; writes the results to `output`, returns the rows.
 
     `configs` are config files, FILE.py[:ARG], or the small built-in models e2e, window and full. Context lengths are
     multiples of the models' mini-batches; at least `new_tokens` are generated after each, and whole mini-batches of
     them, so that each bears its share of an inner step. Every part of the text is read and continued `repeats` times,
-    models in turn, and the least time counts; the device is waited for after every token, as where text streams.
+    models in turn, and of every piece and token the least time counts: of long spells the least would be greater than
+    of short ones, wherever the machine is not quiet. The device is waited for after every token, as where text streams.
 
     Figures of a row: `prefill_seconds_per_1k_tokens` of reading the whole context, over its length;
     `decode_milliseconds_per_token`; `prefill_tokens_per_second` and `decode_tokens_per_second`, of all sequences
@@ -171,40 +172,51 @@ def _variant(spec: str, lengths: list[int], new_tokens: int) -> Variant:
 
 
 def _measure(variants: list[Variant], lengths: list[int], batch: int, repeats: int):
-    """Least seconds {"prefill", "decode"} of each (variant, length), and the state after each context.
+    """Least seconds {"prefill", "decode"} of each (variant, length), step by step, and the state after each context.
 
-    Prefill is of the part between the length before and this one.
+    Prefill is of the part between the length before and this one, in pieces of equally many tokens.
     """
-    times = {(variant.name, length): dict.fromkeys(COSTS, np.inf) for variant in variants for length in lengths}
-    states, random = {}, np.random.default_rng(0)
+    seconds, states, random = {}, {}, np.random.default_rng(0)
+    piece = int(np.gcd.reduce(lengths))
     rounds = itertools.product(range(repeats + 1), itertools.pairwise([0, *lengths]), variants)
     total = (repeats + 1) * len(lengths) * len(variants)
     for i, (begin, end), variant in tqdm(rounds, desc="bench latency", unit="part", total=total):
         reader, vocab_size = variant.reader, variant.config.model.vocab_size
-        before = states[variant.name, begin] if begin else reader.start(variant.config.data.bos_id, batch)
+        state = states[variant.name, begin] if begin else reader.start(variant.config.data.bos_id, batch)
         tokens = random.integers(0, vocab_size, (batch, end - begin))
-        (state, _), prefill = _timed(reader.read, before, tokens)
-        _, decode = _timed(_generate, reader, state, variant.num_new)
+        state, prefill = _read(reader, state, tokens, piece)
         states[variant.name, end] = state
+        decode = _generate(reader, state, variant.num_new)
         if i:  # the first round compiles
-            least = times[variant.name, end]
-            times[variant.name, end] = {kind: min(s, least[kind]) for kind, s in zip(COSTS, (prefill, decode))}
-    return times, states
+            before = seconds.get((variant.name, end), (np.inf, np.inf))
+            seconds[variant.name, end] = [np.minimum(*pair) for pair in zip((prefill, decode), before)]
+    return {key: dict(zip(COSTS, (times.sum() for times in of))) for key, of in seconds.items()}, states
 
 
-def _generate(reader: Reader, state: ReaderState, count: int) -> ReaderState:
+def _read(reader: Reader, state: ReaderState, tokens: np.ndarray, piece: int):
+    """The state after the tokens, and the seconds of each piece."""
+    seconds = []
+    for begin in range(0, tokens.shape[1], piece):
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(reader.read(state, tokens[:, begin : begin + piece]))
+        seconds.append(time.perf_counter() - start)
+    return state, np.array(seconds)
+
+
+def _generate(reader: Reader, state: ReaderState, count: int) -> np.ndarray:
+    """The seconds of each token. They wait for the token only: of a full mini-batch, the next one does the rest."""
+    seconds = []
     for _ in range(count):
+        start = time.perf_counter()
         state, token_B, _ = reader.step(state, _likeliest)
         jax.device_get(token_B)
-    return state
+        seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    jax.block_until_ready(state)
+    seconds[-1] += time.perf_counter() - start
+    return np.array(seconds)
 
 
 @jax.jit
 def _likeliest(logits_BV):
     return logits_BV.argmax(-1)
-
-
-def _timed(function, *arguments):
-    start = time.perf_counter()
-    result = jax.block_until_ready(function(*arguments))
-    return result, time.perf_counter() - start
