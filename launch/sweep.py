@@ -219,7 +219,7 @@ def run_here(points: list[Point], launcher: str, parallel: int) -> tuple[dict[st
     """Runs points on this machine, `parallel` at a time.
 
     A point that another process works on is waited for. The first SIGINT, SIGTERM or SIGHUP makes the runs save and
-    end, the second kills them.
+    end, the second end at once, the third kills them.
 
     Returns:
       What became of each point, by name, and the signal that stopped it all.
@@ -294,12 +294,12 @@ def _start(point: Point, lock, launcher: str, slot: int) -> _Child:
 
 
 def _stop(children: list[_Child], number_before: int) -> None:
-    """Tells the runs to save and end, and when told before, kills them with all that they started."""
+    """Tells the runs to save and end; when told before, to end at once; then kills them."""
     for child in children:
         if child.process.poll() is not None:
             continue
-        if number_before == 0:
-            logger.info("%s: told to save and end; a second signal kills it", child.point.name)
+        if number_before < 2:
+            logger.info("%s: told to %s", child.point.name, "end at once" if number_before else "save and end")
             child.process.terminate()
         else:
             os.killpg(child.process.pid, signal.SIGKILL)
