@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
-ARGS = "train --config=configs/paper.py:1b-e2e-8k --workdir='gs://bucket/a run'"
+ARGS = "train --config=configs/paper.py:1b-e2e-8k --workdir='gs://bucket/a: #run'"
 PREEMPTED = 75
 
 
@@ -26,8 +26,9 @@ def load(name: str) -> dict:
     """A manifest, with its variables filled in as envsubst does."""
     yaml = pytest.importorskip("yaml")
     text = (LAUNCH / name).read_text()
-    for variable, value in {"NAME": "run-1", "IMAGE": "registry/ttt-e2e:1", "ARGS": json.dumps(ARGS)}.items():
-        text = text.replace(f"${{{variable}}}", value)
+    if name == "gke_jobset.yaml":
+        values = {"NAME": "run-1", "IMAGE": "registry/ttt-e2e:1", "ARGS": ARGS}
+        text = re.sub(r"\$\{?(NAME|ARGS|IMAGE)\b\}?", lambda match: values[match[1]], text)
     return yaml.safe_load(text)
 
 
@@ -103,7 +104,9 @@ def test_the_container_passes_its_arguments_on_whole(tmp_path):
     (hosts,) = load("gke_jobset.yaml")["spec"]["replicatedJobs"]
     (container,) = hosts["template"]["spec"]["template"]["spec"]["containers"]
     (script,) = container["args"]
-    given = run_with_stub(tmp_path, script, ARGS=ARGS, JOBSET="run-1-x", NUM_HOSTS="2", JOB_COMPLETION_INDEX="1")
+    environment = {variable["name"]: variable["value"] for variable in container["env"] if "value" in variable}
+    assert environment["COMMAND_LINE"] == ARGS
+    given = run_with_stub(tmp_path, script, **environment, JOBSET="run-1-x", JOB_COMPLETION_INDEX="1")
     flags = ["--coordinator=run-1-x-hosts-0-0.run-1-x:8476", "--num_processes=2", "--process_id=1"]
     assert given == ["-m", "ttt_e2e", *shlex.split(ARGS), *flags]
 

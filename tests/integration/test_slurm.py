@@ -199,19 +199,19 @@ def test_a_signalled_job_saves_is_requeued_and_ends_as_an_undisturbed_one(slurm,
         log = Path(f"{disturbed}.log")
         return f"{slurm.job(number)}\n{log.read_text(errors='replace') if log.exists() else ''}"
 
-    wait_for("ten steps", lambda: len(losses(disturbed)) >= 10, 240, said)
+    wait_for("ten steps", lambda: len(losses(disturbed)) >= 10, 600, said)
     slurm.run("scancel", "--signal=USR1", number)
     wait_for("requeue", lambda: slurm.job(number)["Restarts"] == "1", 60, said)
     saved = [int(path.name) for path in (disturbed / "checkpoints").iterdir() if path.name.isdigit()]
     assert len(saved) == 1
     assert 10 <= saved[0] < NUM_STEPS
-    wait_for("end", lambda: is_over(slurm, number), 240, said)
+    wait_for("end", lambda: is_over(slurm, number), 600, said)
     job = slurm.job(number)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), said()
     assert f"job {number} goes back into the queue" in said()
 
     number = submit(slurm, config_file, undisturbed)
-    wait_for("end", lambda: is_over(slurm, number), 300)
+    wait_for("end", lambda: is_over(slurm, number), 600)
     assert slurm.job(number)["Restarts"] == "0"
     assert [step for step, _ in losses(disturbed)] == list(range(1, NUM_STEPS + 1))
     assert losses(disturbed) == losses(undisturbed)
