@@ -265,7 +265,11 @@ def _start_some(waiting: list[Point], children: list[_Child], outcomes: dict, la
         elif lock := acquire(point):
             waiting.remove(point)
             slot = min(set(range(parallel)) - {child.slot for child in children})
-            children.append(_start(point, lock, launcher, slot))
+            try:
+                children.append(_start(point, lock, launcher, slot))
+            except OSError as error:
+                release(lock)
+                outcomes[point.name] = f"failed: the launcher {launcher!r} cannot be run: {error.strerror}"
         elif _holder(point).get("host", socket.gethostname()) != socket.gethostname():
             waiting.remove(point)
             outcomes[point.name] = f"running on {_holder(point)['host']}; if not, remove {point.workdir}/sweep.lock"
@@ -276,19 +280,9 @@ def _start(point: Point, lock, launcher: str, slot: int) -> _Child:
     write_config(point.workdir, point.config)
     (point.workdir / "logs").mkdir(exist_ok=True)
     with (point.workdir / "logs" / "sweep.log").open("ab") as log:
-        try:
-            # A session of its own: Ctrl-C in the terminal is for the launcher, which tells the run once.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                pass_fds=[lock.fileno()],
-            )
-        except OSError as error:
-            release(lock)
-            raise UserError(f"--launcher: cannot run {command[0]!r}: {error.strerror}") from None
+        # A session of its own: Ctrl-C in the terminal is for the launcher, which tells the run once.
+        output = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        process = subprocess.Popen(command, **output, start_new_session=True, pass_fds=[lock.fileno()])
     logger.info("%s: started, process %d", point.name, process.pid)
     return _Child(point, process, lock, slot, last_step(point.workdir))
 

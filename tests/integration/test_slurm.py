@@ -223,3 +223,22 @@ def test_a_users_mistake_is_not_requeued(slurm, config_file, tmp_path):
     job = slurm.job(number)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
     assert "does not exist" in (tmp_path / "run.log").read_text(errors="replace")
+
+
+def test_a_sweep_through_slurm_submits_each_point_once(slurm, config_file, tmp_path):
+    swept = tmp_path / "config.py"
+    swept.write_text(f"{config_file.read_text()}\ndef sweep():\n    return {{'train.seed': [0, 1]}}\n")
+    submission = f"sbatch --nodes=1 --gpus-per-node=0 --output={tmp_path}/%j.log {ROOT / 'launch' / 'slurm.sbatch'}"
+    arguments = [f"--config={swept}", f"--output={tmp_path / 'out'}", f"--submit={submission}"]
+    arguments += ["--config.train.num_steps=20", "--config.optimizer.warmup_steps=2"]
+
+    def launch() -> list[str]:
+        return slurm.run(sys.executable, str(ROOT / "launch" / "sweep.py"), *arguments).splitlines()
+
+    assert launch()[-1] == "2 of 2 points finished or submitted"
+    records = [path.read_text() for path in sorted(tmp_path.glob("out/*/submitted.json"))]
+    assert launch()[-1] == "2 of 2 points finished or submitted"
+    assert [path.read_text() for path in sorted(tmp_path.glob("out/*/submitted.json"))] == records
+    jobs = [json.loads(record)["job"] for record in records]
+    wait_for("end", lambda: all(is_over(slurm, job) for job in jobs), 600)
+    assert launch()[:2] == ["train.seed=0: finished", "train.seed=1: finished"]

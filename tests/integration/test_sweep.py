@@ -205,6 +205,11 @@ def test_failed_points_are_named_with_their_last_words_and_run_again(launch, tmp
     assert set(starts(tmp_path / "out").values()) == {2}
 
 
+def test_a_launcher_that_is_not_there_is_said(launch, tmp_path, capsys):
+    assert launch(f"--launcher={tmp_path}/no") == 1
+    assert capsys.readouterr().out.count("cannot be run: No such file or directory") == 4
+
+
 def test_another_config_under_the_same_names_is_refused(launch, tmp_path, capsys):
     assert launch("--parallel=4") == 0
     assert launch("--config.model.hidden_size=32") == 2
