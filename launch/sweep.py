@@ -242,7 +242,8 @@ def run_here(points: list[Point], launcher: str, parallel: int) -> tuple[dict[st
                     waiting.append(child.point)
                 else:
                     outcomes[child.point.name] = outcome
-            bar.update(len(outcomes) - bar.n)
+            if len(outcomes) > bar.n:
+                bar.update(len(outcomes) - bar.n)
             time.sleep(0.1)
     finally:
         bar.close()
