@@ -6,6 +6,8 @@ ARG is "e2e" (the default), "window" or "full": a model with fast weights, one w
 equal parameters (the plain ones have wider MLPs instead of a fast one), trained on the same tokens in the same order.
 The window is a sixteenth of the sequence: what a model knows of the rest it must have learned while reading.
 
+    python launch/sweep.py --config=configs/quickstart.py --output=runs/sweep --parallel=2      (docs/sweeps.md)
+
 Hardware: two CPU cores, minutes. Expected: docs/results.md.
 """
 
@@ -34,3 +36,8 @@ def get_config(arg: str = "e2e"):
     config.mesh.data = 1  # four sequences do not spread over many devices
     config.eval.update(every_steps=100, num_sequences=160, batch_size=8)
     return config
+
+
+def sweep():
+    """The three models, each with two seeds of its initial parameters: six points."""
+    return {"arg": ["e2e", "window", "full"], "train.seed": [0, 1]}

@@ -160,7 +160,9 @@ def report(argv: list[str]) -> None:
     """Plot and tabulate runs."""
 
     def define(values):
-        flags.DEFINE_list("workdirs", None, "Run directories, A,B,...", flag_values=values)
+        flags.DEFINE_list(
+            "workdirs", None, "Run directories, A,B,...; a sweep directory stands for its runs.", flag_values=values
+        )
         _string(values, "output", "Directory for the plots and report.html.")
 
     values, _ = parse(argv, define, "ttt-e2e report: plots and a page of one or several runs.")

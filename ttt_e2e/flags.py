@@ -54,7 +54,21 @@ def load_config_file(spec: str) -> ConfigDict:
     Raises:
       UserError: there is no such file, or it cannot be run.
     """
-    path, colon, arg = spec.partition(":")
+    _, colon, arg = spec.partition(":")
+    return _call_config_file(spec, "get_config", *([arg] if colon else []))
+
+
+def load_sweep(spec: str) -> dict[str, list]:
+    """What `sweep()` of a config file returns, for "FILE.py:ARG" or "FILE.py" (docs/sweeps.md).
+
+    Raises:
+      UserError: there is no such file or function, or it cannot be run.
+    """
+    return _call_config_file(spec, "sweep")
+
+
+def _call_config_file(spec: str, function: str, *arguments):
+    path = spec.partition(":")[0]
     if not Path(path).is_file():
         raise UserError(f"config file {path} does not exist")
     module_spec = importlib.util.spec_from_file_location("config_file", path)
@@ -63,7 +77,7 @@ def load_config_file(spec: str) -> ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        return module.get_config(arg) if colon else module.get_config()
+        return getattr(module, function)(*arguments)
     except UserError:
         raise
     except Exception as error:  # whatever the user's own file raises is the user's to mend

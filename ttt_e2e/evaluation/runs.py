@@ -8,6 +8,7 @@ Shapes: `T` positions of a sequence.
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import numpy as np
 
 from ttt_e2e.config import Config, from_config_dict
 from ttt_e2e.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,36 @@ LONG_CONTEXT = {
 
 
 def read_runs(workdirs: Sequence[str | os.PathLike]) -> list[Run]:
-    """The runs of these directories, in their order.
+    """The runs of these directories, in their order; a sweep directory stands for its runs that have begun.
 
     Raises `UserError` if there are none, if one is no run directory or named twice, or for a file that cannot be read.
     """
     if not workdirs:
         raise UserError("--workdirs is empty, but it takes one or more run directories")
-    paths = [Path(os.path.abspath(workdir)) for workdir in workdirs]
+    paths = [path for workdir in workdirs for path in _expand(Path(os.path.abspath(workdir)))]
     return [_read_run(path, name) for path, name in zip(paths, _names(paths))]
+
+
+def _expand(workdir: Path) -> list[Path]:
+    """A run directory itself; of the directory of a sweep (docs/sweeps.md), its points that have made a step."""
+    if not (workdir / "sweep.json").is_file():
+        return [workdir]
+    try:
+        points = [workdir / point["name"] for point in _read_json(workdir / "sweep.json")["points"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{workdir / 'sweep.json'} is no list of the points of a sweep: {error!r}") from None
+    begun = [point for point in points if _has_begun(point)]
+    for point in points:
+        if point not in begun:
+            logger.warning("%s has made no step yet and is left out", point)
+    if not begun:
+        raise UserError(f"sweep {workdir} has no run that has made a step yet")
+    return begun
+
+
+def _has_begun(workdir: Path) -> bool:
+    path = workdir / "metrics.jsonl"
+    return path.is_file() and any("loss" in line for line in _read_json_lines(path))
 
 
 def _names(paths: list[Path]) -> list[str]:

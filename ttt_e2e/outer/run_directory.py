@@ -1,4 +1,4 @@
-"""The run directory: `config.json`, which ties it to one model, and `starts.jsonl`, how it came about."""
+"""The run directory: `config.json`, which ties it to one model, and `starts.jsonl` and `starts/`, how it came about."""
 
 import json
 import subprocess
@@ -10,14 +10,19 @@ from etils import epath
 
 from ttt_e2e.config import Config, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
+from ttt_e2e.outer.secrets import find_secrets, redact
+
+MAX_DIFF_BYTES = 1_000_000
+MAX_UNTRACKED = 200  # names of files
 
 
 def claim(workdir, config: Config) -> None:
     """Writes `config.json` into the run directory, unless that holds a run of another model.
 
     Raises:
-      UserError: it does; the message names the first field that differs.
+      UserError: it does; the message names the first field that differs. Or the config holds a secret.
     """
+    refuse_secrets(config)
     path = epath.Path(workdir) / "config.json"
     if path.exists():
         theirs = load_config(workdir).model
@@ -29,10 +34,31 @@ def claim(workdir, config: Config) -> None:
                     "choose another workdir"
                 )
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / "config.json.tmp"
-        temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        temporary.replace(path)
+        write_config(workdir, config)
+
+
+def write_config(workdir, config: Config) -> None:
+    """Writes `config.json`, whole or not at all."""
+    directory = epath.Path(workdir)
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_text(directory / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def refuse_secrets(config: Config) -> None:
+    """Raises `UserError` where a field holds a credential, which `config.json` would show to whoever reads it."""
+    if field := find_secrets(to_dict(config)):
+        raise UserError(
+            f"{field} holds a credential (a password in a URL, or the value of a secret environment variable), which "
+            "the run directory would show: leave it in the environment"
+        )
+
+
+def replace_text(path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    path = epath.Path(path)
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def find_run(path) -> epath.Path:
@@ -60,26 +86,65 @@ def load_config(workdir) -> Config:
 
 
 def record_start(workdir, overrides: list[str]) -> None:
-    """Appends to `starts.jsonl`: when, with which overrides of the config, at which git revision, on what."""
+    """Appends to `starts.jsonl`: when, with which overrides of the config, of which code, on what.
+
+    Start N, counted from 1, has the resolved config in `starts/N.json` and, where the checkout has uncommitted changes,
+    their difference in `starts/N.diff`, both named by its line.
+    """
+    devices = [device.device_kind for device in jax.devices()]
+    if jax.process_index() != 0:
+        return
+    directory = epath.Path(workdir)
+    (directory / "starts").mkdir(parents=True, exist_ok=True)
+    path = directory / "starts.jsonl"
+    before = path.read_text() if path.exists() else ""
+    name = f"starts/{before.count(chr(10)) + 1}"
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "overrides": overrides,
-        "revision": _git_revision(),
+        "overrides": [redact(override) for override in overrides],
+        "config": "",
+        **_code(directory, name),
         "jax": jax.__version__,
-        "devices": [device.device_kind for device in jax.devices()],
+        "devices": devices,
     }
-    if jax.process_index() == 0:
-        directory = epath.Path(workdir)
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "starts.jsonl"
-        before = path.read_text() if path.exists() else ""
-        path.write_text(before + json.dumps(start) + "\n")
+    if (directory / "config.json").exists():
+        start["config"] = f"{name}.json"
+        replace_text(directory / start["config"], (directory / "config.json").read_text())
+    replace_text(path, before + json.dumps(start) + "\n")
 
 
-def _git_revision() -> str:
-    """Revision of the checkout that this package runs from, "+" after it if there are changes; "" outside of one."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+def _code(directory, name: str) -> dict:
+    """Which code runs; all empty outside of a checkout, or in one that does not track this package.
+
+    Returns:
+      `revision` of the checkout, "+" after it if there are changes; `diff`, the file that has them; `untracked`, the
+      files that git neither tracks nor ignores: their names, as the difference does not have them.
+    """
+    package = Path(__file__).parents[1]
+    if not _git(package, "ls-files", "__init__.py"):
+        return {"revision": "", "diff": "", "untracked": []}
+    revision = _git(package, "describe", "--always", "--abbrev=40", "--dirty=+").strip()
+    root = Path(_git(package, "rev-parse", "--show-toplevel").rstrip("\n"))
+    difference = redact(_git(root, "diff", "HEAD"))
+    if len(difference.encode()) > MAX_DIFF_BYTES:
+        kept = difference.encode()[:MAX_DIFF_BYTES].decode(errors="ignore")
+        difference = f"{kept}\n[cut here: {len(difference.encode())} bytes in all]\n"
+    if difference:
+        replace_text(directory / f"{name}.diff", difference)
+    untracked = _git(root, "ls-files", "--others", "--exclude-standard").splitlines()
+    if len(untracked) > MAX_UNTRACKED:
+        untracked = [*untracked[:MAX_UNTRACKED], f"[and {len(untracked) - MAX_UNTRACKED} more]"]
+    return {
+        "revision": revision,
+        "diff": f"{name}.diff" if difference else "",
+        "untracked": [redact(path) for path in untracked],
+    }
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    """What a git command prints; "" where there is no git, no checkout, or no answer within a minute."""
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
         return ""
+    return done.stdout.decode(errors="replace")

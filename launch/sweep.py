@@ -1,0 +1,389 @@
+"""Runs every point of a sweep, here or through a scheduler; run again, it runs what is missing or failed.
+
+    python launch/sweep.py --config=configs/quickstart.py --output=runs/sweep --parallel=2
+    python launch/sweep.py --config=configs/quickstart.py --output=runs/sweep --submit='sbatch launch/slurm.sbatch'
+
+docs/sweeps.md has the rest. What the sweep directory holds:
+
+    sweep.json          the points: name and overrides
+    NAME/               the run directory of a point; `config.json` is there before the run starts
+    NAME/sweep.lock     held (flock) by what runs here: this launcher, and the run that it started
+    NAME/submitted.json the job that a scheduler has
+    NAME/logs/sweep.log what a run that was started here printed
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from ttt_e2e.errors import UserError
+from ttt_e2e.flags import parse
+from ttt_e2e.outer.run_directory import replace_text, write_config
+from ttt_e2e.outer.secrets import redact
+from ttt_e2e.sweep import Point, check_unchanged, make_points
+
+logger = logging.getLogger("ttt_e2e.sweep")
+
+PREEMPTED = 75  # exit code of a run that was told to stop and has saved: it wants to be started again
+SLURM_JOBS = "squeue --me --noheader --format=%A"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 when every point is finished or submitted, 1 otherwise, 2 after bad input."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ttt_e2e").setLevel(logging.INFO)
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {redact(str(error))}", file=sys.stderr)
+        return 2
+
+
+def _main(argv: list[str]) -> int:
+    values, overrides = parse(argv, _define, "launch/sweep.py: run every point of a sweep.")
+    for name in ("config", "output"):
+        if not values[name].value:
+            raise UserError(f"--{name} is missing: {values[name].help}")
+    if "://" in values.output:
+        raise UserError(f"--output is {values.output!r}, but it must be a directory of this machine: it holds locks")
+    output = Path(values.output)
+    points = make_points(values.config, overrides, values.sweeps, output)
+    for point in points:
+        check_unchanged(point)
+    if values.dry_run:
+        return _dry_run(points, values)
+    _write(values.config, overrides, points, output)
+    active = _active_jobs(points, values)
+    missing = [point for point in points if state_of(point, active) not in ("finished", "submitted")]
+    if values.submit:
+        outcomes = {point.name: submit(point, values.submit) for point in missing}
+        return _summary(points, outcomes, active, done=("finished", "submitted"))
+    outcomes, stopped_by = run_here(missing, values.launcher, values.parallel)
+    code = _summary(points, outcomes, active, done=("finished",))
+    return {None: code, signal.SIGINT: 130}.get(stopped_by, PREEMPTED)
+
+
+def _define(values: flags.FlagValues) -> None:
+    def string(name: str, default: str, text: str) -> None:
+        flags.DEFINE_string(name, default, text, flag_values=values)
+
+    string(
+        "config", "", "Config file with a sweep(), FILE.py[:ARG]; --config.section.field=value holds for all points."
+    )
+    string("output", "", "Directory of the sweep, with one run directory a point.")
+    flags.DEFINE_list("sweeps", [], "Which of the named sweeps to multiply, A,B,...; default: all.", flag_values=values)
+    flags.DEFINE_integer("parallel", 1, "Runs at a time on this machine.", lower_bound=1, flag_values=values)
+    launcher = f"{shlex.quote(sys.executable)} -m ttt_e2e"
+    string("launcher", launcher, "What runs a command of ttt-e2e here; {slot} counts from 0 to --parallel - 1.")
+    string("submit", "", "Instead: shell command that submits one; {args}, {name} and {workdir} stand for its own.")
+    string("active", "", "Shell command that lists the ids of jobs not yet over; for sbatch it is known.")
+    flags.DEFINE_boolean("dry_run", False, "Print everything and write nothing.", flag_values=values)
+
+
+def _write(spec: str, overrides: list[str], points: list[Point], output: Path) -> None:
+    """The manifest, and a run directory for each point; points of before stay listed."""
+    output.mkdir(parents=True, exist_ok=True)
+    listed = [{"name": point.name, "overrides": point.overrides} for point in points]
+    manifest, names = output / "sweep.json", {point.name for point in points}
+    before = json.loads(manifest.read_text())["points"] if manifest.exists() else []
+    listed = [point for point in before if point["name"] not in names] + listed
+    about = {"config": spec, "overrides": [redact(override) for override in overrides], "points": listed}
+    replace_text(manifest, json.dumps(about, indent=2) + "\n")
+    for point in points:
+        if not (point.workdir / "config.json").exists():
+            write_config(point.workdir, point.config)
+
+
+# --------------------------------------------------------------------------------------------------------------- states
+
+
+def state_of(point: Point, active: set[str] | None) -> str:
+    """`finished`, `submitted`, `running` (here), `unfinished` (it has a checkpoint) or `missing`.
+
+    `active` are the ids of the scheduler's jobs that are not yet over; None = not known, and then a submitted job is
+    taken to be among them.
+    """
+    step = last_step(point.workdir)
+    if step is not None and step >= point.config.train.num_steps:
+        return "finished"
+    if (point.workdir / "submitted.json").exists():
+        job = json.loads((point.workdir / "submitted.json").read_text())["job"]
+        if not job or active is None or job in active:
+            return "submitted"
+    if _is_locked(point):
+        return "running"
+    return "missing" if step is None else "unfinished"
+
+
+def last_step(workdir: Path) -> int | None:
+    """Newest checkpoint of a run: a directory is given its name, the step, when it is whole."""
+    directory = workdir / "checkpoints"
+    steps = [int(child.name) for child in directory.iterdir() if child.name.isdigit()] if directory.is_dir() else []
+    return max(steps, default=None)
+
+
+def _active_jobs(points: list[Point], values: flags.FlagValues) -> set[str] | None:
+    """Ids of the jobs that are not yet over; None where no command lists them, or nothing has been submitted."""
+    if not any((point.workdir / "submitted.json").exists() for point in points):
+        return None
+    command = values.active or (SLURM_JOBS if re.search(r"\bsbatch\b", values.submit) else "")
+    if not command:
+        return None
+    asked = subprocess.run(command, shell=True, capture_output=True, text=True)
+    if asked.returncode:  # not: no job is active. Submitted jobs would be submitted twice.
+        raise UserError(f"--active: {command!r} failed with exit code {asked.returncode}: {_last_line(asked.stderr)}")
+    return set(asked.stdout.split())
+
+
+def acquire(point: Point):
+    """The lock of a run directory, as an open file, or None where another process has it.
+
+    The kernel holds the lock for every process that has the file open, so it ends with the last of them, however that
+    ends. Where machines share a file system but no locks, what the file says decides.
+    """
+    point.workdir.mkdir(parents=True, exist_ok=True)
+    file = (point.workdir / "sweep.lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    if _holder(point).get("host", socket.gethostname()) != socket.gethostname():
+        file.close()
+        return None
+    _fill(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+    return file
+
+
+def release(lock) -> None:
+    """Says in the file that nobody has it, and lets go. (Removing the file would let two processes lock two files.)"""
+    _fill(lock, "")
+    lock.close()
+
+
+def _fill(file, text: str) -> None:
+    file.truncate(0)
+    file.write(text)
+    file.flush()
+
+
+def _holder(point: Point) -> dict:
+    path = point.workdir / "sweep.lock"
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # free, or killed while it was written
+        return {}
+
+
+def _is_locked(point: Point) -> bool:
+    """Whether `acquire` would give None; writes nothing."""
+    if not (point.workdir / "sweep.lock").exists():
+        return False
+    if _holder(point).get("host", socket.gethostname()) != socket.gethostname():
+        return True
+    with (point.workdir / "sweep.lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------------- runs, here
+
+
+@dataclass
+class _Child:
+    point: Point
+    process: subprocess.Popen
+    lock: object
+    slot: int
+    first_step: int | None
+
+
+def run_here(points: list[Point], launcher: str, parallel: int) -> tuple[dict[str, str], signal.Signals | None]:
+    """Runs points on this machine, `parallel` at a time.
+
+    A point that another process works on is waited for. The first SIGINT, SIGTERM or SIGHUP makes the runs save and
+    end, the second end at once, the third kills them.
+
+    Returns:
+      What became of each point, by name, and the signal that stopped it all.
+    """
+    waiting, children, outcomes, signals = list(points), [], {}, []
+    before = {number: signal.signal(number, lambda got, _: signals.append(got)) for number in _STOPPING}
+    told = 0
+    bar = tqdm(total=len(points), desc="sweep", unit="run", disable=not points)
+    try:
+        while children or (waiting and not signals):
+            if not signals:
+                _start_some(waiting, children, outcomes, launcher, parallel)
+            for number in range(told, len(signals)):
+                _stop(children, number)
+            told = len(signals)
+            for child in [child for child in children if child.process.poll() is not None]:
+                children.remove(child)
+                outcome = _finish(child)
+                if outcome == "preempted" and not signals:
+                    waiting.append(child.point)
+                else:
+                    outcomes[child.point.name] = outcome
+            if len(outcomes) > bar.n:
+                bar.update(len(outcomes) - bar.n)
+            time.sleep(0.1)
+    finally:
+        bar.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return outcomes, signal.Signals(signals[0]) if signals else None
+
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _start_some(waiting: list[Point], children: list[_Child], outcomes: dict, launcher: str, parallel: int) -> None:
+    """Starts points until `parallel` run; those that another process holds stay waiting."""
+    for point in list(waiting):
+        if len(children) == parallel:
+            return
+        if state_of(point, set()) == "finished":  # by the process that was waited for
+            waiting.remove(point)
+            outcomes[point.name] = "finished"
+        elif lock := acquire(point):
+            waiting.remove(point)
+            slot = min(set(range(parallel)) - {child.slot for child in children})
+            try:
+                children.append(_start(point, lock, launcher, slot))
+            except OSError as error:
+                release(lock)
+                outcomes[point.name] = f"failed: the launcher {launcher!r} cannot be run: {error.strerror}"
+        elif _holder(point).get("host", socket.gethostname()) != socket.gethostname():
+            waiting.remove(point)
+            outcomes[point.name] = f"running on {_holder(point)['host']}; if not, remove {point.workdir}/sweep.lock"
+
+
+def _start(point: Point, lock, launcher: str, slot: int) -> _Child:
+    command = [*shlex.split(launcher.replace("{slot}", str(slot))), *_arguments(point)]
+    write_config(point.workdir, point.config)
+    (point.workdir / "logs").mkdir(exist_ok=True)
+    with (point.workdir / "logs" / "sweep.log").open("ab") as log:
+        # A session of its own: Ctrl-C in the terminal is for the launcher, which tells the run once.
+        output = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        process = subprocess.Popen(command, **output, start_new_session=True, pass_fds=[lock.fileno()])
+    logger.info("%s: started, process %d", point.name, process.pid)
+    return _Child(point, process, lock, slot, last_step(point.workdir))
+
+
+def _stop(children: list[_Child], number_before: int) -> None:
+    """Tells the runs to save and end; when told before, to end at once; then kills them."""
+    for child in children:
+        if child.process.poll() is not None:
+            continue
+        if number_before < 2:
+            logger.info("%s: told to %s", child.point.name, "end at once" if number_before else "save and end")
+            child.process.terminate()
+        else:
+            os.killpg(child.process.pid, signal.SIGKILL)
+
+
+def _finish(child: _Child) -> str:
+    """What became of a run that has ended."""
+    point, code = child.point, child.process.returncode
+    step = last_step(point.workdir)
+    release(child.lock)
+    if step is not None and step >= point.config.train.num_steps:
+        return "finished"
+    if code == PREEMPTED and step != child.first_step:  # no step was made: it would go on like this for ever
+        return "preempted"
+    log = point.workdir / "logs" / "sweep.log"
+    return f"failed with exit code {code}: {_last_line(log.read_text(errors='replace'))} (all of it: {log})"
+
+
+# ------------------------------------------------------------------------------------------------- runs, by a scheduler
+
+
+def submit(point: Point, template: str) -> str:
+    """Submits a run; says what became of it. `submitted.json` is there before the job is: a kill loses no job."""
+    lock = acquire(point)
+    if not lock:
+        return "running"
+    record = point.workdir / "submitted.json"
+    try:
+        write_config(point.workdir, point.config)
+        replace_text(record, json.dumps({"job": "", "time": time.time()}) + "\n")
+        asked = subprocess.run(_submission(point, template), shell=True, capture_output=True, text=True)
+        # sbatch: "Submitted batch job 7", with --parsable "7;cluster"; kubectl -o name: "jobset.jobset.x-k8s.io/NAME".
+        job = (asked.stdout.split() or [""])[-1].partition(";")[0].rpartition("/")[2]
+        if asked.returncode or not job:
+            record.unlink()
+            return f"failed to submit with exit code {asked.returncode}: {_last_line(asked.stderr)}"
+        replace_text(record, json.dumps({"job": job, "time": time.time()}) + "\n")
+        logger.info("%s: submitted, job %s", point.name, job)
+        return "submitted"
+    finally:
+        release(lock)
+
+
+def _submission(point: Point, template: str) -> str:
+    arguments = shlex.join(_arguments(point))
+    label = re.sub(r"[^a-z0-9]+", "-", f"{point.workdir.parent.name}-{point.name}".lower()).strip("-")
+    label = f"ttt-{label[:30].strip('-')}-{hashlib.sha256(point.name.encode()).hexdigest()[:6]}"  # legal in Kubernetes
+    command = template if "{args}" in template else f"{template} {arguments}"
+    for placeholder, value in (("args", arguments), ("name", label), ("workdir", str(point.workdir))):
+        command = command.replace(f"{{{placeholder}}}", shlex.quote(value))
+    return command
+
+
+def _arguments(point: Point) -> list[str]:
+    """Of ttt-e2e. The run directory alone: its config.json says the rest, and needs no quoting on the way there."""
+    return ["train", f"--workdir={point.workdir}"]
+
+
+# --------------------------------------------------------------------------------------------------------- what is said
+
+
+def _dry_run(points: list[Point], values: flags.FlagValues) -> int:
+    active = _active_jobs(points, values)
+    print(f"sweep: {len(points)} points in {values.output}, nothing is written")
+    for point in points:
+        state = state_of(point, active)
+        print(f"\n{point.name}\n  state      {state}")
+        for field, value in point.overrides.items():
+            print(f"  override   {field} = {value!r}")
+        if state not in ("finished", "submitted"):
+            here = shlex.join([*shlex.split(values.launcher), *_arguments(point)])
+            print(f"  command    {redact(_submission(point, values.submit) if values.submit else here)}")
+    return 0
+
+
+def _summary(points: list[Point], outcomes: dict[str, str], active: set[str] | None, done: tuple[str, ...]) -> int:
+    said = {point.name: outcomes.get(point.name) or state_of(point, active) for point in points}
+    for point in points:
+        doubt = said[point.name] == "submitted" and point.name not in outcomes and active is None
+        remove = f"; if its job is over, remove {point.workdir}/submitted.json" if doubt else ""
+        print(f"{point.name}: {redact(said[point.name])}{remove}")
+    num_done = sum(outcome in done for outcome in said.values())
+    print(f"{num_done} of {len(points)} points {' or '.join(done)}")
+    return 0 if num_done == len(points) else 1
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it printed nothing"])[-1][:300]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
