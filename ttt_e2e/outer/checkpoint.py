@@ -71,10 +71,14 @@ class Checkpoints:
             raise UserError(f"could not save a checkpoint in {self.directory} ({reason}); {still}") from error
 
 
-def progress_of(step: int, next_batch: int, config: Config) -> dict:
-    """What a checkpoint records besides arrays: updates made, position in the data and in what units, the model."""
+def progress_of(step: int, next_batch: int, config: Config, owes_evaluation: bool = False) -> dict:
+    """What a checkpoint records besides arrays: updates made, position in the data and in what units, the model.
+
+    `owes_evaluation` says that the evaluation due at this step was not finished.
+    """
     units = {field: getattr(config.train, field) for field in POSITION_UNITS}
-    return {"step": step, "next_batch": next_batch, **units, "model": dataclasses.asdict(config.model)}
+    owed = {"owes_evaluation": True} if owes_evaluation else {}
+    return {"step": step, "next_batch": next_batch, **units, **owed, "model": dataclasses.asdict(config.model)}
 
 
 def check_position(progress: dict, config: Config) -> None:
