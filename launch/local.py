@@ -96,7 +96,7 @@ def copy_output(number: int, stream) -> None:
 
 
 def wait(group: list[subprocess.Popen], grace: float, stopping: list[int]) -> int:
-    """Waits until all have ended; once one has failed, the others get `grace` seconds. Returns the code to exit with."""
+    """Waits until all have ended, and returns the code; once one has failed, the others get `grace` seconds."""
     first, deadline = 0, float("inf")
     reported: set[int] = set()
     while len(reported) < len(group):

@@ -68,7 +68,7 @@ def initialize(
       Whether this is process 0, which speaks for all.
 
     Raises:
-      UserError: only some of the three are given, or they are not legal; processes that did not come in time, by number.
+      UserError: only some of the three are given, or they are not legal; processes did not come in time (by number).
     """
     if jax.distributed.is_initialized():
         return jax.process_index() == 0

@@ -50,7 +50,7 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
     run_directory.record_start(workdir, overrides)
     checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", config.checkpoint)))
     preemption = stack.enter_context(watch_for_preemption())
-    state, progress = restore_or_init(config, optimizer, mesh, checkpoints)
+    state, progress = restore_or_init(config, optimizer, mesh, checkpoints, train_store.fingerprint)
     first_step, next_batch = int(state.step), progress.get("next_batch", 0)
     placed = jax.tree.map(lambda x: x.sharding, state)
     train_step = make_train_step(config, optimizer, mesh, placed)
@@ -107,15 +107,14 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
         owed = due and (stop or not evaluate(step))
         stop = stop or owed
         if save or stop:
-            checkpoints.save(state, progress_of(step, next_batch + step - first_step, config, owed))
+            save_state = checkpoints.save_and_wait if stop or step == num_steps else checkpoints.save
+            more = {"data": train_store.fingerprint} | ({"owes_evaluation": True} if owed else {})
+            save_state(state, progress_of(step, next_batch + step - first_step, config, **more))
         if stop and (step < num_steps or owed):
-            checkpoints.wait()
             raise PreemptedError(f"preempted: step {step} is saved in {checkpoints.directory}")
         if save or due:
             log.restart_clock()
 
-    # ---------------------------------------------------------------- finish
-    checkpoints.wait()
     return log.last
 
 
@@ -123,7 +122,9 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def restore_or_init(config: Config, optimizer, mesh, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
+def restore_or_init(
+    config: Config, optimizer, mesh, checkpoints: Checkpoints, fingerprint: str
+) -> tuple[TrainState, dict]:
     """The state to start from, sharded, and the progress that its checkpoint recorded, empty where there is none.
 
     In this order: 1. the run's own newest checkpoint, 2. the parameters of `train.init_from` under a fresh optimizer,
@@ -132,11 +133,10 @@ def restore_or_init(config: Config, optimizer, mesh, checkpoints: Checkpoints) -
     abstract = jax.eval_shape(lambda: init_state(config, optimizer))
     placed = sharding.shardings(abstract, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
-    step = checkpoints.latest_step()
-    if step is not None:
-        logger.info("resuming from step %d of %s", step, checkpoints.directory)
-        state, progress = checkpoints.restore(step, abstract)
-        check_position(progress, config)
+    if newest := checkpoints.restore_newest(abstract):
+        state, progress = newest
+        logger.info("resuming from step %d of %s", progress["step"], checkpoints.directory)
+        check_position(progress, config, fingerprint)
         return state, progress
     state = jax.jit(lambda: init_state(config, optimizer), out_shardings=placed)()
     if config.train.init_from:
