@@ -30,7 +30,7 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import EXIT_REQUEUE, UserError
 from ttt_e2e.flags import parse
 from ttt_e2e.outer.run_directory import replace_text, write_config
 from ttt_e2e.outer.secrets import redact
@@ -38,7 +38,6 @@ from ttt_e2e.sweep import Point, check_unchanged, make_points
 
 logger = logging.getLogger("ttt_e2e.sweep")
 
-PREEMPTED = 75  # exit code of a run that was told to stop and has saved: it wants to be started again
 SLURM_JOBS = "squeue --me --noheader --format=%A"
 
 
@@ -74,7 +73,7 @@ def _main(argv: list[str]) -> int:
         return _summary(points, outcomes, active, done=("finished", "submitted"))
     outcomes, stopped_by = run_here(missing, values.launcher, values.parallel)
     code = _summary(points, outcomes, active, done=("finished",))
-    return {None: code, signal.SIGINT: 130}.get(stopped_by, PREEMPTED)
+    return {None: code, signal.SIGINT: 130}.get(stopped_by, EXIT_REQUEUE)
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -307,7 +306,7 @@ def _finish(child: _Child) -> str:
     release(child.lock)
     if step is not None and step >= point.config.train.num_steps:
         return "finished"
-    if code == PREEMPTED and step != child.first_step:  # no step was made: it would go on like this for ever
+    if code == EXIT_REQUEUE and step != child.first_step:  # no step was made: it would go on like this for ever
         return "preempted"
     log = point.workdir / "logs" / "sweep.log"
     return f"failed with exit code {code}: {_last_line(log.read_text(errors='replace'))} (all of it: {log})"

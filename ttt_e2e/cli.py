@@ -10,12 +10,16 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from ttt_e2e.config import Config, suggestion, to_dict
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import EXIT_REQUEUE, PreemptedError, UserError
 from ttt_e2e.flags import load_config_file, override, parse
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or 2 after bad input, whose one line goes to stderr."""
+    """Runs one command; returns the exit code.
+
+    0, or with one line on stderr: 2 after bad input, 75 where the command was preempted and is to be started again, 1
+    where another process of the run is gone, 130 after Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("ttt_e2e").setLevel(logging.INFO)
@@ -29,11 +33,20 @@ def main(argv: list[str] | None = None) -> int:
             COMMANDS[argv[0]](argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _leave(2)
+    except PreemptedError as error:
+        print(error, file=sys.stderr)
+        return _leave(EXIT_REQUEUE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    except Exception as error:
+        if not _is_of_a_peer(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        print(f"error: another process of the run is gone; its own output says why ({reason})", file=sys.stderr)
+        return _leave(1)
+    return _leave(0)
 
 
 def prepare(argv: list[str]) -> None:
@@ -61,15 +74,18 @@ def train(argv: list[str]) -> None:
     def define(values):
         _config(values)
         _string(values, "workdir", "Run directory; a run that it holds is resumed.")
+        _processes(values)
 
     values, overrides = parse(argv, define, "ttt-e2e train: train a model, or resume its run.")
     _require(values, "workdir")
     config = _resolve(values, overrides)
+    is_main = _join(values)
     from ttt_e2e.outer.loop import train
 
     metrics = train(config, values.workdir, overrides)
     loss = f"loss {metrics['loss']:.4f}" if metrics else "nothing left to do"
-    print(f"{values.workdir}: {config.train.num_steps} steps done, {loss}")
+    if is_main:
+        print(f"{values.workdir}: {config.train.num_steps} steps done, {loss}")
 
 
 def evaluate(argv: list[str]) -> None:
@@ -79,6 +95,7 @@ def evaluate(argv: list[str]) -> None:
         _trained_model(values)
         _string(values, "output", "Directory for what is found; default: WORKDIR/evaluation.")
         _long_context(values)
+        _processes(values)
 
     values, overrides = parse(argv, define, "ttt-e2e evaluate: held-out loss of a checkpoint, or what it recalls.")
     config = _resolve(values, overrides)
@@ -86,11 +103,18 @@ def evaluate(argv: list[str]) -> None:
         _require(values, "checkpoint", "output")
     checkpoint, output = values.checkpoint or values.workdir, values.output or f"{values.workdir}/evaluation"
     asked = _asked_evaluations(values)
+    is_main = _join(values)
     if not asked:
         from ttt_e2e.evaluation.token_losses import evaluate
 
-        print(json.dumps({"output": output, **evaluate(config, checkpoint, output)}, indent=2))
+        metrics = evaluate(config, checkpoint, output)
+        if is_main:
+            print(json.dumps({"output": output, **metrics}, indent=2))
         return
+    import jax
+
+    if jax.process_count() > 1:
+        raise UserError(f"--{asked[0][0].NAME} runs in one process, and this is one of several: start it alone")
     from ttt_e2e.outer.checkpoint import find_step
 
     find_step(checkpoint)
@@ -233,6 +257,36 @@ def _trained_model(values: flags.FlagValues) -> None:
     _config(values)
     _string(values, "workdir", "Run directory to take the newest checkpoint of.")
     _string(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
+
+
+def _processes(values: flags.FlagValues) -> None:
+    _string(values, "coordinator", "HOST:PORT of process 0, where several processes make one run; default: by cluster.")
+    flags.DEFINE_integer("num_processes", 0, "Processes of the run; 0 = as the cluster says.", flag_values=values)
+    flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0; -1 = by cluster.", flag_values=values)
+    bound = {"lower_bound": 1, "flag_values": values}
+    flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for all processes.", **bound)
+    flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds until a silent process counts as dead.", **bound)
+
+
+def _join(values: flags.FlagValues) -> bool:
+    """Joins the other processes of the run, if there are any; returns whether this is the one that speaks for all."""
+    from ttt_e2e.outer import distributed
+
+    names = ("coordinator", "num_processes", "process_id", "initialization_timeout", "heartbeat_timeout")
+    return distributed.initialize(**{name: values[name].value for name in names})
+
+
+def _leave(code: int) -> int:
+    """Leaves the run's other processes, where there are any, and returns the exit code."""
+    distributed = sys.modules.get("ttt_e2e.outer.distributed")  # a command that never joined imports nothing for it
+    if distributed:
+        distributed.leave(code)
+    return code
+
+
+def _is_of_a_peer(error: Exception) -> bool:
+    distributed = sys.modules.get("ttt_e2e.outer.distributed")
+    return bool(distributed) and distributed.is_of_a_peer(error)
 
 
 def _sampling(values: flags.FlagValues) -> None:

@@ -1,4 +1,8 @@
-"""The one exception that means: the user can mend this."""
+"""How a command ends early: the user can mend it, or it is to be started again."""
+
+import os
+
+EXIT_REQUEUE = os.EX_TEMPFAIL  # 75: the exit code that asks a launcher to start the command again
 
 
 class UserError(Exception):
@@ -6,4 +10,11 @@ class UserError(Exception):
 
     The command line prints the message and exits with a non-zero code; any other exception is a defect of ours and
     keeps its stack trace.
+    """
+
+
+class PreemptedError(Exception):
+    """The machine is wanted for something else; nothing is lost. The message is one line that says what is kept.
+
+    The command line prints the message and exits with `EXIT_REQUEUE`. All processes of a run raise it at one step.
     """

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.outer.conftest import T, tiny_run
+from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import UserError
 from ttt_e2e.outer import loop
 from ttt_e2e.outer.checkpoint import Checkpoints, load_params, load_progress
@@ -47,6 +48,9 @@ def test_the_run_directory_holds_what_the_contract_says(finished):
     assert json.loads((workdir / "config.json").read_text()) == dataclasses.asdict(config)
     progress = load_progress(workdir / "checkpoints" / "6")
     assert progress.pop("model") == dataclasses.asdict(config.model)
+    assert {"params.fast.suffix.fast_mlp.w1", "params.slow.embedding"} <= set(progress.pop("arrays"))
+    assert progress.pop("digest")
+    assert progress.pop("data") == TokenStore.open(config.data.path, "train").fingerprint
     assert progress == {"step": 6, "next_batch": 6, "seq_len": T, "global_batch_size": 8}
 
 

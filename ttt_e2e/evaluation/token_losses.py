@@ -10,6 +10,7 @@ from ttt_e2e.config import Config
 from ttt_e2e.outer import sharding
 from ttt_e2e.outer.batches import check_batch, held_out_loss, open_store
 from ttt_e2e.outer.checkpoint import find_step, load_params, load_progress
+from ttt_e2e.outer.distributed import watch_for_preemption
 from ttt_e2e.outer.steps import abstract_model, make_eval_step
 
 
@@ -22,7 +23,13 @@ def evaluate(config: Config, checkpoint, output) -> dict:
 
     Raises:
       UserError: no such checkpoint, or it or the token store does not fit the config.
+      PreemptedError: a signal asked to stop; nothing is written.
     """
+    with watch_for_preemption() as preemption:
+        return _evaluate(config, checkpoint, output, stop=lambda: bool(preemption.poll()))
+
+
+def _evaluate(config: Config, checkpoint, output, stop) -> dict:
     mesh = sharding.make_mesh(config.mesh)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     store = open_store(config, config.data.eval_split)
@@ -34,7 +41,7 @@ def evaluate(config: Config, checkpoint, output) -> dict:
     eval_step = make_eval_step(config, mesh, placed)
 
     def read(inner_rate, desc):
-        return held_out_loss(eval_step, params, store, config, mesh, inner_rate, desc)
+        return held_out_loss(eval_step, params, store, config, mesh, inner_rate, desc, stop)
 
     learning = read(config.inner.learning_rate, "evaluate")
     metrics = {

@@ -1,5 +1,6 @@
 """From token stores to arrays on the mesh, and the held-out loss. Shapes: `B` batch, `T` sequence."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from ttt_e2e.config import Config
 from ttt_e2e.data.pipeline import evaluation_batches
 from ttt_e2e.data.store import TokenStore
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import PreemptedError, UserError
 from ttt_e2e.outer import sharding
 
 
@@ -60,8 +61,21 @@ def to_device(local_batch: np.ndarray, mesh, batch_size: int) -> jax.Array:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, sharding.BATCH), local_batch, shape)
 
 
-def held_out_loss(eval_step, params, store: TokenStore, config: Config, mesh, inner_rate: float, desc="") -> HeldOut:
-    """Reads the first `eval.num_sequences` sequences of the store (0 = all) with `eval_step` (`make_eval_step`)."""
+def held_out_loss(
+    eval_step,
+    params,
+    store: TokenStore,
+    config: Config,
+    mesh,
+    inner_rate: float,
+    desc: str = "",
+    stop: Callable[[], bool] = lambda: False,
+) -> HeldOut:
+    """Reads the first `eval.num_sequences` sequences of the store (0 = all) with `eval_step` (`make_eval_step`).
+
+    Raises:
+      PreemptedError: `stop`, which is asked after every batch, says so.
+    """
     B, T = config.eval.batch_size, config.train.seq_len
     num_sequences = config.eval.num_sequences or store.num_sequences(T)
     batches = evaluation_batches(
@@ -74,6 +88,8 @@ def held_out_loss(eval_step, params, store: TokenStore, config: Config, mesh, in
         losses.append(np.asarray(loss_B)[:num_valid])
         nlls.append(np.asarray(nll_BT)[:num_valid])
         masks.append((tokens[:num_valid, 1:] != config.data.bos_id) | (config.data.bos_id == 0))
+        if stop():
+            raise PreemptedError("preempted in an evaluation")
     nll, is_target = np.concatenate(nlls), np.concatenate(masks)
     token_loss = float(nll[is_target].mean(dtype=np.float64))
     return HeldOut(float(np.concatenate(losses).mean(dtype=np.float64)), token_loss, int(is_target.sum()), nll)

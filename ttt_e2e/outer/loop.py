@@ -8,9 +8,11 @@ from etils import epath
 
 from ttt_e2e.config import Config
 from ttt_e2e.data.pipeline import training_batches
+from ttt_e2e.errors import PreemptedError
 from ttt_e2e.outer import run_directory, sharding
 from ttt_e2e.outer.batches import check_batch, held_out_loss, open_store, to_device
 from ttt_e2e.outer.checkpoint import Checkpoints, check_position, load_params, progress_of
+from ttt_e2e.outer.distributed import watch_for_preemption
 from ttt_e2e.outer.optimizer import make_optimizer
 from ttt_e2e.outer.step_log import StepLog
 from ttt_e2e.outer.steps import TrainState, abstract_model, init_state, make_eval_step, make_train_step
@@ -23,10 +25,13 @@ def train(config: Config, workdir, overrides: list[str] = ()) -> dict:
 
     `overrides` is how the config was made from its file, for the record.
 
-    Whatever ends the run, a save under way is finished and the files are closed.
+    Whatever ends the run, a save under way is finished and the files are closed. SIGTERM or SIGUSR1 to any one process
+    ends it, in all of them, after the step that they agree on, which is saved; so does one during an evaluation, which
+    is made up for when the run is resumed.
 
     Raises:
       UserError: data, mesh, checkpoint or run directory do not fit the config; a metric became NaN; a save failed.
+      PreemptedError: a signal asked to stop.
     """
     with ExitStack() as stack:
         return _train(config, epath.Path(workdir), list(overrides), stack)
@@ -44,8 +49,9 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
     run_directory.claim(workdir, config)
     run_directory.record_start(workdir, overrides)
     checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", config.checkpoint)))
-    state, next_batch = restore_or_init(config, optimizer, mesh, checkpoints)
-    first_step = int(state.step)
+    preemption = stack.enter_context(watch_for_preemption())
+    state, progress = restore_or_init(config, optimizer, mesh, checkpoints, train_store.fingerprint)
+    first_step, next_batch = int(state.step), progress.get("next_batch", 0)
     placed = jax.tree.map(lambda x: x.sharding, state)
     train_step = make_train_step(config, optimizer, mesh, placed)
     eval_step = make_eval_step(config, mesh, placed.params)
@@ -63,33 +69,52 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
     stack.enter_context(closing(batches))
     log = stack.enter_context(closing(StepLog(config, workdir, first_step)))
 
+    def evaluate(step: int) -> bool:
+        """Whether it was finished, and not preempted."""
+        try:
+            stop = lambda: bool(preemption.poll())  # noqa: E731
+            rate = config.inner.learning_rate
+            held_out = held_out_loss(eval_step, state.params, eval_store, config, mesh, rate, stop=stop)
+        except PreemptedError:
+            return False
+        log.write(step, {"eval_loss": held_out.loss, "eval_token_loss": held_out.token_loss})
+        return True
+
+    if eval_store and progress.get("owes_evaluation") and not evaluate(first_step):
+        raise PreemptedError(f"preempted: step {first_step} is saved in {checkpoints.directory}")
+    log.restart_clock()
+
     # ---------------------------------------------------------------- the loop
-    pending = None
+    pending, stop = None, False
     for step in range(first_step + 1, num_steps + 1):
         log.profile(step)
         tokens = to_device(next(batches), mesh, batch_size)
         state, device_metrics = train_step(state, tokens)
 
+        asked = preemption.poll()
+
         # The device works on this step while the host waits for the one before.
         if pending:
-            log.finish_step(*pending)
-        pending = (step, device_metrics)
+            log.finish_step(*pending[:2])
+            stop = bool(pending[2])
+        pending = (step, device_metrics, asked)
 
-        save = _due(step, config.checkpoint.every_steps) or step == num_steps
-        evaluate = eval_store and (_due(step, config.eval.every_steps) or step == num_steps)
-        if save or evaluate:
-            log.finish_step(*pending)
-            pending = None
-        if evaluate:
-            held_out = held_out_loss(eval_step, state.params, eval_store, config, mesh, config.inner.learning_rate)
-            log.write(step, {"eval_loss": held_out.loss, "eval_token_loss": held_out.token_loss})
-        if save:
-            checkpoints.save(state, progress_of(step, next_batch + step - first_step, config))
-        if save or evaluate:
+        due = eval_store and (_due(step, config.eval.every_steps) or step == num_steps)
+        save = stop or _due(step, config.checkpoint.every_steps) or step == num_steps
+        if save or due:
+            log.finish_step(step, device_metrics)
+            stop, pending = stop or bool(asked), None
+        owed = due and (stop or not evaluate(step))
+        stop = stop or owed
+        if save or stop:
+            save_state = checkpoints.save_and_wait if stop or step == num_steps else checkpoints.save
+            more = {"data": train_store.fingerprint} | ({"owes_evaluation": True} if owed else {})
+            save_state(state, progress_of(step, next_batch + step - first_step, config, **more))
+        if stop and (step < num_steps or owed):
+            raise PreemptedError(f"preempted: step {step} is saved in {checkpoints.directory}")
+        if save or due:
             log.restart_clock()
 
-    # ---------------------------------------------------------------- finish
-    checkpoints.wait()
     return log.last
 
 
@@ -97,8 +122,10 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def restore_or_init(config: Config, optimizer, mesh, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-    """The state to start from, sharded, and the index of the next batch.
+def restore_or_init(
+    config: Config, optimizer, mesh, checkpoints: Checkpoints, fingerprint: str
+) -> tuple[TrainState, dict]:
+    """The state to start from, sharded, and the progress that its checkpoint recorded, empty where there is none.
 
     In this order: 1. the run's own newest checkpoint, 2. the parameters of `train.init_from` under a fresh optimizer,
     3. fresh parameters.
@@ -106,14 +133,13 @@ def restore_or_init(config: Config, optimizer, mesh, checkpoints: Checkpoints) -
     abstract = jax.eval_shape(lambda: init_state(config, optimizer))
     placed = sharding.shardings(abstract, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
-    step = checkpoints.latest_step()
-    if step is not None:
-        logger.info("resuming from step %d of %s", step, checkpoints.directory)
-        state, progress = checkpoints.restore(step, abstract)
-        check_position(progress, config)
-        return state, progress["next_batch"]
+    if newest := checkpoints.restore_newest(abstract):
+        state, progress = newest
+        logger.info("resuming from step %d of %s", progress["step"], checkpoints.directory)
+        check_position(progress, config, fingerprint)
+        return state, progress
     state = jax.jit(lambda: init_state(config, optimizer), out_shardings=placed)()
     if config.train.init_from:
         logger.info("taking the initial parameters from %s", config.train.init_from)
         state = state._replace(params=load_params(config.train.init_from, abstract.params))
-    return state, 0
+    return state, {}

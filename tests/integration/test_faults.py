@@ -1,0 +1,103 @@
+"""What goes wrong ends in recovery or in one clear line, within a bound, and leaves nothing worse on disk."""
+
+import os
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from tests.integration.conftest import digests, losses, process, steps, stop, wait_for_step
+
+
+def files_of(step_directory) -> list:
+    """Its data files, the largest first."""
+    files = [file for file in (step_directory / "params").rglob("*") if file.is_file()]
+    return sorted(files, key=lambda file: -file.stat().st_size)
+
+
+def damage(kind: str, step_directory) -> None:
+    """Does to a checkpoint what disks do."""
+    file = files_of(step_directory)[0]
+    content = bytearray(file.read_bytes())
+    if kind == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif kind == "flipped":
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+    elif kind == "no metadata":
+        (step_directory / "params" / "_METADATA").unlink()
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind", ("flipped", pytest.param("truncated", marks=slow), pytest.param("no metadata", marks=slow))
+)
+def test_a_damaged_newest_checkpoint_is_skipped_by_all_processes(kind, runs, undisturbed):
+    workdir = runs.root / f"damaged-{kind}"
+    shutil.copytree(undisturbed, workdir)
+    damage(kind, workdir / "checkpoints" / "12")
+    outcome = runs.launch(workdir)
+    assert outcome.returncode == 0, outcome.stdout
+    assert "set aside as" in outcome.stdout and "going back to step 9" in outcome.stdout
+    assert (workdir / "checkpoints" / "12.damaged").is_dir()
+    assert losses(workdir) == losses(undisturbed)
+    assert digests(workdir) == digests(undisturbed)
+
+
+@slow
+def test_a_frozen_peer_ends_the_others_within_the_bound(runs, undisturbed):
+    workdir = runs.root / "frozen"
+    launcher = runs.begin(workdir, "--heartbeat_timeout=10", "--config.train.num_steps=100000")
+    try:
+        wait_for_step(workdir, 4, launcher)
+        os.kill(process(launcher, 1), signal.SIGSTOP)
+        outcome = runs.finish(launcher)
+    finally:
+        stop(launcher)
+    assert outcome.returncode not in (0, 2), outcome.stdout
+    assert "local: process 0 ended" in outcome.stdout
+    assert 3 in steps(workdir)
+
+
+@slow
+def test_data_that_vanishes_is_one_line(runs):
+    store = runs.root / "vanishing"
+    shutil.copytree(runs.store, store)
+    shutil.rmtree(store / "train" / "c")
+    outcome = runs.launch(runs.root / "without-data", store=store)
+    assert outcome.returncode == 2, outcome.stdout
+    assert "damaged data" in outcome.stdout and "Traceback" not in outcome.stdout
+
+
+@slow
+def test_another_token_store_is_refused(runs, undisturbed):
+    workdir = runs.root / "other-data"
+    shutil.copytree(undisturbed, workdir)
+    outcome = runs.alone(workdir, "--config.data.train_split=val")
+    assert outcome.returncode == 2
+    assert "fingerprint" in outcome.stdout
+
+
+@slow
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_saved(runs, undisturbed, tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        workdir = tmp_path / "run"
+        outcome = runs.launch(workdir, "--config.checkpoint.keep=100", "--config.checkpoint.every_steps=1")
+        saved = steps(workdir)
+        assert outcome.returncode == 2, outcome.stdout
+        assert "could not save a checkpoint" in outcome.stdout
+        rescued = runs.root / "rescued"
+        shutil.copytree(workdir, rescued)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert saved
+    outcome = runs.launch(rescued)
+    assert outcome.returncode == 0, outcome.stdout
+    assert f"resuming from step {saved[-1]} " in outcome.stdout
+    assert digests(rescued) == digests(undisturbed)
