@@ -23,7 +23,8 @@ def digests(tree) -> dict[str, list]:
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     arrays = {parameter_name(path): leaf for path, leaf in leaves}
-    meshes = [x.sharding.mesh for x in arrays.values() if isinstance(x.sharding, NamedSharding)]
+    shardings = [getattr(x, "sharding", None) for x in arrays.values()]  # NumPy's arrays have none
+    meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
     everywhere = NamedSharding(meshes[0], P()) if meshes else None
     sums = jax.jit(lambda xs: {name: _digest(x) for name, x in xs.items()}, out_shardings=everywhere)(arrays)
     return {name: [list(arrays[name].shape), int(value)] for name, value in jax.device_get(sums).items()}
