@@ -1,6 +1,7 @@
 """A tiny run on a token store of bytes, and readers of no model at all."""
 
 import dataclasses
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -79,6 +80,21 @@ def run(capsys):
         return code, out, [line for line in err.splitlines() if line and "token/s" not in line]
 
     return run_command
+
+
+@pytest.fixture
+def check_refused(run, workdir, tmp_path):
+    """(flags of `evaluate`, pattern of what is said to them), in both of which DIR is an empty directory."""
+
+    def check(flags: str, pattern: str) -> None:
+        given = flags.replace("DIR", str(tmp_path)).split()
+        code, out, lines = run("evaluate", f"--workdir={workdir}", f"--output={tmp_path / 'out'}", *given)
+        assert (code, out) == (2, "")
+        assert len(lines) == 1, lines
+        assert re.search("^error: .*" + pattern.replace("DIR", str(tmp_path)), lines[0])
+        assert list(tmp_path.iterdir()) == []
+
+    return check
 
 
 class FakeState(NamedTuple):

@@ -238,10 +238,5 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("flags", BAD_INPUT)
-def test_bad_input_is_one_line_and_leaves_nothing(flags, run, workdir, tmp_path):
-    filled = flags.replace("DIR", str(tmp_path)).split()
-    code, out, lines = run("evaluate", f"--workdir={workdir}", f"--output={tmp_path / 'out'}", *filled)
-    assert (code, out) == (2, "")
-    assert len(lines) == 1, lines
-    assert re.search("^error: .*" + BAD_INPUT[flags].replace("DIR", str(tmp_path)), lines[0])
-    assert list(tmp_path.iterdir()) == []
+def test_bad_input_is_one_line_and_leaves_nothing(flags, check_refused):
+    check_refused(flags, BAD_INPUT[flags])

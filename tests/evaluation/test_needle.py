@@ -225,9 +225,5 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("flags", BAD_INPUT)
-def test_bad_input_is_one_line_and_leaves_nothing(flags, run, workdir, tmp_path):
-    code, out, lines = run("evaluate", f"--workdir={workdir}", f"--output={tmp_path / 'out'}", *flags.split())
-    assert (code, out) == (2, "")
-    assert len(lines) == 1, lines
-    assert re.search("^error: .*" + BAD_INPUT[flags], lines[0])
-    assert list(tmp_path.iterdir()) == []
+def test_bad_input_is_one_line_and_leaves_nothing(flags, check_refused):
+    check_refused(flags, BAD_INPUT[flags])
