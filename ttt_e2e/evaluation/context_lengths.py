@@ -11,9 +11,10 @@ from tqdm import tqdm
 from ttt_e2e.config import Config
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import UserError
-from ttt_e2e.evaluation.reading import batches, fill_up, read
+from ttt_e2e.evaluation.fixed_batches import batches, fill_up
 from ttt_e2e.evaluation.records import Records, identify
 from ttt_e2e.inference.generate import load_reader
+from ttt_e2e.inference.reading import read
 from ttt_e2e.outer.batches import open_store
 
 NAME = "context_lengths"

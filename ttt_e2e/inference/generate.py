@@ -22,6 +22,7 @@ from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.prompts import encode, find_tokenizer
 from ttt_e2e.inference.reader import Reader, ReaderState
+from ttt_e2e.inference.reading import read
 from ttt_e2e.inference.sampling import Sampling, choose
 from ttt_e2e.inference.state import check_can_save, load_state, read_about, save_state
 from ttt_e2e.inference.text import TextStream
@@ -29,7 +30,6 @@ from ttt_e2e.outer.checkpoint import load_params
 from ttt_e2e.outer.steps import abstract_model
 
 LEARN = ("all", "prompt", "none")
-PIECE = 4096  # tokens of a prompt that are read between two looks at the progress bar
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +161,9 @@ def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, bos
     # A bar beside text that streams to the same terminal would tear it up.
     hidden = echo and sys.stdout.isatty()
     started = time.perf_counter()
-    state = _read_prompt(reader, state, ids, settings.learn != "none", hidden)
-    read = time.perf_counter()
+    with tqdm(total=len(ids), desc="read", unit="token", disable=hidden, leave=False) as bar:
+        state, _ = read(reader, state, ids[None], bar, learn=settings.learn != "none")
+    read_at = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(settings.seed), index)
     stream, tokens, nlls, text = TextStream(tokenizer, settings.stop), [], [], ""
     reason = "length"
@@ -189,19 +190,10 @@ def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, bos
     text += give_out(stream.finish())
     give_out("\n")
     generated = time.perf_counter()
-    rates = len(ids) / (read - started), len(tokens) / (generated - read)
+    rates = len(ids) / (read_at - started), len(tokens) / (generated - read_at)
     counts = (len(ids), rates[0], len(tokens), rates[1])
     logger.info("read %d tokens, %.1f tokens/s; generated %d, %.1f tokens/s (compiling included)", *counts)
     return {"text": text, "tokens": tokens, "nll": nlls, "ended_by": reason}, state
-
-
-def _read_prompt(reader: Reader, state: ReaderState, ids, learn: bool, hidden: bool) -> ReaderState:
-    with tqdm(total=len(ids), desc="read", unit="token", disable=hidden, leave=False) as bar:
-        for begin in range(0, len(ids), PIECE):
-            piece = ids[begin : begin + PIECE]
-            state, _ = reader.read(state, piece[None], learn=learn)
-            bar.update(len(piece))
-    return state
 
 
 def _open_output(output: str, streams: bool):

@@ -1,6 +1,4 @@
-"""Reading text with a progress bar, and batches of a fixed size. Shapes: `B` sequences, `n` tokens."""
-
-from collections.abc import Iterator, Sequence
+"""Reading a text with a progress bar. Shapes: `B` sequences, `n` tokens."""
 
 import numpy as np
 from tqdm import tqdm
@@ -22,14 +20,3 @@ def read(
         nlls.append(nll)
         bar.update(piece.size)
     return state, np.concatenate(nlls, axis=1)
-
-
-def batches(items: Sequence, batch_size: int) -> Iterator[list]:
-    """Items in their order, `batch_size` at a time (the last batch may be shorter)."""
-    for begin in range(0, len(items), batch_size):
-        yield list(items[begin : begin + batch_size])
-
-
-def fill_up(rows: list, batch_size: int) -> list:
-    """Rows of a batch with copies of the last, up to `batch_size`: a batch of another size is another program."""
-    return rows + rows[-1:] * (batch_size - len(rows))
