@@ -16,6 +16,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.inference.reader import Reader
 from ttt_e2e.inference.state import parameters_digest
 from ttt_e2e.outer.checkpoint import find_step, load_progress
+from ttt_e2e.outer.run_directory import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,7 @@ class Records:
             if not lines:
                 self._result.unlink(missing_ok=True)  # it would stand beside records that are not its own
             # Written again, as a kill may have left half a line at the end.
-            temporary = directory / f".{name}.jsonl.tmp"
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines or [{"about": self.about}]))
-            temporary.replace(self._path)
+            replace_text(self._path, "".join(json.dumps(line) + "\n" for line in lines or [{"about": self.about}]))
         except OSError as error:
             raise UserError(f"output {output} cannot be written ({error.strerror or error})") from None
         self.done = {self._key_of(record): record for record in lines[1:]}
@@ -69,9 +68,7 @@ class Records:
     def finish(self, summary: dict) -> dict:
         """Writes `NAME.json`, whole or not at all; returns what it holds."""
         result = {**summary, "about": self.about}
-        temporary = self._result.parent / f".{self._result.name}.tmp"
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        temporary.replace(self._result)
+        replace_text(self._result, json.dumps(result, indent=2) + "\n")
         return result
 
     def _key_of(self, record: dict) -> tuple:
