@@ -147,6 +147,7 @@ class LogConfig:
 
     every_steps: int = 10
     profile_steps: int = 0  # captured after the first ten steps; 0 = off
+    slow_step_factor: float = 5.0  # times the median; a step that takes longer is logged, with what held it up; 0 = off
     tensorboard: bool = False
     wandb: str = ""  # project name; "" = off
 
@@ -374,6 +375,6 @@ def _check_run(config: Config) -> None:
     _at_least(config.checkpoint, "config.checkpoint", 0, "every_steps", "keep_every")
     _at_least(config.checkpoint, "config.checkpoint", 1, "keep")
     _at_least(config.log, "config.log", 1, "every_steps")
-    _at_least(config.log, "config.log", 0, "profile_steps")
+    _at_least(config.log, "config.log", 0, "profile_steps", "slow_step_factor")
     _at_least(config.eval, "config.eval", 0, "every_steps", "num_sequences")
     _at_least(config.eval, "config.eval", 1, "batch_size")

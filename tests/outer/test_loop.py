@@ -42,7 +42,7 @@ def test_the_run_directory_holds_what_the_contract_says(finished):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
     wanted = {"loss", "grad_norm", "learning_rate", "inner_learning_rate", "tokens_per_second", "mfu"}
-    assert wanted <= set(lines[0])
+    assert wanted | {"goodput", "data_wait_share", "host_spread_seconds"} <= set(lines[0])
     assert lines[0]["learning_rate"] == 0  # the schedule is counted from 0
     assert lines[0]["inner_learning_rate"] == pytest.approx(0.1 + 0.4 / 3)
     assert json.loads((workdir / "config.json").read_text()) == dataclasses.asdict(config)
@@ -51,6 +51,7 @@ def test_the_run_directory_holds_what_the_contract_says(finished):
     assert {"params.fast.suffix.fast_mlp.w1", "params.slow.embedding"} <= set(progress.pop("arrays"))
     assert progress.pop("digest")
     assert progress.pop("data") == TokenStore.open(config.data.path, "train").fingerprint
+    assert progress.pop("productive_seconds") > 0
     assert progress == {"step": 6, "next_batch": 6, "seq_len": T, "global_batch_size": 8}
 
 
@@ -76,6 +77,8 @@ def test_resuming_changes_nothing_to_the_bit(stop_after, finished, tmp_path, mon
     loop.train(config, tmp_path)
     assert losses(tmp_path) == losses(workdir)
     jax.tree.map(np.testing.assert_array_equal, parameters(tmp_path, config), parameters(workdir, config))
+    before, after = (load_progress(tmp_path / "checkpoints" / step)["productive_seconds"] for step in ("3", "6"))
+    assert 0 < before < after
 
 
 def test_a_finished_run_is_left_alone(finished):

@@ -26,7 +26,7 @@ def evaluate(config: Config, checkpoint, output) -> dict:
       PreemptedError: a signal asked to stop; nothing is written.
     """
     with watch_for_preemption() as preemption:
-        return _evaluate(config, checkpoint, output, stop=lambda: bool(preemption.poll()))
+        return _evaluate(config, checkpoint, output, stop=preemption.poll)
 
 
 def _evaluate(config: Config, checkpoint, output, stop) -> dict:

@@ -198,7 +198,7 @@ def progress_of(step: int, next_batch: int, config: Config, **more) -> dict:
     """What a checkpoint records besides arrays: updates made, position in the data and in what units, the model.
 
     More that the training loop records: `data`, the token store's fingerprint; `owes_evaluation`, where the evaluation
-    due at this step was not finished.
+    due at this step was not finished; `productive_seconds` of the steps up to this one.
     """
     units = {field: getattr(config.train, field) for field in POSITION_UNITS}
     return {"step": step, "next_batch": next_batch, **units, **more, "model": dataclasses.asdict(config.model)}

@@ -13,12 +13,12 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -288,26 +288,39 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-class Preemption:
-    """Whether any process was asked to stop, as all processes agree.
+class Exchange:
+    """Numbers that every process states beside a training step, and all processes read.
 
-    With many processes, a flag is reduced over all devices beside every training step, and read when the metrics of
-    that step are. So nobody waits for it, and all processes read the same answer at the same step.
+    They are gathered over the devices, behind the step itself: nobody waits for them who does not read them.
     """
 
     def __init__(self):
-        self.requested = threading.Event()
         if jax.process_count() > 1:
-            mesh = Mesh(np.array(jax.devices()), ("all",), axis_types=(AxisType.Auto,))
+            devices = jax.devices()
+            mesh = Mesh(np.array(devices), ("all",), axis_types=(AxisType.Auto,))
+            processes = [device.process_index for device in devices]
+            first = np.array([processes.index(process) for process in range(jax.process_count())])
             self._sharding = NamedSharding(mesh, P("all"))
-            self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+            self._gather = jax.jit(lambda x: x[first], out_shardings=NamedSharding(mesh, P()))
 
-    def poll(self) -> bool | jax.Array:
-        """Asks all processes, each of which must call it at the same step; `bool` of what it returns waits for them."""
+    def __call__(self, mine: Sequence[float]) -> np.ndarray | jax.Array:
+        """Of k numbers, those of all P processes, float32 [P, k]. Every process must call it at the same step."""
+        mine = np.asarray(mine, np.float32)[None]
         if jax.process_count() == 1:
-            return self.requested.is_set()
-        mine = np.full(jax.local_device_count(), self.requested.is_set())
-        return self._any(jax.make_array_from_process_local_data(self._sharding, mine))
+            return mine
+        local = np.repeat(mine, jax.local_device_count(), axis=0)
+        return self._gather(jax.make_array_from_process_local_data(self._sharding, local))
+
+
+class Preemption:
+    """Whether this process was asked to stop (`requested`), and whether any was (`poll`)."""
+
+    def __init__(self):
+        self.requested = threading.Event()
+
+    def poll(self) -> bool:
+        """Asks all processes, each of which must call it; waits for all."""
+        return any_process(self.requested.is_set())
 
 
 @contextmanager

@@ -4,7 +4,9 @@ import logging
 from contextlib import ExitStack, closing
 
 import jax
+import numpy as np
 from etils import epath
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ttt_e2e.config import Config
 from ttt_e2e.data.pipeline import training_batches
@@ -12,7 +14,7 @@ from ttt_e2e.errors import PreemptedError
 from ttt_e2e.outer import run_directory, sharding
 from ttt_e2e.outer.batches import check_batch, held_out_loss, open_store, to_device
 from ttt_e2e.outer.checkpoint import Checkpoints, check_position, load_params, progress_of
-from ttt_e2e.outer.distributed import watch_for_preemption
+from ttt_e2e.outer.distributed import Exchange, watch_for_preemption
 from ttt_e2e.outer.optimizer import make_optimizer
 from ttt_e2e.outer.step_log import StepLog
 from ttt_e2e.outer.steps import TrainState, abstract_model, init_state, make_eval_step, make_train_step
@@ -67,18 +69,28 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
         num_workers=config.data.num_workers,
     )
     stack.enter_context(closing(batches))
-    log = stack.enter_context(closing(StepLog(config, workdir, first_step)))
+    productive, begun = progress.get("productive_seconds", 0.0), run_directory.first_start(workdir)
+    log = stack.enter_context(closing(StepLog(config, workdir, first_step, productive, begun)))
+    phases, exchange = log.phases, Exchange()
+    stack.enter_context(logging_redirect_tqdm())  # lines of the log stand above the bar
 
     def evaluate(step: int) -> bool:
         """Whether it was finished, and not preempted."""
         try:
-            stop = lambda: bool(preemption.poll())  # noqa: E731
             rate = config.inner.learning_rate
-            held_out = held_out_loss(eval_step, state.params, eval_store, config, mesh, rate, stop=stop)
+            with phases.during("evaluate"):
+                held_out = held_out_loss(eval_step, state.params, eval_store, config, mesh, rate, stop=preemption.poll)
         except PreemptedError:
             return False
+        log.restart_clock()
         log.write(step, {"eval_loss": held_out.loss, "eval_token_loss": held_out.token_loss})
         return True
+
+    def finish(step: int, device_metrics: dict, said) -> bool:
+        """Waits for a step; whether any process was asked to stop by then."""
+        said_P = np.asarray(said)
+        log.finish_step(step, device_metrics, said_P[:, 1:])
+        return bool(said_P[:, 0].any())
 
     if eval_store and progress.get("owes_evaluation") and not evaluate(first_step):
         raise PreemptedError(f"preempted: step {first_step} is saved in {checkpoints.directory}")
@@ -88,28 +100,28 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
     pending, stop = None, False
     for step in range(first_step + 1, num_steps + 1):
         log.profile(step)
-        tokens = to_device(next(batches), mesh, batch_size)
+        with phases.during("input"):
+            tokens = to_device(next(batches), mesh, batch_size)
         state, device_metrics = train_step(state, tokens)
-
-        asked = preemption.poll()
+        said = exchange([preemption.requested.is_set(), *phases.take()])
 
         # The device works on this step while the host waits for the one before.
         if pending:
-            log.finish_step(*pending[:2])
-            stop = bool(pending[2])
-        pending = (step, device_metrics, asked)
+            stop = finish(*pending)
+        pending = (step, device_metrics, said)
 
         due = eval_store and (_due(step, config.eval.every_steps) or step == num_steps)
         save = stop or _due(step, config.checkpoint.every_steps) or step == num_steps
         if save or due:
-            log.finish_step(step, device_metrics)
-            stop, pending = stop or bool(asked), None
+            stop, pending = finish(*pending) or stop, None
         owed = due and (stop or not evaluate(step))
         stop = stop or owed
         if save or stop:
             save_state = checkpoints.save_and_wait if stop or step == num_steps else checkpoints.save
-            more = {"data": train_store.fingerprint} | ({"owes_evaluation": True} if owed else {})
-            save_state(state, progress_of(step, next_batch + step - first_step, config, **more))
+            more = {"data": train_store.fingerprint, "productive_seconds": log.productive_seconds}
+            more |= {"owes_evaluation": True} if owed else {}
+            with phases.during("save"):
+                save_state(state, progress_of(step, next_batch + step - first_step, config, **more))
         if stop and (step < num_steps or owed):
             raise PreemptedError(f"preempted: step {step} is saved in {checkpoints.directory}")
         if save or due:

@@ -1,5 +1,6 @@
 """The run directory: `config.json`, which ties it to one model, and `starts.jsonl` and `starts/`, how it came about."""
 
+import calendar
 import json
 import subprocess
 import time
@@ -14,6 +15,7 @@ from ttt_e2e.outer.secrets import find_secrets, redact
 
 MAX_DIFF_BYTES = 1_000_000
 MAX_UNTRACKED = 200  # names of files
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def claim(workdir, config: Config) -> None:
@@ -100,7 +102,7 @@ def record_start(workdir, overrides: list[str]) -> None:
     before = path.read_text() if path.exists() else ""
     name = f"starts/{before.count(chr(10)) + 1}"
     start = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "time": time.strftime(TIME_FORMAT, time.gmtime()),
         "overrides": [redact(override) for override in overrides],
         "config": "",
         **_code(directory, name),
@@ -111,6 +113,16 @@ def record_start(workdir, overrides: list[str]) -> None:
         start["config"] = f"{name}.json"
         replace_text(directory / start["config"], (directory / "config.json").read_text())
     replace_text(path, before + json.dumps(start) + "\n")
+
+
+def first_start(workdir) -> float:
+    """When the run was first started, in seconds since 1970; now, where that is not recorded."""
+    path = epath.Path(workdir) / "starts.jsonl"
+    try:
+        start = json.loads(path.read_text().split("\n", 1)[0])
+        return float(calendar.timegm(time.strptime(start["time"], TIME_FORMAT)))
+    except (OSError, ValueError, KeyError, TypeError):
+        return time.time()
 
 
 def _code(directory, name: str) -> dict:
