@@ -20,6 +20,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 MIXERS = ("window", "attention")
 TRAJECTORIES = ("auto", "store", "delta", "segment")
 REMATS = ("auto", "keep", "mini_batch", "block")
+# No size or number of steps is larger: JAX counts them in 32 bits, and products of two fit 64.
+LARGEST = 2**31 - 1
+LARGEST_OF = {"seed": 2**32 - 1, "memory_budget_bytes": 2**63 - 1}
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,9 @@ def _section(cls, name: str, fields: dict):
         if field not in defaults:
             raise UserError(f"config.{name} has no field {field!r}: {suggestion(field, list(defaults))}")
         made[field] = _coerce(f"config.{name}.{field}", value, type(defaults[field]))
+        if type(made[field]) is int:
+            largest = LARGEST_OF.get(field, LARGEST)
+            _require(made[field] <= largest, f"config.{name}.{field}", made[field], f"at most {largest}")
     return cls(**made)
 
 

@@ -1,0 +1,219 @@
+"""Configs of all kinds of nonsense: each is refused in one line, or is one that a training step can be made of."""
+
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.integration.fuzzing import fuzz, refusal
+from tests.outer.conftest import tiny_run, token_store  # noqa: F401 (a fixture)
+from ttt_e2e.config import Config, default_config, to_dict
+from ttt_e2e.outer import loop, sharding
+from ttt_e2e.outer.optimizer import make_optimizer
+from ttt_e2e.outer.steps import abstract_model, init_state, make_train_step
+
+FIELDS = sorted(f"{section}.{name}" for section, fields in default_config().items() for name in fields)
+WORDS = (
+    *("", " ", "true", "false", "None", "[]", "{}", "()", "1,2", "1e3", "0x10", "1_000", "½", "-", "--", "\0", "\n"),
+    *("nan", "inf", "-inf", "1e309", "1e-320", "-0.0", "0.1", "1.5", "1e-8", "9" * 5000),
+    *("window", "attention", "window,attention", "attention,", ",", "window,,window", "half", "interleaved", "int8"),
+    *("float32", "bfloat16", "float16", "float64", "exact", "reference", "first_order", "store", "delta", "segment"),
+    *("auto", "keep", "block", "mini_batch", "^fast", "(", "(?P<", ".*", "val", "train", "../train", "zarr.json"),
+    *("nowhere", "/dev/null", "/", ".", "gs://", "x://y", "file:///", "a\nb", "\u202e", "🙂" * 50, "x" * 5000),
+)
+LARGE = (2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63, 10**19, 10**40, -(2**63))
+
+
+# ------------------------------------------------------------------------------------------------- what is tried
+def mistyped(name: str):
+    """Names that are nearly that of a field."""
+    return st.one_of(
+        st.integers(0, len(name) - 1).map(lambda i: name[:i] + name[i + 1 :]),
+        st.sampled_from((name.upper(), name.partition(".")[0], f"{name}.x", f"{name}[0]", f".{name}", name + " ", "")),
+        st.text(max_size=6),
+    )
+
+
+def names():
+    """Mostly fields."""
+    known = st.sampled_from(FIELDS)
+    return st.one_of(known, known, known, known, known, known, known, known.flatmap(mistyped))
+
+
+def texts():
+    """Values as they are typed."""
+    small, large = st.integers(-2, 40).map(str), st.sampled_from(LARGE).map(str)
+    return st.one_of(small, small, small, large, st.floats().map(repr), st.sampled_from(WORDS), st.text(max_size=6))
+
+
+def overrides():
+    """A command line's `--config.section.field=value`, some without the `=`."""
+    pairs = st.tuples(names(), st.sampled_from(("=",) * 12 + ("", "==")), texts())
+    return st.lists(pairs.map(lambda parts: f"--config.{''.join(parts)}"), min_size=1, max_size=4)
+
+
+def json_values():
+    """Values of every type that JSON has."""
+    plain = st.one_of(
+        *(st.none(), st.booleans(), st.integers(-2, 40), st.sampled_from(LARGE), st.floats(), st.sampled_from(WORDS)),
+        st.text(max_size=6),
+    )
+    return st.one_of(plain, plain, st.lists(plain, max_size=2), st.dictionaries(st.text(max_size=4), plain, max_size=2))
+
+
+# ---------------------------------------------------------------------------------------------- what is made of it
+class Reached(Exception):
+    """The config was taken: all that `train` checks before it makes or restores a state."""
+
+
+@pytest.fixture(scope="module")
+def place(token_store, tmp_path_factory):  # noqa: F811
+    """A directory with a config file of a tiny run."""
+    directory = tmp_path_factory.mktemp("configs")
+    fields = to_dict(tiny_run(token_store))
+    for section, derived in (
+        ("model", "head_dim num_key_value_heads fast_intermediate_size"),
+        ("optimizer", "decay_steps"),
+    ):
+        for name in derived.split():
+            fields[section][name] = 0
+    (directory / "config.py").write_text(
+        f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({fields!r})\n"
+    )
+    (directory / "fields.json").write_text(json.dumps(fields))
+    return directory
+
+
+def outcome(*argv) -> tuple[str, Config | None]:
+    """The line that refuses a command of `train`, or the config that it takes."""
+    taken = []
+
+    def stop(config, *_):
+        taken.append(config)
+        raise Reached
+
+    with mock.patch.object(loop, "restore_or_init", stop), mock.patch.object(loop.run_directory, "_git", lambda *_: ""):
+        try:
+            line = refusal("train", *argv)
+        except Reached:
+            return "", taken[0]
+    assert line  # nothing is trained
+    return line, None
+
+
+def make_shapes(config: Config, *, step: bool) -> None:
+    """The shapes of the run's state and of a training step; computes nothing."""
+    mesh = sharding.make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, abstract_model(config)[1])
+    state = jax.eval_shape(lambda: init_state(config, optimizer))
+    placed = sharding.shardings(state, mesh)
+    if not step:
+        return
+    tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.train.seq_len + 1), jnp.int32)
+    after, metrics = jax.eval_shape(make_train_step(config, optimizer, mesh, placed), state, tokens)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].shape == ()
+
+
+def check_command(arguments: list[str], place: Path, *, step: bool) -> None:
+    workdir = place / "run"
+    line, config = outcome(f"--config={place / 'config.py'}", f"--workdir={workdir}", *arguments)
+    if config:
+        make_shapes(config, step=step)
+        shutil.rmtree(workdir)
+    assert not workdir.exists()
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+@fuzz(40)
+@given(arguments=overrides())
+@example(arguments=["--config.\n=0"])  # a name that would break the line
+@example(arguments=["--config.model.head_dim=4611686018427387904"])  # sizes whose product no array can have
+def test_overrides_are_refused_in_one_line_or_legal(arguments, place):
+    check_command(arguments, place, step=False)
+
+
+@pytest.mark.slow
+@fuzz(400)
+@given(arguments=overrides())
+def test_many_overrides(arguments, place):
+    check_command(arguments, place, step=True)
+
+
+# ----------------------------------------------------------------------------------------------------- config files
+PROGRAMS = (
+    *("", "def", "get_config = 3", "raise ValueError", "1 / 0", "import nowhere_at_all", "x = '\\ud800'", "\0", "\xff"),
+    *("raise SystemExit(0)", "import sys; sys.exit('no')", "def get_config(a, b): pass", "class get_config: pass"),
+    *("def get_config(): return None", "def get_config(): return {}", "def get_config(): return {'model': {}}"),
+    *("def get_config(): return [1]", "def get_config(): return get_config()", "def get_config(): yield 1"),
+    *(
+        "def get_config(): raise KeyError('a\\nb')",
+        "def get_config(): raise SystemExit(3)",
+        "async def get_config(): 3",
+    ),
+    "from ttt_e2e.errors import UserError\ndef get_config(): raise UserError('two\\nlines')",
+    "def get_config(): assert False",
+)
+EXPRESSIONS = ("None", "(1, 2)", "{1}", "lambda: 3", "object()", "b'8'", "1j", "range(3)", "float('nan')", "__import__('numpy').int64(8)",
+    "__import__('numpy').ones(3)", "__import__('ml_collections').config_dict.placeholder(int)", "[8]", "{}", "True", "'8'", "10**5000", "8.0")  # fmt: skip
+
+
+def files():
+    """The text of config files."""
+    edits = st.tuples(names(), st.one_of(json_values().map(repr), st.sampled_from(EXPRESSIONS)))
+    edits = st.tuples(edits, st.sampled_from(("set", "set", "drop", "section"))).map(
+        lambda edit: f"    edit({edit[1]!r}, {edit[0][0]!r}, {edit[0][1]})\n"
+    )
+    return st.one_of(st.lists(edits, min_size=1, max_size=3).map("".join), st.sampled_from(PROGRAMS))
+
+
+HEADER = """
+import json, pathlib
+from ml_collections import ConfigDict
+nan, inf = float("nan"), float("inf")
+
+def get_config(arg=""):
+    fields = json.loads(pathlib.Path({path!r}).read_text())
+    def edit(kind, name, value):
+        section, _, field = name.partition(".")
+        if kind == "section":
+            fields[section] = value
+        elif isinstance(fields.setdefault(section, {{}}), dict):
+            if kind == "set":
+                fields[section][field] = value
+            else:
+                fields[section].pop(field, None)
+{edits}
+    return ConfigDict(fields)
+"""
+
+
+def check_file(text: str, place: Path) -> None:
+    if text.startswith("    edit"):
+        text = HEADER.format(path=str(place / "fields.json"), edits=text)
+    file, workdir = place / "fuzzed.py", place / "run"
+    file.write_bytes(text.encode("utf-8", "surrogatepass") if text != "\xff" else b"\xff")
+    _, config = outcome(f"--config={file}", f"--workdir={workdir}")
+    if config:
+        make_shapes(config, step=False)
+        shutil.rmtree(workdir)
+    assert not workdir.exists()
+
+
+@fuzz(40)
+@given(text=files())
+def test_config_files_are_refused_in_one_line_or_legal(text, place):
+    check_file(text, place)
+
+
+@pytest.mark.slow
+@fuzz(150)
+@given(text=files())
+def test_many_config_files(text, place):
+    check_file(text, place)
