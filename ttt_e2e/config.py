@@ -178,6 +178,9 @@ class Config:
     eval: EvalConfig = EvalConfig()
 
 
+_SECTIONS = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+
+
 def default_config() -> ConfigDict:
     """The defaults of every section as a locked ConfigDict, for a config file to fill in."""
     return ConfigDict(dataclasses.asdict(Config())).lock()
@@ -201,12 +204,13 @@ def from_config_dict(values: ConfigDict | dict) -> Config:
     combinations that are not legal.
     """
     values = values.to_dict() if isinstance(values, ConfigDict) else values
-    sections = {f.name: type(f.default) for f in dataclasses.fields(Config)}
+    if not isinstance(values, dict):
+        raise UserError(f"config is {values!r}, but it takes sections: {', '.join(_SECTIONS)}")
     made = {}
     for name, fields in values.items():
-        if name not in sections:
-            raise UserError(f"config has no section {name!r}: {suggestion(name, list(sections))}")
-        made[name] = _section(sections[name], name, fields)
+        if name not in _SECTIONS:
+            raise UserError(f"config has no section {name!r}: {suggestion(name, list(_SECTIONS))}")
+        made[name] = _section(_SECTIONS[name], name, fields)
     config = _derive(Config(**made))
     _check_model(config.model)
     _check_run(config)

@@ -1,5 +1,6 @@
 """Configs of all kinds of nonsense: each is refused in one line, or is one that a training step can be made of."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -8,13 +9,16 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from tests.integration.fuzzing import fuzz, refusal
+from tests.integration.fuzzing import fuzz, mutate, mutations, refusal
 from tests.outer.conftest import tiny_run, token_store  # noqa: F401 (a fixture)
 from ttt_e2e.config import Config, default_config, to_dict
-from ttt_e2e.outer import loop, sharding
+from ttt_e2e.errors import UserError
+from ttt_e2e.evaluation.runs import read_runs
+from ttt_e2e.outer import loop, run_directory, sharding
+from ttt_e2e.outer.metrics import MetricsWriter
 from ttt_e2e.outer.optimizer import make_optimizer
 from ttt_e2e.outer.steps import abstract_model, init_state, make_train_step
 
@@ -90,21 +94,32 @@ def place(token_store, tmp_path_factory):  # noqa: F811
     return directory
 
 
-def outcome(*argv) -> tuple[str, Config | None]:
-    """The line that refuses a command of `train`, or the config that it takes."""
+@contextlib.contextmanager
+def stopped():
+    """Commands stop where their checks are done; the list that this gives has the configs that they took."""
     taken = []
 
-    def stop(config, *_):
+    def stop(config, *_, **__):
         taken.append(config)
         raise Reached
 
-    with mock.patch.object(loop, "restore_or_init", stop), mock.patch.object(loop.run_directory, "_git", lambda *_: ""):
-        try:
-            line = refusal("train", *argv)
-        except Reached:
-            return "", taken[0]
-    assert line  # nothing is trained
-    return line, None
+    with (
+        mock.patch.object(loop, "restore_or_init", stop),
+        mock.patch.object(run_directory, "_git", lambda *_: ""),
+        mock.patch("ttt_e2e.evaluation.token_losses.evaluate", stop),
+        mock.patch("ttt_e2e.inference.generate.generate", stop),
+        contextlib.suppress(Reached),
+    ):
+        yield taken
+
+
+def outcome(*argv) -> tuple[str, Config | None]:
+    """The line that refuses a command of `train`, or the config that it takes."""
+    line = ""
+    with stopped() as taken:
+        line = refusal("train", *argv)
+    assert bool(line) != bool(taken)  # nothing is trained
+    return line, taken[0] if taken else None
 
 
 def make_shapes(config: Config, *, step: bool) -> None:
@@ -123,7 +138,7 @@ def make_shapes(config: Config, *, step: bool) -> None:
 
 def check_command(arguments: list[str], place: Path, *, step: bool) -> None:
     workdir = place / "run"
-    line, config = outcome(f"--config={place / 'config.py'}", f"--workdir={workdir}", *arguments)
+    _, config = outcome(f"--config={place / 'config.py'}", f"--workdir={workdir}", *arguments)
     if config:
         make_shapes(config, step=step)
         shutil.rmtree(workdir)
@@ -160,8 +175,11 @@ PROGRAMS = (
     "from ttt_e2e.errors import UserError\ndef get_config(): raise UserError('two\\nlines')",
     "def get_config(): assert False",
 )
-EXPRESSIONS = ("None", "(1, 2)", "{1}", "lambda: 3", "object()", "b'8'", "1j", "range(3)", "float('nan')", "__import__('numpy').int64(8)",
-    "__import__('numpy').ones(3)", "__import__('ml_collections').config_dict.placeholder(int)", "[8]", "{}", "True", "'8'", "10**5000", "8.0")  # fmt: skip
+EXPRESSIONS = (
+    *("None", "(1, 2)", "{1}", "lambda: 3", "object()", "b'8'", "1j", "range(3)", "[8]", "{}", "True", "'8'", "8.0"),
+    *("10**5000", "-(10**5000)", "float('nan')", "__import__('numpy').int64(8)", "__import__('numpy').ones(3)"),
+    "__import__('ml_collections').config_dict.placeholder(int)",
+)
 
 
 def files():
@@ -206,8 +224,10 @@ def check_file(text: str, place: Path) -> None:
     assert not workdir.exists()
 
 
-@fuzz(40)
+@fuzz(30)
 @given(text=files())
+@example(text="def get_config(): return {}")
+@example(text="def get_config(): raise SystemExit(3)")
 def test_config_files_are_refused_in_one_line_or_legal(text, place):
     check_file(text, place)
 
@@ -217,3 +237,54 @@ def test_config_files_are_refused_in_one_line_or_legal(text, place):
 @given(text=files())
 def test_many_config_files(text, place):
     check_file(text, place)
+
+
+# ------------------------------------------------------------------------------------------------- a run's own files
+RUN_FILES = ("config.json", "config.json", "config.json", "metrics.jsonl", "starts.jsonl")
+
+
+@pytest.fixture(scope="module")
+def run(place, token_store):  # noqa: F811
+    """A run directory of three steps, without a checkpoint."""
+    config, workdir = tiny_run(token_store), place / "whole"
+    run_directory.write_config(workdir, config)
+    lines = [json.dumps({"step": step, "loss": 3.0 - step, "eval_loss": 3.0}) for step in (1, 2, 3)]
+    (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (workdir / "starts.jsonl").write_text(json.dumps({"revision": "abc", "diff": "", "jax": "1.2.3"}) + "\n")
+    return workdir
+
+
+def check_run(mutation: tuple, place: Path, run: Path) -> None:
+    """The commands that take a run directory, and the writer of metrics, which goes on from those that are there."""
+    assume(mutation[:2] != ("loop", "metrics.jsonl"))  # nothing that a disk does: it seems not to be there
+    workdir = place / "run"
+    shutil.rmtree(workdir, ignore_errors=True)
+    shutil.copytree(run, workdir)
+    mutate(workdir, *mutation)
+    before = {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
+    for command in ("evaluate", "generate"):
+        line = ""
+        with stopped() as taken:
+            line = refusal(command, f"--workdir={workdir}")
+        assert bool(line) != bool(taken)
+        assert {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
+    with contextlib.suppress(UserError):
+        read_runs([workdir])
+    _, config = outcome(f"--workdir={workdir}")
+    if config:
+        make_shapes(config, step=False)
+        with contextlib.suppress(UserError):
+            MetricsWriter(workdir, config, 3).close()
+
+
+@fuzz(20)
+@given(mutation=mutations(RUN_FILES, ("config.json",)))
+def test_a_damaged_run_directory_is_refused_in_one_line_or_taken(mutation, place, run):
+    check_run(mutation, place, run)
+
+
+@pytest.mark.slow
+@fuzz(200)
+@given(mutation=mutations(RUN_FILES, ("config.json",)))
+def test_many_damaged_run_directories(mutation, place, run):
+    check_run(mutation, place, run)

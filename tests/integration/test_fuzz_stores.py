@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.integration.fuzzing import fuzz
+from tests.integration.fuzzing import fuzz, mutate, mutations
 from tests.outer.conftest import tiny_run
 from ttt_e2e.data.pipeline import evaluation_batches, training_batches
 from ttt_e2e.data.store import TokenWriter, write_attributes
@@ -52,93 +52,6 @@ def read(path) -> dict[str, np.ndarray]:
     return made
 
 
-# ------------------------------------------------------------------------------------------------------- what is done
-def places():
-    """Where in a file, or in a JSON tree: a fraction of the way."""
-    return st.floats(0, 1, exclude_max=True)
-
-
-JUNK = (
-    *(b"", b"{", b"{}", b"[]", b"null", b"0", b'""', b"\xff\xfe", b"\0" * 64, b"garbage" * 40, b"[" * 100_000),
-    *(b'{"zarr_format": 3}', b'{"zarr_format": 2, "node_type": "group"}', b'{"zarr_format": 3, "node_type": "array"}'),
-    *(b'{"zarr_format": 3, "node_type": "group", "attributes": 3}', b'{"zarr_format": NaN}', b'{"a": "\xc3"}'),
-)
-WORDS = ("", "x", "uint8", "uint16", "uint32", "uint64", "int32", "float32", "big", "gzip", "default", "bytes", "group")
-NUMBERS = (0, 1, 2, 7, 31, 99, 100, 200, 256, 288, 290, 300, 321, 10**6, 2**31, 2**40, 2**62, 2**64, 10**30, -1)
-VALUES = st.one_of(
-    st.sampled_from(NUMBERS),
-    st.sampled_from(WORDS),
-    st.sampled_from(
-        (None, True, False, 0.5, 1e300, float("nan"), float("inf"), [], {}, [[]], [1, 2], {"name": "x"}, [0])
-    ),
-    st.lists(st.sampled_from(NUMBERS), max_size=2),
-)
-
-
-def mutations():
-    """(what is done, to which file, details)."""
-    file, metadata = st.sampled_from(FILES), st.sampled_from(FILES[:3])
-    return st.one_of(
-        st.tuples(st.just("cut"), file, places()),
-        st.tuples(st.just("extend"), file, st.binary(min_size=1, max_size=40)),
-        st.tuples(st.just("flip"), file, st.tuples(places(), st.integers(0, 7))),
-        st.tuples(st.just("flip"), metadata, st.tuples(places(), st.integers(0, 7))),
-        st.tuples(st.just("fill"), file, st.one_of(st.sampled_from(JUNK), st.binary(max_size=60))),
-        st.tuples(st.sampled_from(("delete", "directory", "loop", "rename")), file, st.none()),
-        st.tuples(st.just("json"), metadata, st.tuples(places(), VALUES)),
-        st.tuples(st.just("json"), metadata, st.tuples(places(), VALUES)),
-        st.tuples(st.just("json"), metadata, st.tuples(places(), VALUES)),
-        st.tuples(st.just("drop"), metadata, places()),
-    )
-
-
-def paths_of(tree, path=()):
-    """The path of every value in a JSON tree but the whole."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in items:
-        yield (*path, key)
-        yield from paths_of(value, (*path, key))
-
-
-def change_json(content: bytes, place: float, change) -> bytes:
-    """The JSON with one of its values changed: `change(holder, key)`."""
-    tree = json.loads(content)
-    paths = list(paths_of(tree))
-    *path, key = paths[int(place * len(paths))]
-    holder = tree
-    for step in path:
-        holder = holder[step]
-    change(holder, key)
-    return json.dumps(tree).encode()
-
-
-def mutate(root, kind: str, name: str, details) -> None:
-    """Does it to a file of the directory `root`."""
-    file = root / name
-    content = file.read_bytes()
-    if kind == "cut":
-        file.write_bytes(content[: int(details * len(content))])
-    elif kind == "extend":
-        file.write_bytes(content + details)
-    elif kind == "flip":
-        place = int(details[0] * len(content))
-        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << details[1]]) + content[place + 1 :])
-    elif kind == "fill":
-        file.write_bytes(details)
-    elif kind == "json":
-        file.write_bytes(change_json(content, details[0], lambda holder, key: holder.__setitem__(key, details[1])))
-    elif kind == "drop":
-        file.write_bytes(change_json(content, details, lambda holder, key: holder.__delitem__(key)))
-    elif kind == "rename":
-        file.rename(file.with_name(f"{file.name}.old"))
-    else:
-        file.unlink()
-        if kind == "directory":
-            file.mkdir()
-        elif kind == "loop":
-            file.symlink_to(file)
-
-
 def check(mutation: tuple, whole, directory, *, foreign: bool = False) -> None:
     """A store of another program has no attributes; what its own metadata does not say, nobody knows."""
     path, intact = whole
@@ -162,7 +75,7 @@ def check(mutation: tuple, whole, directory, *, foreign: bool = False) -> None:
 
 # ------------------------------------------------------------------------------------------------------- the tests
 @fuzz(60)
-@given(mutation=mutations())
+@given(mutation=mutations(FILES, FILES[:3]))
 @example(mutation=("json", "zarr.json", (0.25, [])))  # a vocabulary size that is no number
 @example(mutation=("fill", "zarr.json", b"[" * 100_000))  # deeper than `json` goes
 @example(mutation=("json", "train/zarr.json", (0, 0)))
@@ -172,14 +85,14 @@ def test_a_damaged_store_is_refused_in_one_line_or_reads_as_before(mutation, who
 
 @pytest.mark.slow
 @fuzz(450)
-@given(mutation=mutations())
+@given(mutation=mutations(FILES, FILES[:3]))
 def test_many_damaged_stores(mutation, whole, tmp_path):
     check(mutation, whole, tmp_path)
 
 
 @pytest.mark.slow
 @fuzz(100)
-@given(mutation=mutations())
+@given(mutation=mutations(FILES, FILES[:3]))
 def test_damaged_stores_of_other_programs(mutation, whole, tmp_path):
     check(mutation, whole, tmp_path, foreign=True)
 
