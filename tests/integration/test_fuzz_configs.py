@@ -161,6 +161,67 @@ def test_many_overrides(arguments, place):
     check_command(arguments, place, step=True)
 
 
+# -------------------------------------------------------------------------------------------------- really trained
+TINY = {
+    "model.num_hidden_layers": (1, 2, 3, 4),
+    "model.num_fast_blocks": (0, 1, 2, 3),
+    "model.num_attention_heads": (1, 2, 4, 8),
+    "model.num_key_value_heads": (0, 1, 2),
+    "model.head_dim": (0, 2, 6, 16),
+    "model.sliding_window": (0, 1, 7, 32, 1000),
+    "model.mixer": ("", "window", "attention", "window,attention"),
+    "model.compute_dtype": ("float32", "bfloat16", "float16", "float64"),
+    "model.param_dtype": ("float32", "bfloat16", "float16", "float64"),
+    "model.initializer_range": (0.0, 1e-30, 1e30),
+    "model.rms_norm_eps": (1e-30, 1e30),
+    "model.rope_theta": (1e-30, 1.0, 1e30),
+    "inner.mini_batch_size": (1, 4, 16, 32),
+    "inner.gradient": ("exact", "reference", "first_order"),
+    "inner.trajectory": ("auto", "store", "delta", "segment"),
+    "inner.segment_length": (0, 1, 2, 4, 3),
+    "inner.remat": ("auto", "keep", "mini_batch", "block"),
+    "inner.truncate": (0, 1, 3, 100),
+    "inner.memory_budget_bytes": (1, 2**62),
+    "inner.learning_rate": (0.0, 1e30),
+    "inner.clip_norm": (0.0, 1e-30),
+    "train.accumulation_steps": (1, 2, 4, 8),
+    "train.seed": (2**32 - 1,),
+    "optimizer.learning_rate": (0.0, 1e30),
+    "optimizer.b1": (0.0,),
+    "optimizer.clip_norm": (0.0, 1e-30),
+    "optimizer.train_only": ("", "fast", "norm", "."),
+    "data.seed": (2**32 - 1,),
+    "data.bos_id": (0, 1),
+    "mesh.data": (0, 1, 2, 8),
+    "mesh.model": (1, 2, 3),
+    "eval.batch_size": (1, 8),
+    "eval.num_sequences": (0, 1, 7),
+    "checkpoint.keep_every": (1, 2),
+    "log.profile_steps": (1,),
+}
+
+
+def tiny_overrides():
+    """Of a few fields, values that are legal by themselves."""
+    return st.lists(st.sampled_from(sorted(TINY)), min_size=1, max_size=5, unique=True).flatmap(
+        lambda names: st.tuples(*(st.sampled_from(TINY[name]).map(f"--config.{name}={{}}".format) for name in names))
+    )
+
+
+def check_training(arguments: tuple[str, ...], place: Path) -> str:
+    workdir = place / "run"
+    shutil.rmtree(workdir, ignore_errors=True)
+    two_steps = ("--config.train.num_steps=2", "--config.optimizer.warmup_steps=1", "--config.eval.every_steps=1")
+    return refusal("train", f"--config={place / 'config.py'}", f"--workdir={workdir}", *two_steps, *arguments)
+
+
+@pytest.mark.slow
+@fuzz(30)
+@given(arguments=tiny_overrides())
+def test_what_is_legal_can_be_trained(arguments, place):
+    check_training(arguments, place)
+
+
 # ----------------------------------------------------------------------------------------------------- config files
 PROGRAMS = (
     *("", "def", "get_config = 3", "raise ValueError", "1 / 0", "import nowhere_at_all", "x = '\\ud800'", "\0", "\xff"),
