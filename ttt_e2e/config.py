@@ -243,7 +243,12 @@ def _coerce(name: str, value, kind: type):
         return int(value)
     if kind is float and is_number and math.isfinite(value):
         return float(value)
-    legal = {bool: "True or False", int: "one integer", float: "one finite number", str: "one string"}[kind]
+    legal = {
+        bool: "True or False",
+        int: "one integer below 2**63",
+        float: "one finite number below 2**63",
+        str: "one string",
+    }[kind]
     raise UserError(f"{name} is {value!r}, but it takes {legal}")
 
 

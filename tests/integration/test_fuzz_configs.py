@@ -216,7 +216,7 @@ def check_training(arguments: tuple[str, ...], place: Path) -> str:
 
 
 @pytest.mark.slow
-@fuzz(30)
+@fuzz(15)
 @given(arguments=tiny_overrides())
 def test_what_is_legal_can_be_trained(arguments, place):
     check_training(arguments, place)
