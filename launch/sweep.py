@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from ttt_e2e.errors import EXIT_REQUEUE, UserError
 from ttt_e2e.flags import parse
-from ttt_e2e.outer.run_directory import replace_text, write_config
+from ttt_e2e.outer.run_directory import replace_text, saved_steps, write_config
 from ttt_e2e.outer.secrets import redact
-from ttt_e2e.sweep import Point, check_unchanged, make_points
+from ttt_e2e.sweep import Point, check_unchanged, make_points, seems_whole
 
 logger = logging.getLogger("ttt_e2e.sweep")
 
@@ -117,7 +117,7 @@ def state_of(point: Point, active: set[str] | None) -> str:
     taken to be among them.
     """
     step = last_step(point.workdir)
-    if step is not None and step >= point.config.train.num_steps:
+    if _is_finished(point):
         return "finished"
     if (point.workdir / "submitted.json").exists():
         job = json.loads((point.workdir / "submitted.json").read_text())["job"]
@@ -130,9 +130,13 @@ def state_of(point: Point, active: set[str] | None) -> str:
 
 def last_step(workdir: Path) -> int | None:
     """Newest checkpoint of a run: a directory is given its name, the step, when it is whole."""
-    directory = workdir / "checkpoints"
-    steps = [int(child.name) for child in directory.iterdir() if child.name.isdigit()] if directory.is_dir() else []
-    return max(steps, default=None)
+    return max(saved_steps(workdir), default=None)
+
+
+def _is_finished(point: Point) -> bool:
+    """Whether the last step is saved, as far as is seen without reading arrays."""
+    step = last_step(point.workdir)
+    return step is not None and step >= point.config.train.num_steps and seems_whole(point.workdir, step)
 
 
 def _active_jobs(points: list[Point], values: flags.FlagValues) -> set[str] | None:
@@ -304,7 +308,7 @@ def _finish(child: _Child) -> str:
     point, code = child.point, child.process.returncode
     step = last_step(point.workdir)
     release(child.lock)
-    if step is not None and step >= point.config.train.num_steps:
+    if _is_finished(point):
         return "finished"
     if code == EXIT_REQUEUE and step != child.first_step:  # no step was made: it would go on like this for ever
         return "preempted"

@@ -20,6 +20,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 MIXERS = ("window", "attention")
 TRAJECTORIES = ("auto", "store", "delta", "segment")
 REMATS = ("auto", "keep", "mini_batch", "block")
+# No size or number of steps is larger: JAX counts them in 32 bits, and products of two fit 64.
+LARGEST = 2**31 - 1
+LARGEST_OF = {"seed": 2**32 - 1, "memory_budget_bytes": 2**63 - 1}
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,9 @@ class Config:
     eval: EvalConfig = EvalConfig()
 
 
+_SECTIONS = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+
+
 def default_config() -> ConfigDict:
     """The defaults of every section as a locked ConfigDict, for a config file to fill in."""
     return ConfigDict(dataclasses.asdict(Config())).lock()
@@ -199,12 +205,13 @@ def from_config_dict(values: ConfigDict | dict) -> Config:
     combinations that are not legal.
     """
     values = values.to_dict() if isinstance(values, ConfigDict) else values
-    sections = {f.name: type(f.default) for f in dataclasses.fields(Config)}
+    if not isinstance(values, dict):
+        raise UserError(f"config is {values!r}, but it takes sections: {', '.join(_SECTIONS)}")
     made = {}
     for name, fields in values.items():
-        if name not in sections:
-            raise UserError(f"config has no section {name!r}: {suggestion(name, list(sections))}")
-        made[name] = _section(sections[name], name, fields)
+        if name not in _SECTIONS:
+            raise UserError(f"config has no section {name!r}: {suggestion(name, list(_SECTIONS))}")
+        made[name] = _section(_SECTIONS[name], name, fields)
     config = _derive(Config(**made))
     _check_model(config.model)
     _check_run(config)
@@ -220,6 +227,9 @@ def _section(cls, name: str, fields: dict):
         if field not in defaults:
             raise UserError(f"config.{name} has no field {field!r}: {suggestion(field, list(defaults))}")
         made[field] = _coerce(f"config.{name}.{field}", value, type(defaults[field]))
+        if type(made[field]) is int:
+            largest = LARGEST_OF.get(field, LARGEST)
+            _require(made[field] <= largest, f"config.{name}.{field}", made[field], f"at most {largest}")
     return cls(**made)
 
 
@@ -234,7 +244,12 @@ def _coerce(name: str, value, kind: type):
         return int(value)
     if kind is float and is_number and math.isfinite(value):
         return float(value)
-    legal = {bool: "True or False", int: "one integer", float: "one finite number", str: "one string"}[kind]
+    legal = {
+        bool: "True or False",
+        int: "one integer below 2**63",
+        float: "one finite number below 2**63",
+        str: "one string",
+    }[kind]
     raise UserError(f"{name} is {value!r}, but it takes {legal}")
 
 

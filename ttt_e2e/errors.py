@@ -9,8 +9,11 @@ class UserError(Exception):
     """Bad input. The message is one line that names the field or file, the value found and what would be legal.
 
     The command line prints the message and exits with a non-zero code; any other exception is a defect of ours and
-    keeps its stack trace.
+    keeps its stack trace. Characters that would break the line, from a user's value or a library's text, are escaped.
     """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 class PreemptedError(Exception):

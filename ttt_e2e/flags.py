@@ -52,10 +52,13 @@ def load_config_file(spec: str) -> ConfigDict:
     """What `get_config(ARG)` of a config file returns, for "FILE.py:ARG" or "FILE.py".
 
     Raises:
-      UserError: there is no such file, or it cannot be run.
+      UserError: there is no such file, it cannot be run, or gives anything else.
     """
     _, colon, arg = spec.partition(":")
-    return _call_config_file(spec, "get_config", *([arg] if colon else []))
+    config = _call_config_file(spec, "get_config", *([arg] if colon else []))
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config file {spec}: get_config() gives {type(config).__name__}, but it takes a ConfigDict")
+    return config
 
 
 def load_sweep(spec: str) -> dict[str, list]:
@@ -80,7 +83,7 @@ def _call_config_file(spec: str, function: str, *arguments):
         return getattr(module, function)(*arguments)
     except UserError:
         raise
-    except Exception as error:  # whatever the user's own file raises is the user's to mend
+    except (Exception, SystemExit) as error:  # whatever the user's own file raises is the user's to mend
         raise UserError(f"config file {spec}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -99,9 +102,9 @@ def override(base: ConfigDict, overrides: list[str]) -> Config:
             raise UserError(f"config.{name} has no value: write --config.{name}=VALUE")
     values = flags.FlagValues()
     argv = ["ttt-e2e", *overrides]
-    config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=argv)
     try:
+        config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=argv)
         values(argv)
-    except flags.IllegalFlagValueError as error:
+    except (flags.IllegalFlagValueError, ValueError) as error:  # ValueError: of an integer too long to be printed
         raise UserError(" ".join(str(error).split())) from None
     return from_config_dict(values.config)

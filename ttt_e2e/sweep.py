@@ -13,6 +13,7 @@ from ttt_e2e.config import Config, from_config_dict, suggestion
 from ttt_e2e.errors import UserError
 from ttt_e2e.flags import load_config_file, load_sweep, override
 from ttt_e2e.outer.run_directory import load_config, refuse_secrets
+from ttt_e2e.outer.text_files import read_json
 
 MAX_NAME = 120  # characters; file systems take 255 bytes, and a person less
 # A point that has a run keeps what its numbers depend on; another mesh, say, may finish it.
@@ -119,3 +120,20 @@ def check_unchanged(point: Point) -> None:
                     f"{point.workdir} has config.{section}.{field} = {theirs[section][field]!r}, but the sweep now "
                     f"says {value!r}: choose another --output, or remove that run"
                 )
+
+
+def seems_whole(workdir: Path, step: int) -> bool:
+    """Whether a checkpoint has all of its parts, and the record of progress that was sealed when it was saved.
+
+    Reads no array, as there may be hundreds of runs; and asks JAX for no device, as those are for the runs.
+    """
+    from ttt_e2e.outer.checkpoint import seal  # slow to import, and seldom needed
+
+    directory = workdir / "checkpoints" / str(step)
+    if not all((directory / item / "_METADATA").is_file() for item in ("params", "optimizer")):
+        return False
+    try:
+        progress = read_json(directory / "progress" / "metadata")
+    except UserError:
+        return False
+    return progress.get("step") == step and ("digest" not in progress or progress == seal(progress))

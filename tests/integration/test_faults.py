@@ -1,13 +1,16 @@
 """What goes wrong ends in recovery or in one clear line, within a bound, and leaves nothing worse on disk."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 
+import numpy as np
 import pytest
 
 from tests.integration.conftest import digests, losses, process, steps, stop, wait_for_step
+from ttt_e2e.data.store import TokenWriter, write_attributes
 
 
 def files_of(step_directory) -> list:
@@ -70,6 +73,52 @@ def test_data_that_vanishes_is_one_line(runs):
     outcome = runs.launch(runs.root / "without-data", store=store)
     assert outcome.returncode == 2, outcome.stdout
     assert "damaged data" in outcome.stdout and "Traceback" not in outcome.stdout
+
+
+def make_large_store(path):
+    """A store of many files, so that a run has read few of them when it has made some steps."""
+    random = np.random.default_rng(1)
+    for split, num_sequences in (("train", 4000), ("val", 6)):
+        writer = TokenWriter(path, split, 31, chunk_tokens=320)
+        writer.append(random.integers(1, 31, num_sequences * 32 + 1))
+        writer.close()
+    write_attributes(path, {"bos_id": 1, "vocab_size": 31})
+
+
+def lose(kind: str, store) -> None:
+    """What happens to the data while a run reads it."""
+    for file in (store / "train" / "c").iterdir():
+        if kind == "removed":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "kind, processes", (("removed", 1), pytest.param("cut", 1, marks=slow), pytest.param("removed", 2, marks=slow))
+)
+def test_data_lost_in_the_middle_is_one_line_and_the_run_goes_on_once_it_is_back(kind, processes, runs):
+    store, workdir = (runs.root / f"{name}-{kind}-{processes}" for name in ("large-store", "data-lost"))
+    make_large_store(store)
+    shutil.copytree(store, whole := runs.root / f"{store.name}-whole")
+    launcher = runs.begin(workdir, "--config.train.num_steps=100000", store=store, processes=processes)
+    try:
+        wait_for_step(workdir, 4, launcher)
+        lose(kind, store)
+        outcome = runs.finish(launcher)
+    finally:
+        stop(launcher)
+    assert outcome.returncode == 2, outcome.stdout
+    assert re.search(r"error: .*large-store.*/train: damaged data .*c/\d+", outcome.stdout), outcome.stdout
+    assert "Traceback" not in outcome.stdout
+    reached = steps(workdir)[-1]
+    assert reached >= 3
+    shutil.rmtree(store)
+    whole.rename(store)
+    resumed = runs.launch(workdir, f"--config.train.num_steps={reached + 2}", store=store, processes=processes)
+    assert resumed.returncode == 0, resumed.stdout
+    assert f"resuming from step {reached} " in resumed.stdout
+    assert sorted(losses(workdir)) == list(range(1, reached + 3))
 
 
 @slow

@@ -6,6 +6,7 @@ All but the last test train nothing: a stub stands for `ttt-e2e`, so that the te
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,10 @@ with open(workdir / "starts", "a") as file:
     file.write(f"{{os.getpid()}} {{sys.argv[3:]}}\\n")
 
 def save(step):
-    (workdir / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+    for file in ("params/_METADATA", "optimizer/_METADATA", "progress/metadata"):
+        (workdir / "checkpoints" / str(step) / file).parent.mkdir(parents=True, exist_ok=True)
+        (workdir / "checkpoints" / str(step) / file).touch()
+    (workdir / "checkpoints" / str(step) / "progress" / "metadata").write_text(json.dumps({{"step": step}}))
 
 def stop(*_):
     save(1)
@@ -104,6 +108,15 @@ def launch(sweep, config_file, tmp_path):
         return sweep.main([f"--config={config_file}", f"--output={tmp_path / 'out'}", launcher, *arguments])
 
     return run
+
+
+def write_checkpoint(workdir, step=NUM_STEPS):
+    """What a sweep looks at of one."""
+    directory = workdir / "checkpoints" / str(step)
+    for file in ("params/_METADATA", "optimizer/_METADATA", "progress/metadata"):
+        (directory / file).parent.mkdir(parents=True)
+        (directory / file).touch()
+    (directory / "progress" / "metadata").write_text(json.dumps({"step": step}))
 
 
 def starts(directory) -> dict[str, int]:
@@ -192,6 +205,21 @@ def test_every_point_runs_once_and_a_second_launch_runs_none(launch, tmp_path, c
     assert manifest["points"][0]["overrides"] == {"train.seed": 0, "inner.learning_rate": 0.5}
     config = json.loads((tmp_path / "out" / NAMES[3] / "config.json").read_text())
     assert (config["train"]["seed"], config["inner"]["learning_rate"]) == (1, 1.0)
+
+
+@pytest.mark.parametrize("lost", ("params/_METADATA", "optimizer", "progress/metadata", "progress"))
+def test_a_point_whose_last_checkpoint_is_damaged_is_run_again(lost, launch, tmp_path):
+    """`train` will find it damaged, and go on from the one before."""
+    assert launch("--parallel=4") == 0
+    path = tmp_path / "out" / NAMES[1] / "checkpoints" / str(NUM_STEPS) / lost
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif lost.startswith("progress"):
+        path.write_text('{"step": 3, "digest": "0123456789abcdef"}')  # sealed, and changed since
+    else:
+        path.unlink()
+    assert launch("--parallel=4") == 0
+    assert starts(tmp_path / "out") == dict(zip(NAMES, (1, 2, 1, 1)))
 
 
 def test_failed_points_are_named_with_their_last_words_and_run_again(launch, tmp_path, capsys):
@@ -286,7 +314,7 @@ def test_what_is_submitted_is_not_submitted_again_while_its_job_lives(launch, tm
     assert all(len(label) <= 41 and label.replace("-", "").isalnum() and label.islower() for label in labels)
     assert launch(*arguments) == 0
     assert len(queue.read_text().splitlines()) == 4
-    (tmp_path / "out" / NAMES[0] / "checkpoints" / str(NUM_STEPS)).mkdir(parents=True)  # finished
+    write_checkpoint(tmp_path / "out" / NAMES[0])  # finished
     active.write_text("3\n")  # jobs 2 and 4 failed
     assert launch(*arguments) == 0
     assert [line.rsplit("/", 1)[1] for line in queue.read_text().splitlines()[4:]] == [NAMES[1], NAMES[3]]

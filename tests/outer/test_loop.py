@@ -152,7 +152,7 @@ def test_a_workdir_with_another_model_is_refused_untouched(finished, token_store
 
 def test_resuming_in_other_units_of_position_is_refused(finished, token_store):
     _, workdir = finished
-    with pytest.raises(UserError, match=r"config.train.global_batch_size is 4, but the run to resume has 8"):
+    with pytest.raises(UserError, match=r"whose train.global_batch_size is 8, but the config says 4"):
         loop.train(tiny_run(token_store, train={"global_batch_size": 4}), workdir)
 
 

@@ -30,7 +30,7 @@ def test_resuming_drops_what_came_after_the_checkpoint_and_a_line_cut_short(tmp_
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl line 2 is no JSON object: 'nonsense'"):
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is not readable JSON"):
         read_metrics(path)
 
 

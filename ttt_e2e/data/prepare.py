@@ -256,7 +256,7 @@ def _tasks(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
 def _write(
     tokenized: Iterable[tuple[str, np.ndarray]], tokenizer: Tokenizer, directory: Path, min_tokens: int
 ) -> dict[str, Any]:
-    """Writes both splits; returns the number of documents, and the digest of the tokens, of each."""
+    """Writes both splits; returns the number of documents, and of tokens, and the tokens' digest, of each."""
     writers = {split: TokenWriter(directory, split, tokenizer.vocab_size) for split in SPLITS}
     num_documents = dict.fromkeys(SPLITS, 0)
     for split, tokens in tokenized:
@@ -270,4 +270,6 @@ def _write(
                 f"min_tokens {min_tokens}: leaves no document for the split {split!r}"
                 f" ({sum(num_documents.values())} in all); legal: a smaller number, or more documents"
             )
-    return {"num_documents": num_documents, "digest": {split: writer.digest for split, writer in writers.items()}}
+    num_tokens = {split: writer.num_tokens for split, writer in writers.items()}
+    digest = {split: writer.digest for split, writer in writers.items()}
+    return {"num_documents": num_documents, "num_tokens": num_tokens, "digest": digest}

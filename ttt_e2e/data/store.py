@@ -21,6 +21,8 @@ _CACHE_BYTES = 128 << 20
 _CHUNK_TOKENS = 2**18
 _DTYPES = ("uint8", "uint16", "uint32", "uint64")
 _INT32_IDS = 2**31
+# What `prepare` writes of a store, as far as it is read again; other programs' stores may have none of it.
+_ATTRIBUTES = {"tokenizer": str, "vocab_size": int, "bos_id": int, "num_tokens": dict, "prepared_from": dict}
 
 
 class TokenStore:
@@ -63,6 +65,11 @@ class TokenStore:
             raise UserError(f"{where}: is a {found}; legal: a 1-D array of {' or '.join(_DTYPES)}")
         if array.shape[0] == 0:
             raise UserError(f"{where}: is empty; prepare the store again from a larger input")
+        if (recorded := attributes.get("num_tokens", {}).get(split, array.shape[0])) != array.shape[0]:
+            raise UserError(
+                f"{where}: damaged metadata (it has {array.shape[0]} tokens, {path}/zarr.json says {recorded});"
+                " copy or prepare the store again"
+            )
         return cls(path, split, array, attributes)
 
     def __reduce__(self):
@@ -207,7 +214,10 @@ def read_attributes(path: str | os.PathLike) -> dict[str, Any]:
         attributes = group.get("attributes", {})
         if group["zarr_format"] != 3 or group["node_type"] != "group" or not isinstance(attributes, dict):
             raise ValueError("no Zarr v3 group")
-    except (ValueError, KeyError, AttributeError) as error:
+        for name, kind in _ATTRIBUTES.items():
+            if name in attributes and type(attributes[name]) is not kind:
+                raise ValueError(f"attribute {name} is {attributes[name]!r}, but it takes {kind.__name__}")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:  # what `json` and indexing raise
         raise UserError(f"{path}/zarr.json: damaged metadata ({error}); legal: {LEGAL_PATHS}") from None
     return attributes
 

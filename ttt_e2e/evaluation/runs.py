@@ -6,8 +6,6 @@ of long contexts that were made, `evaluation/NAME.json`. Losses are in nats per 
 Shapes: `T` positions of a sequence.
 """
 
-import contextlib
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -16,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ttt_e2e.config import Config, from_config_dict
+from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
+from ttt_e2e.outer.run_directory import load_config
+from ttt_e2e.outer.text_files import read_json, read_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def _expand(workdir: Path) -> list[Path]:
     if not (workdir / "sweep.json").is_file():
         return [workdir]
     try:
-        points = [workdir / point["name"] for point in _read_json(workdir / "sweep.json")["points"]]
+        points = [workdir / point["name"] for point in read_json(workdir / "sweep.json")["points"]]
     except (KeyError, TypeError) as error:
         raise UserError(f"{workdir / 'sweep.json'} is no list of the points of a sweep: {error!r}") from None
     begun = [point for point in points if _has_begun(point)]
@@ -80,7 +80,7 @@ def _expand(workdir: Path) -> list[Path]:
 
 def _has_begun(workdir: Path) -> bool:
     path = workdir / "metrics.jsonl"
-    return path.is_file() and any("loss" in line for line in _read_json_lines(path))
+    return path.is_file() and any("loss" in line for line in read_json_lines(path))
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -99,11 +99,8 @@ def _names(paths: list[Path]) -> list[str]:
 def _read_run(workdir: Path, name: str) -> Run:
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is no run directory: it has no config.json")
-    try:
-        config = from_config_dict(_read_json(workdir / "config.json"))
-    except UserError as error:
-        raise UserError(f"{workdir / 'config.json'}: {error}") from None
-    lines = _read_json_lines(workdir / "metrics.jsonl")
+    config = load_config(workdir)
+    lines = read_json_lines(workdir / "metrics.jsonl")
     # A run that was killed and resumed logs the steps since its checkpoint again: the later line counts.
     training = {line["step"]: line for line in lines if "loss" in line}
     held_out = {line["step"]: line for line in lines if "eval_loss" in line}
@@ -119,7 +116,7 @@ def _read_result(path: Path, fields: tuple[str, ...]) -> dict | None:
     """The result of an evaluation of long contexts; None where there is none."""
     if not path.is_file():
         return None
-    result = _read_json(path)
+    result = read_json(path)
     for field in fields:
         if field not in result:
             raise UserError(f"{path} has no {field!r}: evaluate the run again")
@@ -130,7 +127,7 @@ def _read_evaluation(folder: Path):
     """Contents of `metrics.json`, and mean NLL [T] with and without learning; each None where there is none."""
     if not (folder / "metrics.json").is_file():
         return None, None, None
-    metrics = _read_json(folder / "metrics.json")
+    metrics = read_json(folder / "metrics.json")
     for field in ("loss", "token_loss", "seq_len", "step"):
         if field not in metrics:
             raise UserError(f"{folder / 'metrics.json'} has no {field!r}: evaluate the run again")
@@ -151,41 +148,3 @@ def _read_nll(path: Path, seq_len: int) -> np.ndarray:
     if nll.ndim != 2 or nll.shape[0] == 0 or nll.shape[1] != seq_len or nll.dtype.kind != "f":
         raise UserError(f"{path} holds {nll.dtype} {list(nll.shape)}, but it takes floats [sequences, {seq_len}]")
     return nll.mean(axis=0, dtype=np.float64)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds {type(values).__name__}, but it takes a JSON object")
-    return values
-
-
-def _read_json_lines(path: Path) -> list[dict]:
-    """The objects of a JSONL file; only a last line without its end may be broken: a kill cuts it short."""
-    *whole, rest = _read_text(path).split("\n")
-    objects = [_metrics_line(path, number, line) for number, line in enumerate(whole, start=1) if line.strip()]
-    with contextlib.suppress(UserError):
-        objects += [_metrics_line(path, len(whole) + 1, rest)] if rest else []
-    return objects
-
-
-def _metrics_line(path: Path, number: int, line: str) -> dict:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number} is not readable JSON: {error}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-        raise UserError(f"{path}, line {number} is {line[:80]!r}, but it takes a JSON object with an integer 'step'")
-    return values

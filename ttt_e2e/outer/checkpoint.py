@@ -4,10 +4,13 @@ Orbax writes a step under a temporary name and renames it when it is whole, so a
 has happened to it since, the digests of `progress` tell.
 """
 
+import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable
 
@@ -129,7 +132,13 @@ class Checkpoints:
             # Made in the background, a directory that cannot be made leaves Orbax's other threads waiting for it.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
-        return ocp.CheckpointManager(self.directory, options=options)
+        try:
+            return ocp.CheckpointManager(self.directory, options=options)
+        except ValueError as error:  # it reads when each step was saved
+            reason = _first_line(error)
+            raise UserError(
+                f"{self.directory}: _CHECKPOINT_METADATA of a step is damaged ({reason}): remove it"
+            ) from None
 
     def _reopen(self) -> None:
         """A manager that knows what is on disk now, and nothing of failures before."""
@@ -310,11 +319,25 @@ def read_tree_metadata(path) -> dict:
 def _restore(path, abstract, progress: dict, item: str):
     """Restores an item after comparing shapes (a restore with a wrong one spills tracebacks from other threads)."""
     _check_shapes(path, abstract, progress, item)
+    with _no_tracebacks_of_dropped_reads():
+        try:
+            checkpointer = ocp.StandardCheckpointer(multiprocessing_options=_this_process_alone())
+            return checkpointer.restore(epath.Path(path), abstract)
+        except Exception as error:  # of a damaged file, anything may come
+            reason = _first_line(error)
+        gc.collect()
+    raise DamagedError(f"checkpoint {path} is damaged: {reason}")
+
+
+@contextlib.contextmanager
+def _no_tracebacks_of_dropped_reads():
+    """When one array cannot be read, Orbax drops the reads of the others, of which Python prints tracebacks."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
     try:
-        checkpointer = ocp.StandardCheckpointer(multiprocessing_options=_this_process_alone())
-        return checkpointer.restore(epath.Path(path), abstract)
-    except Exception as error:  # of a damaged file, anything may come
-        raise DamagedError(f"checkpoint {path} is damaged: {_first_line(error)}") from error
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _this_process_alone() -> ocp.options.MultiprocessingOptions:

@@ -11,6 +11,7 @@ from etils import epath
 
 from ttt_e2e.config import Config, ModelConfig
 from ttt_e2e.errors import UserError
+from ttt_e2e.outer.text_files import read_json_lines
 
 # Dense bfloat16 matrix FLOP/s of one device, by the name JAX gives it (vendors' data sheets).
 PEAK_FLOPS = {
@@ -58,15 +59,7 @@ class MetricsWriter:
 
 def read_metrics(path) -> list[dict]:
     """Lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
-    lines = epath.Path(path).read_text().splitlines()
-    made = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            made.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise UserError(f"{path} line {number} is no JSON object: {line[:60]!r}") from None
-    return made
+    return read_json_lines(path)
 
 
 def first_not_finite(metrics: dict) -> str | None:

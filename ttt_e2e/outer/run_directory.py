@@ -2,6 +2,7 @@
 
 import calendar
 import json
+import logging
 import subprocess
 import time
 from pathlib import Path
@@ -11,7 +12,11 @@ from etils import epath
 
 from ttt_e2e.config import Config, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
+from ttt_e2e.outer.resume import check_resume
 from ttt_e2e.outer.secrets import find_secrets, redact
+from ttt_e2e.outer.text_files import read_json, read_text
+
+logger = logging.getLogger(__name__)
 
 MAX_DIFF_BYTES = 1_000_000
 MAX_UNTRACKED = 200  # names of files
@@ -19,24 +24,24 @@ TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def claim(workdir, config: Config) -> None:
-    """Writes `config.json` into the run directory, unless that holds a run of another model.
+    """Writes `config.json` into the run directory, unless that holds a run which this config would make another one.
 
     Raises:
-      UserError: it does; the message names the first field that differs. Or the config holds a secret.
+      UserError: it does; the message names the first field that differs (resume.py). Or the config holds a secret.
     """
     refuse_secrets(config)
-    path = epath.Path(workdir) / "config.json"
-    if path.exists():
-        theirs = load_config(workdir).model
-        for field in type(theirs).__dataclass_fields__:
-            ours, other = getattr(config.model, field), getattr(theirs, field)
-            if ours != other:
-                raise UserError(
-                    f"workdir {workdir} holds a run whose model.{field} is {other!r}, but the config says {ours!r}: "
-                    "choose another workdir"
-                )
+    if (epath.Path(workdir) / "config.json").exists():
+        check_resume(workdir, config, load_config(workdir), bool(saved_steps(workdir)))
     if jax.process_index() == 0:
         write_config(workdir, config)
+
+
+def saved_steps(workdir) -> list[int]:
+    """The steps of a run that are listed as checkpoints, in their order; each was written whole."""
+    directory = epath.Path(workdir) / "checkpoints"
+    if not directory.is_dir():
+        return []
+    return sorted(int(child.name) for child in directory.iterdir() if child.name.isdigit())
 
 
 def write_config(workdir, config: Config) -> None:
@@ -81,10 +86,11 @@ def load_config(workdir) -> Config:
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"workdir {workdir} holds no run: it has no config.json")
+    values = read_json(path)
     try:
-        return from_config_dict(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no valid JSON: {error}") from None
+        return from_config_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def record_start(workdir, overrides: list[str]) -> None:
@@ -99,7 +105,7 @@ def record_start(workdir, overrides: list[str]) -> None:
     directory = epath.Path(workdir)
     (directory / "starts").mkdir(parents=True, exist_ok=True)
     path = directory / "starts.jsonl"
-    before = path.read_text() if path.exists() else ""
+    before = read_text(path) if path.exists() else ""
     name = f"starts/{before.count(chr(10)) + 1}"
     start = {
         "time": time.strftime(TIME_FORMAT, time.gmtime()),
@@ -112,6 +118,8 @@ def record_start(workdir, overrides: list[str]) -> None:
     if (directory / "config.json").exists():
         start["config"] = f"{name}.json"
         replace_text(directory / start["config"], (directory / "config.json").read_text())
+    if saved_steps(workdir):
+        _warn_of_other_code(directory, before, start)
     replace_text(path, before + json.dumps(start) + "\n")
 
 
@@ -119,10 +127,27 @@ def first_start(workdir) -> float:
     """When the run was first started, in seconds since 1970; now, where that is not recorded."""
     path = epath.Path(workdir) / "starts.jsonl"
     try:
-        start = json.loads(path.read_text().split("\n", 1)[0])
+        start = json.loads(read_text(path).split("\n", 1)[0])
         return float(calendar.timegm(time.strptime(start["time"], TIME_FORMAT)))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, ValueError, KeyError, TypeError):
         return time.time()
+
+
+def _warn_of_other_code(directory, before: str, start: dict) -> None:
+    """Logs where the run goes on under another revision, difference or version of JAX than at its last start."""
+    try:
+        last = json.loads(before.splitlines()[-1])
+        what = {name: (last[name], start[name]) for name in ("revision", "jax")}
+        differences = [read_text(directory / of["diff"]) if of["diff"] else "" for of in (last, start)]
+    except (IndexError, KeyError, TypeError, ValueError, UserError):  # no start before, or its record is damaged
+        return
+    for name, (theirs, ours) in what.items():
+        if ours != theirs:
+            logger.warning("%s is %s from here on; until now it was %s", name, ours or "unknown", theirs or "unknown")
+    if what["revision"][0] == what["revision"][1] and differences[0] != differences[1]:
+        logger.warning(
+            "uncommitted changes are %s from here on, not %s", start["diff"] or "none", last["diff"] or "none"
+        )
 
 
 def _code(directory, name: str) -> dict:
