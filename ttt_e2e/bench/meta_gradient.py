@@ -16,6 +16,7 @@ from ttt_e2e.bench import compiled, table
 from ttt_e2e.config import REMATS, TRAJECTORIES, Config, from_config_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner import read_batch, reference, trajectory
+from ttt_e2e.inner.loop import make_mini_batches
 from ttt_e2e.inner.step import MiniBatch, mini_batch_loss
 from ttt_e2e.model.parameters import merge, split
 from ttt_e2e.outer import policies, sharding
@@ -137,13 +138,14 @@ def _loss(variant: str, config: Config, graphdef, mesh: Mesh):
     """({"fast", "slow"}, tokens [B, T + 1]) -> mean loss of the batch."""
     if variant in ("plain", "nested_remat"):
         adapt = _without_inner_loop if variant == "plain" else _nested_remat
-        return partial(_loss_of_suffix, graphdef, config, partial(adapt, config))
+        return partial(_loss_of_suffix, graphdef, config, mesh, partial(adapt, config))
     gradient, *chosen = variant.split("/")
     rebuilt, remat = chosen or ("store", "mini_batch")
     inner = dataclasses.replace(config.inner, gradient=gradient, trajectory=rebuilt, remat=remat)
     config = dataclasses.replace(config, inner=inner)
     config = policies.for_training(config, *abstract_model(config), mesh)
     options = {"inner": config.inner, "learning_rate": config.inner.learning_rate, "bos_id": config.data.bos_id}
+    options["batch_sharding"] = NamedSharding(mesh, sharding.BATCH)
 
     def loss(params, tokens):
         fast = sharding.per_sequence(params["fast"], len(tokens), mesh)
@@ -152,19 +154,13 @@ def _loss(variant: str, config: Config, graphdef, mesh: Mesh):
     return loss
 
 
-def _loss_of_suffix(graphdef, config: Config, adapt, params, tokens):
+def _loss_of_suffix(graphdef, config: Config, mesh: Mesh, adapt, params, tokens):
     """The loss where `adapt`, (suffix_def, fast, slow, mini_batches) -> losses, is none of the package's own."""
     model = merge(graphdef, params["fast"], params["slow"])
     suffix_def, fast, slow = split(model.make_suffix())
-
-    def sequence_loss(tokens_T1):
-        x_TD = model.run_prefix(model.embed(tokens_T1[:-1]))
-        arrays = (x_TD, tokens_T1[1:], jnp.ones(x_TD.shape[0], bool))
-        b = config.inner.mini_batch_size
-        mini_batches = MiniBatch(*(a.reshape(-1, b, *a.shape[1:]) for a in arrays))
-        return adapt(suffix_def, fast, slow, mini_batches).mean()
-
-    return jax.vmap(sequence_loss)(tokens).mean()
+    inner = dataclasses.replace(config.inner, remat="mini_batch")
+    mini_batches = make_mini_batches(model, tokens, inner, 0, NamedSharding(mesh, sharding.BATCH))
+    return jax.vmap(partial(adapt, suffix_def, fast, slow))(mini_batches).mean()
 
 
 def _without_inner_loop(config: Config, suffix_def, fast, slow, mini_batches: MiniBatch):

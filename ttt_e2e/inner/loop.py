@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from ttt_e2e.config import InnerConfig
 from ttt_e2e.inner import meta_gradient, reference
@@ -29,7 +30,17 @@ class Reading(NamedTuple):
     fast: Any
 
 
-def read_batch(graphdef, fast, slow, tokens, *, inner: InnerConfig, learning_rate, bos_id: int) -> Reading:
+def read_batch(
+    graphdef,
+    fast,
+    slow,
+    tokens,
+    *,
+    inner: InnerConfig,
+    learning_rate,
+    bos_id: int,
+    batch_sharding: Sharding | None = None,
+) -> Reading:
     """Reads B sequences: predicts each of their last T tokens from those before it, learning after every mini-batch.
 
     Args:
@@ -41,13 +52,15 @@ def read_batch(graphdef, fast, slow, tokens, *, inner: InnerConfig, learning_rat
         must not be "auto" (memory.py).
       learning_rate: eta, may be traced; 0 reads without learning. A constant to the meta-gradient.
       bos_id: targets equal to it do not count in the loss; 0 = all count.
+      batch_sharding: of arrays whose first axis counts sequences, where devices share them. Hidden states are held to
+        it: XLA would divide them as the weights are divided, and then every device reads every sequence.
 
     Differentiable in `fast` and `slow`, in reverse: the result is the meta-gradient.
     """
     if "auto" in (inner.trajectory, inner.remat):
         raise ValueError("inner.trajectory and inner.remat are still 'auto': see inner/memory.py")
     model = merge(graphdef, fast, slow)
-    mini_batches = make_mini_batches(model, tokens, inner, bos_id)
+    mini_batches = make_mini_batches(model, tokens, inner, bos_id, batch_sharding)
     B, M, b = mini_batches.targets_b.shape
     if not model.config.num_fast_blocks:
         x_BTD, targets_BT = (a.reshape(B, M * b, *a.shape[3:]) for a in mini_batches[:2])
@@ -66,12 +79,18 @@ def read_batch(graphdef, fast, slow, tokens, *, inner: InnerConfig, learning_rat
     return Reading(loss_BM.mean(axis=1), loss_BM, nll_BMb.reshape(B, M * b), {"suffix": fast["blocks"]})
 
 
-def make_mini_batches(model: Transformer, tokens, inner: InnerConfig, bos_id: int) -> MiniBatch:
+def make_mini_batches(
+    model: Transformer, tokens, inner: InnerConfig, bos_id: int, batch_sharding: Sharding | None = None
+) -> MiniBatch:
     """Runs the prefix over sequences [B, T + 1] and divides what comes out: arrays with leading axes [B, M]."""
+
+    def place(x_BTD):
+        return x_BTD if batch_sharding is None else jax.lax.with_sharding_constraint(x_BTD, batch_sharding)
+
     inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
     is_target_BT = targets_BT != bos_id if bos_id else jnp.ones_like(targets_BT, dtype=bool)
     run_prefix = partial(model.run_prefix, remat=inner.remat != "keep")
-    x_BTD = jax.vmap(lambda inputs_T: run_prefix(model.embed(inputs_T)))(inputs_BT)
+    x_BTD = place(jax.vmap(run_prefix)(place(jax.vmap(model.embed)(inputs_BT))))
     B, b = len(tokens), inner.mini_batch_size
     return MiniBatch(*(a.reshape(B, -1, b, *a.shape[2:]) for a in (x_BTD, targets_BT, is_target_BT)))
 

@@ -101,7 +101,8 @@ def _reader(config: Config, graphdef, mesh: Mesh) -> Callable[..., Reading]:
     def read(params, tokens, inner_rate):
         fast = sharding.per_sequence(params["fast"], tokens.shape[0], mesh)
         options = {"inner": config.inner, "learning_rate": inner_rate, "bos_id": config.data.bos_id}
-        return read_batch(graphdef, fast, params["slow"], tokens, **options)
+        batch_sharding = NamedSharding(mesh, sharding.BATCH)
+        return read_batch(graphdef, fast, params["slow"], tokens, **options, batch_sharding=batch_sharding)
 
     return read
 
