@@ -1,4 +1,4 @@
-"""The passes on NVIDIA GPUs of the Hopper generation (Mosaic GPU): tensor cores (WGMMA), fed by TMA. See docs/kernels.md.
+"""The passes as Mosaic GPU kernels for NVIDIA GPUs of the Hopper generation. Not yet run on hardware: docs/kernels.md.
 
 Every pass is one sweep of keys, for what belongs to rows, and where keys have gradients one or two sweeps of rows. What
 does not need a matrix product of scores stays outside, in plain JAX: means of rows as dot products, and the correction
@@ -22,6 +22,7 @@ from ttt_e2e.kernels.mosaic_gpu_sweep import Band, Operands, over_keys, over_row
 UNIT = 128  # positions are padded to multiples of it, so that every block and tile is whole
 WIDTH_UNIT = 16  # head widths likewise: the depth of a matrix instruction
 MAX_WIDTH = 128
+HOPPER = ("NVIDIA H", "NVIDIA GH")  # H100, H200, GH200, ...: how their names begin
 
 
 def obstacle(q, k, v) -> str:
@@ -31,16 +32,20 @@ def obstacle(q, k, v) -> str:
         return f"takes bfloat16 or float16, all alike, not {', '.join(sorted(map(str, dtypes)))}"
     if v.shape[-1] != q.shape[-1] or q.shape[-1] > MAX_WIDTH:
         return f"takes values as wide as queries, and head widths up to {MAX_WIDTH}, not {q.shape[-1]}"
-    device = jax.devices()[0]
-    if getattr(device, "compute_capability", None) != "9.0":
+    device = _device()
+    if not device.device_kind.startswith(HOPPER):
         return f"needs an NVIDIA GPU of the Hopper generation, not {device.device_kind}"
     return ""
 
 
-def is_interpreted() -> bool:
-    """Whether what is traced now runs, or is compiled, on no GPU. JAX interprets the kernels from 0.11.2 on."""
-    device = jax.sharding.get_abstract_mesh().abstract_device  # of a program for a mesh that is not at hand
-    return (device.platform if device else jax.default_backend()) not in ("gpu", "cuda")
+def can_interpret() -> bool:
+    """Whether this JAX runs the kernels where there is no GPU: from 0.11.2 on, in a program of their own."""
+    return hasattr(plgpu, "InterpretGPUParams")
+
+
+def _device():
+    """What the program that is being traced is for: the mesh's device where one is set, which need not be at hand."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 # ---- the passes
@@ -64,28 +69,17 @@ def forward(q, k, v, num_empty, *, window):
         return o / _over_row(narrow_total, o), score_tiles.lse(largest, total)
 
     o, lse = problem.over_keys(
-        step,
-        rows,
-        {},
-        keys,
-        {},
-        num_outputs=1,
-        num_statistics=1,
-        carry=(problem.zeros, *_NOTHING_SEEN),
-        finish=finish,
-        stagings=1,
-    )
+        step, rows, {}, keys, {},
+        num_outputs=1, num_statistics=1, stagings=1, carry=(problem.zeros, *_NOTHING_SEEN), finish=finish,
+    )  # fmt: skip
     return problem.row_output(o).astype(v.dtype), problem.statistic_output(lse)
 
 
 def tangent(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, *, window):
     """Tangents of the output and of lse."""
     problem = _problem(q, k, v, num_empty, window, k_dot.shape[-2])
-    rows, keys, moving = (
-        problem.rows(q=q, q_dot=q_dot),
-        problem.keys(k=k, v=v),
-        problem.moving(k_dot=k_dot, v_dot=v_dot),
-    )
+    rows, keys = problem.rows(q=q, q_dot=q_dot), problem.keys(k=k, v=v)
+    moving = problem.moving(k_dot=k_dot, v_dot=v_dot)
     near = _own_score_dot(q, k, q_dot, k_dot)
     scale = q.shape[-1] ** -0.5
 
@@ -102,7 +96,7 @@ def tangent(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, *, window):
     zero = partial(per_row, 0.0)
     o_dot, mean, narrow_total = problem.over_keys(
         step, rows, statistics, keys, moving,
-        num_outputs=1, num_statistics=2, accumulators=1, stagings=2, carry=(zero, zero), finish=lambda sums, carry: (*sums, *carry),
+        num_outputs=1, num_statistics=2, accumulators=1, stagings=2, carry=(zero, zero), finish=_as_they_are,
     )  # fmt: skip
     mean, narrow_total = map(problem.statistic_output, (mean, narrow_total))
     o_dot = problem.row_output(o_dot) + _column(mean - narrow_total) * _own(v, q) - _column(mean) * o
@@ -112,11 +106,8 @@ def tangent(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, *, window):
 def dual(q, k, v, num_empty, q_dot, k_dot, v_dot, *, window):
     """`forward` and `tangent` in one: output, lse and the tangents of both."""
     problem = _problem(q, k, v, num_empty, window, k_dot.shape[-2])
-    rows, keys, moving = (
-        problem.rows(q=q, q_dot=q_dot),
-        problem.keys(k=k, v=v),
-        problem.moving(k_dot=k_dot, v_dot=v_dot),
-    )
+    rows, keys = problem.rows(q=q, q_dot=q_dot), problem.keys(k=k, v=v)
+    moving = problem.moving(k_dot=k_dot, v_dot=v_dot)
     near = _own_score_dot(q, k, q_dot, k_dot)
     scale = q.shape[-1] ** -0.5
 
@@ -138,18 +129,14 @@ def dual(q, k, v, num_empty, q_dot, k_dot, v_dot, *, window):
     def finish(_, carry):
         o, o_dot, mean, lost, largest, total, narrow_total = carry
         o, mean = o / _over_row(narrow_total, o), mean / total
-        return (
-            o,
-            o_dot / _over_row(total, o) - _over_row(mean, o) * o,
-            score_tiles.lse(largest, total),
-            mean,
-            lost / total,
-        )
+        o_dot = o_dot / _over_row(total, o) - _over_row(mean, o) * o
+        return o, o_dot, score_tiles.lse(largest, total), mean, lost / total
 
     zero = partial(per_row, 0.0)
     o, o_dot, *row = problem.over_keys(
         step, rows, problem.statistics(near=near), keys, moving,
-        num_outputs=2, num_statistics=3, stagings=2, carry=(problem.zeros, problem.zeros, zero, zero, *_NOTHING_SEEN), finish=finish,
+        num_outputs=2, num_statistics=3, stagings=2,
+        carry=(problem.zeros, problem.zeros, zero, zero, *_NOTHING_SEEN), finish=finish,
     )  # fmt: skip
     lse, mean, lost = map(problem.statistic_output, row)
     o_dot = problem.row_output(o_dot) + _column(lost) * _own(v, q)
@@ -181,10 +168,18 @@ def reverse(q, k, v, num_empty, o, lse, o_bar, lse_bar, *, window, num_keys):
     q_bar, total = problem.over_keys(
         by_keys, rows, statistics, keys, {},
         num_outputs=1, num_statistics=1, accumulators=1, stagings=1, carry=(partial(per_row, 0.0),),
-        finish=lambda sums, carry: (*sums, *carry),
+        finish=_as_they_are,
     )  # fmt: skip
     k_bar, v_bar = problem.over_rows(
-        by_rows, rows, statistics, keys, {}, accumulators=2, stagings=2, start=problem.num_keys - num_keys
+        by_rows,
+        rows,
+        statistics,
+        keys,
+        {},
+        accumulators=2,
+        stagings=2,
+        start=problem.num_keys - num_keys,
+        stop=problem.num_keys,
     )
     q_bar = problem.row_output(q_bar) + _column(lse_bar - problem.statistic_output(total)) * _own(k, q)
     return (q_bar * scale).astype(q.dtype), (k_bar * scale).astype(k.dtype), v_bar.astype(v.dtype)
@@ -255,7 +250,7 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
     q_bar, q_dot_bar, *totals = problem.over_keys(
         by_keys, rows, statistics, keys, moving,
         num_outputs=2, num_statistics=3, accumulators=2, stagings=2, carry=(zero, zero, zero),
-        finish=lambda sums, carry: (*sums, *carry),
+        finish=_as_they_are,
     )  # fmt: skip
     total, total_dot, lost_moving = map(problem.statistic_output, totals)
     lost_dot = lse_dot_bar - total_dot
@@ -290,6 +285,10 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
 
 
 _NOTHING_SEEN = (partial(per_row, score_tiles.MASKED_SCORE), partial(per_row, 0.0), partial(per_row, 0.0))
+
+
+def _as_they_are(sums, carry):
+    return (*sums, *carry)
 
 
 def _soften(tile, scores, row, dtype):
@@ -394,27 +393,32 @@ class _Problem(NamedTuple):
         operands = Operands(rows, statistics, keys, moving, self.num_empty)
         plan = sweep.plan(rows["q"], len(rows), len(keys) + len(moving), options["stagings"])
         return over_keys(
-            step, operands, band=self.band, plan=plan, interpret=is_interpreted(), accumulators=accumulators, **options
+            step,
+            operands,
+            band=self.band,
+            plan=plan,
+            interpret=_device().platform not in ("gpu", "cuda"),
+            accumulators=accumulators,
+            **options,
         )
 
-    def over_rows(self, step, rows, statistics, keys, moving, *, start, stop=None, **options):
+    def over_rows(self, step, rows, statistics, keys, moving, *, start, stop, **options):
         """Sums [..., stop - start, H] of these keys. See `mosaic_gpu_sweep.over_rows`."""
         operands = Operands(rows, statistics, keys, moving, self.num_empty)
         plan = sweep.plan(rows["q"], len(keys) + len(moving), len(rows), options["stagings"])
-        first, last = self.before + start, self.band.num_keys if stop is None else self.before + stop
+        first, last = self.before + start, _rounded(self.before + stop, UNIT)
         seen = max(first, self.band.first_row - self.band.window + 1)  # no query sees a key before it
         seen -= seen % plan.block
         options |= {
             "num_outputs": options["accumulators"],
             "finish": lambda sums, _: sums,
-            "interpret": is_interpreted(),
+            "interpret": _device().platform not in ("gpu", "cuda"),
         }
         sums = over_rows(step, operands, band=self.band, plan=plan, first_key=seen, num_keys=last - seen, **options)
 
         def placed(a):
             a = jnp.pad(a, [(0, 0), (max(0, seen - first), 0), (0, 0)])[:, max(0, first - seen) :]
-            length = (self.num_keys if stop is None else stop) - start
-            return a.reshape(*self.leading, *a.shape[1:])[..., :length, : self.width]
+            return a.reshape(*self.leading, *a.shape[1:])[..., : stop - start, : self.width]
 
         return map(placed, sums)
 
