@@ -54,9 +54,9 @@ def run(
     """Measures every variant on the same network and tokens; writes the results to `output`, returns the rows.
 
     The network is that of `config`, where one is given, over its mesh and with its batch unless `batch` says otherwise;
-    else the other sizes describe it. `attention` is the backend of window attention where that is differentiated more than
-    once, as in the suffix; "auto" is what training takes. `abstract` compiles it for as many virtual CPU devices as the mesh has, and runs
-    nothing.
+    else the other sizes describe it. `attention` is the backend of window attention where that is differentiated more
+    than once, as in the suffix; "auto" is what training takes. `abstract` compiles it for as many virtual CPU devices
+    as the mesh has, and runs nothing.
 
     Figures of a row, per device: `flops` of the compiled program's matrix products, `temp_bytes` besides arguments and
     results, `trace_seconds`, `compile_seconds`, `step_seconds`; and the first two and the last also as a ratio to the

@@ -40,8 +40,8 @@ def run(
     `cached_lens` are numbers of constant keys before the sequence, as a mini-batch has them in its window cache; a
     window of 0 is full attention. Figures of a row: `flops` of the compiled program's matrix products, `band_flops`
     that the band needs at least, `step_seconds`, `band_flops_per_second`, `temp_bytes`, `compile_seconds`; and where
-    cuDNN is among the variants, `rate_vs_cudnn`: FLOP/s of the band in terms of the best that cuDNN reaches in that pass
-    at any length (it takes no cached keys), at that head width and dtype.
+    cuDNN is among the variants, `rate_vs_cudnn`: FLOP/s of the band in terms of the best that cuDNN reaches in that
+    pass at any length (it takes no cached keys), at that head width and dtype.
     """
     for variant in variants:
         if variant not in VARIANTS:
