@@ -48,6 +48,10 @@ def _device():
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
+def _is_interpreted() -> bool:
+    return _device().platform not in ("gpu", "cuda")
+
+
 # ---- the passes
 
 
@@ -397,7 +401,7 @@ class _Problem(NamedTuple):
             operands,
             band=self.band,
             plan=plan,
-            interpret=_device().platform not in ("gpu", "cuda"),
+            interpret=_is_interpreted(),
             accumulators=accumulators,
             **options,
         )
@@ -409,11 +413,7 @@ class _Problem(NamedTuple):
         first, last = self.before + start, _rounded(self.before + stop, UNIT)
         seen = max(first, self.band.first_row - self.band.window + 1)  # no query sees a key before it
         seen -= seen % plan.block
-        options |= {
-            "num_outputs": options["accumulators"],
-            "finish": lambda sums, _: sums,
-            "interpret": _device().platform not in ("gpu", "cuda"),
-        }
+        options |= {"finish": lambda sums, _: sums, "interpret": _is_interpreted()}
         sums = over_rows(step, operands, band=self.band, plan=plan, first_key=seen, num_keys=last - seen, **options)
 
         def placed(a):

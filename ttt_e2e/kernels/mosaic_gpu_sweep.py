@@ -147,188 +147,218 @@ def zeros(width: int):
     return plgpu.layout_cast(jnp.zeros((M, width), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def over_keys(step, operands: Operands, *, band: Band, plan: Plan, num_outputs, num_statistics, interpret, **options):
-    """Sweeps keys. Returns float32 outputs [B, R, T, H] and statistics [B, R, T].
-
-    See `_sweep` for `step` and `options`.
-    """
+def over_keys(step, operands: Operands, *, band: Band, plan: Plan, num_outputs, num_statistics, **options):
+    """Sweeps keys. Returns float32 outputs [B, R, T, H] and statistics [B, R, T]. See `_Kernel` for the others."""
     B, R, T, H = operands.rows["q"].shape
     out = [jax.ShapeDtypeStruct((B, R, T, H), jnp.float32)] * num_outputs
     out += [jax.ShapeDtypeStruct((B, R, T), jnp.float32)] * num_statistics
-    return _sweep(step, operands, band, plan, True, (T // plan.block, R, B), 0, out, interpret, **options)
+    kernel = _Kernel(step, operands, band, plan, by_keys=True, first=0, **options)
+    return kernel.run((T // plan.block, R, B), out)
 
 
-def over_rows(
-    step,
-    operands: Operands,
-    *,
-    band: Band,
-    plan: Plan,
-    first_key: int,
-    num_keys: int,
-    num_outputs,
-    interpret,
-    **options,
-):
-    """Sweeps rows, for keys [first_key, first_key + num_keys). Returns float32 outputs [B, num_keys, H]."""
+def over_rows(step, operands: Operands, *, band: Band, plan: Plan, first_key: int, num_keys: int, **options):
+    """Sweeps rows, for keys [first_key, first_key + num_keys). Returns the sums, float32 [B, num_keys, H]."""
     B, _, H = operands.keys["k"].shape
-    out = [jax.ShapeDtypeStruct((B, num_keys, H), jnp.float32)] * num_outputs
-    return _sweep(
-        step, operands, band, plan, False, (num_keys // plan.block, 1, B), first_key, out, interpret, **options
-    )
+    out = [jax.ShapeDtypeStruct((B, num_keys, H), jnp.float32)] * options["accumulators"]
+    kernel = _Kernel(step, operands, band, plan, by_keys=False, first=first_key, **options)
+    return kernel.run((num_keys // plan.block, 1, B), out)
 
 
-def _sweep(
-    step, operands, band, plan, by_keys, grid, first_key, out, interpret, *, accumulators, stagings, carry=(), finish
-):
-    """The kernel.
+class _Place(NamedTuple):
+    """Where a program is, and what it visits."""
+
+    batch: jax.Array
+    head: jax.Array
+    start: jax.Array  # its first row or key
+    num_empty: jax.Array
+    first: jax.Array  # tile of the other side
+    num_tiles: jax.Array
+    num_static: jax.Array  # steps before the first whose keys have tangents
+    num_steps: jax.Array
+
+
+class _Kernel:
+    """One sweep.
 
     Args:
       step: (tile, accumulators, carry) -> carry, for one tile.
+      operands: what is read.
+      band: which tiles there are.
+      plan: how large they are.
+      by_keys: what is swept.
+      first: the first row or key that a program is for.
       accumulators: how many sums [M, H] in registers `step` may add to.
       stagings: how many tiles of weights `step` puts into shared memory.
       carry: functions that make the first carry.
       finish: (sums, carry) -> outputs [M, H], statistics [M].
+      interpret: whether to run it without a GPU.
     """
-    names = tuple(operands.rows), tuple(operands.statistics), tuple(operands.keys), tuple(operands.moving)
-    row_names, statistic_names, key_names, moving_names = names
-    arrays = [a for group in operands[:4] for a in group.values()] + [operands.num_empty]
-    H, dtype = operands.rows["q"].shape[-1], operands.rows["q"].dtype
-    held_names = row_names if by_keys else key_names + moving_names
-    streamed_names = key_names if by_keys else row_names
-    late_names = moving_names if by_keys else ()  # streamed, but not in every tile
-    num_early = len(streamed_names) + (0 if by_keys else len(statistic_names))
-    transforms = _transforms(H, dtype)
 
-    def shared(count, rows, columns=H):
-        return plgpu.SMEM((count, rows, columns), dtype, transforms=transforms)
+    def __init__(
+        self, step, operands, band, plan, *, by_keys, first, accumulators, stagings, finish, interpret, carry=()
+    ):
+        self.step, self.operands, self.band, self.plan = step, operands, band, plan
+        self.by_keys, self.first, self.interpret = by_keys, first, interpret
+        self.accumulators, self.stagings, self.carry, self.finish = accumulators, stagings, carry, finish
+        rows, statistics, keys, moving = map(tuple, operands[:4])
+        self.moving, self.statistics = moving, statistics
+        self.held = rows if by_keys else keys + moving
+        self.late = moving if by_keys else ()  # streamed, but not at every step
+        self.streamed = (keys if by_keys else rows) + self.late
+        self.streamed_statistics = () if by_keys else statistics
 
-    scratch = {
-        "held": [shared(plan.warpgroups, M) for _ in held_names],
-        "held_barrier": plgpu.Barrier(num_arrivals=len(held_names), num_barriers=plan.warpgroups),
-        "streamed": [shared(plan.stages, plan.tile) for _ in streamed_names + late_names],
-        "loaded": plgpu.Barrier(num_arrivals=num_early, num_barriers=plan.stages),
-        "used": plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),
-        "staging": [shared(plan.warpgroups, M, plan.tile) for _ in range(stagings)],
-    }
-    if late_names:
-        scratch["late"] = plgpu.Barrier(num_arrivals=len(late_names), num_barriers=plan.stages)
-    if not by_keys:
-        scratch["statistics"] = [plgpu.SMEM((plan.stages, plan.tile), jnp.float32) for _ in statistic_names]
+    def run(self, grid, out):
+        """Outputs of the shapes `out`."""
+        arrays = [a for group in self.operands[:4] for a in group.values()] + [self.operands.num_empty]
+        names = [name for group in self.operands[:4] for name in group]
 
-    def body(*refs):
-        refs, scratch = refs[:-1], refs[-1]
-        gmem = dict(zip((*row_names, *statistic_names, *key_names, *moving_names), refs))
-        num_empty_ref, outputs = refs[len(gmem)], refs[len(gmem) + 1 :]
-        block, head, batch, warpgroup = (lax.axis_index(name) for name in ("block", "head", "batch", "warpgroup"))
-        num_empty = num_empty_ref[batch]
-        start = first_key + block * plan.block
-        if by_keys:
-            first, last = band.tiles_of_keys(start, plan.block, num_empty, plan.tile)
-            middle = lax.clamp(first, band.first_moving // plan.tile, last) if late_names else last
-            num_steps, num_static = last - first, middle - first
-        else:
-            first, last = band.tiles_of_rows(start, plan.block, num_empty, plan.tile)
-            num_tiles = last - first
-            num_steps = num_static = num_tiles * operands.rows["q"].shape[1]
+        def body(*refs):
+            gmem, (num_empty, *outputs) = dict(zip(names, refs)), refs[len(names) :]
+            allocated = partial(self._program, gmem, num_empty, outputs)
+            pl.run_scoped(allocated, self._scratch(), collective_axes="warpgroup")
 
-        def source(name, i):
-            """Of step i, what is streamed."""
-            if by_keys:
-                position = (first + i) * plan.tile - (band.first_moving if name in moving_names else 0)
-                return gmem[name].at[batch, pl.ds(position, plan.tile)]
-            head, tile = lax.div(i, num_tiles), first + lax.rem(i, num_tiles)
-            return gmem[name].at[batch, head, pl.ds(tile * plan.tile, plan.tile)]
+        return plgpu.kernel(
+            body,
+            out_type=out,
+            grid=grid,
+            grid_names=("block", "head", "batch"),
+            num_threads=self.plan.warpgroups + 1,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            **({"interpret": plgpu.InterpretGPUParams()} if self.interpret else {}),
+        )(*arrays)
 
-        def fetch():
-            def load(is_moving, i, _):
-                slot = lax.rem(i, plan.stages)
+    def _scratch(self) -> dict:
+        """Shared memory and barriers, a slot of each for every warpgroup or tile in flight."""
+        q, plan = self.operands.rows["q"], self.plan
 
-                @pl.when(i >= plan.stages)
-                def _():
-                    plgpu.barrier_wait(scratch["used"].at[slot])
+        def shared(count, rows, columns=q.shape[-1]):
+            transforms = _transforms(q.shape[-1], q.dtype)
+            return plgpu.SMEM((count, rows, columns), q.dtype, transforms=transforms)
 
-                targets = dict(zip(streamed_names + late_names, scratch["streamed"]))
-                if not by_keys:
-                    targets |= dict(zip(statistic_names, scratch["statistics"]))
-                for name, target in targets.items():
-                    if name not in late_names or is_moving:
-                        barrier = scratch["late" if name in late_names else "loaded"]
-                        plgpu.copy_gmem_to_smem(source(name, i), target.at[slot], barrier.at[slot])
-                return ()
+        def barrier(arrivals, count=plan.stages):
+            return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
-            def drain(i, _):
-                plgpu.barrier_wait(scratch["used"].at[lax.rem(i, plan.stages)])
-                return ()
+        scratch = {
+            "held": {name: shared(plan.warpgroups, M) for name in self.held},
+            "streamed": {name: shared(plan.stages, plan.tile) for name in self.streamed},
+            "staging": [shared(plan.warpgroups, M, plan.tile) for _ in range(self.stagings)],
+            "holding": barrier(len(self.held), plan.warpgroups),
+            "loaded": barrier(len(self.streamed) - len(self.late) + len(self.streamed_statistics)),
+            "used": barrier(plan.warpgroups),
+        }
+        if self.late:
+            scratch["late"] = barrier(len(self.late))
+        for name in self.streamed_statistics:
+            scratch["streamed"][name] = plgpu.SMEM((plan.stages, plan.tile), jnp.float32)
+        return scratch
 
-            lax.fori_loop(0, num_static, partial(load, False), ())
-            if late_names:
-                lax.fori_loop(num_static, num_steps, partial(load, True), ())
-            lax.fori_loop(lax.max(num_steps - plan.stages, 0), num_steps, drain, ())
-
-        def compute():
-            own = start + warpgroup * M
-            barrier = scratch["held_barrier"].at[warpgroup]
-            held = {name: ref.at[warpgroup] for name, ref in zip(held_names, scratch["held"])}
-
-            def place(offset):
-                return (batch, head, pl.ds(own, M)) if by_keys else (batch, pl.ds(own - offset, M))
-
-            for name, ref in held.items():
-                offset = band.first_moving if name in moving_names else 0
-                plgpu.copy_gmem_to_smem(gmem[name].at[place(offset)], ref, barrier)
-            plgpu.barrier_wait(barrier)
-            if by_keys:
-                own_statistics = {name: _load(gmem[name].at[place(0)], 1) for name in statistic_names}
-
-            def visit(sums, is_moving, i, carry):
-                slot = lax.rem(i, plan.stages)
-                plgpu.barrier_wait(scratch["loaded"].at[slot])
-                if is_moving and late_names:
-                    plgpu.barrier_wait(scratch["late"].at[slot])
-                streamed = {name: ref.at[slot] for name, ref in zip(streamed_names + late_names, scratch["streamed"])}
-                if by_keys:
-                    statistics, row, key = own_statistics, own, (first + i) * plan.tile
-                else:
-                    statistics = {n: _load(ref.at[slot], 0) for n, ref in zip(statistic_names, scratch["statistics"])}
-                    row, key = (first + lax.rem(i, num_tiles)) * plan.tile, own
-                visible = partial(_mask, band, row, key, num_empty, by_keys)
-                staging = [ref.at[warpgroup] for ref in scratch["staging"]]
-                tile = Tile(held, streamed, statistics, staging, by_keys, is_moving, visible)
-                carry = step(tile, sums, carry)
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(scratch["used"].at[slot])
-                return carry
-
-            def loop(*sums):
-                state = tuple(make() for make in carry)
-                state = lax.fori_loop(0, num_static, partial(visit, sums, bool(moving_names) and not by_keys), state)
-                if late_names:
-                    state = lax.fori_loop(num_static, num_steps, partial(visit, sums, True), state)
-                return [total[...] for total in sums], state
-
-            if accumulators:
-                sums, state = pl.run_scoped(loop, *[plgpu.ACC((M, H), jnp.float32)] * accumulators)
-            else:
-                sums, state = loop()
-            for ref, result in zip(outputs, finish(sums, state), strict=True):
-                ref[place(first_key)] = result
-
-        if not interpret and plan.warpgroups == 2:  # those that compute get the registers of the one that fetches
+    def _program(self, gmem, num_empty, outputs, scratch):
+        place, warpgroup = self._place(num_empty), lax.axis_index("warpgroup")
+        compute = partial(self._compute, gmem, outputs, scratch, place, warpgroup)
+        fetch = partial(self._fetch, gmem, scratch, place)
+        if not self.interpret and self.plan.warpgroups == 2:  # those that compute get registers of the one that fetches
             compute, fetch = _with_registers(compute, 232, "increase"), _with_registers(fetch, 40, "decrease")
-        pl.when(warpgroup < plan.warpgroups)(compute)
-        pl.when(warpgroup == plan.warpgroups)(fetch)
+        pl.when(warpgroup < self.plan.warpgroups)(compute)
+        pl.when(warpgroup == self.plan.warpgroups)(fetch)
 
-    return plgpu.kernel(
-        lambda *refs: pl.run_scoped(lambda s: body(*refs, s), scratch, collective_axes="warpgroup"),
-        out_type=out,
-        grid=grid,
-        grid_names=("block", "head", "batch"),
-        num_threads=plan.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
-    )(*arrays)
+    def _place(self, num_empty) -> _Place:
+        block, head, batch = (lax.axis_index(name) for name in ("block", "head", "batch"))
+        num_empty, start, plan = num_empty[batch], self.first + block * self.plan.block, self.plan
+        if not self.by_keys:  # every query head in turn
+            first, last = self.band.tiles_of_rows(start, plan.block, num_empty, plan.tile)
+            num_steps = (last - first) * self.operands.rows["q"].shape[1]
+            return _Place(batch, head, start, num_empty, first, last - first, num_steps, num_steps)
+        first, last = self.band.tiles_of_keys(start, plan.block, num_empty, plan.tile)
+        static = lax.clamp(first, self.band.first_moving // plan.tile, last) if self.late else last
+        return _Place(batch, head, start, num_empty, first, last - first, static - first, last - first)
+
+    def _offset(self, name: str) -> int:
+        """Position of the first key of an array."""
+        return self.band.first_moving if name in self.moving else 0
+
+    def _source(self, gmem, place: _Place, name: str, i):
+        """What is streamed at step i."""
+        tile, size = place.first + lax.rem(i, place.num_tiles), self.plan.tile
+        if self.by_keys:
+            return gmem[name].at[place.batch, pl.ds(tile * size - self._offset(name), size)]
+        return gmem[name].at[place.batch, lax.div(i, place.num_tiles), pl.ds(tile * size, size)]
+
+    def _fetch(self, gmem, scratch, place: _Place):
+        """What the warpgroup that fetches does."""
+        stages = self.plan.stages
+
+        def load(is_moving, i, _):
+            slot = lax.rem(i, stages)
+
+            @pl.when(i >= stages)
+            def _():
+                plgpu.barrier_wait(scratch["used"].at[slot])
+
+            for name, target in scratch["streamed"].items():
+                if name not in self.late or is_moving:
+                    barrier = scratch["late" if name in self.late else "loaded"]
+                    plgpu.copy_gmem_to_smem(self._source(gmem, place, name, i), target.at[slot], barrier.at[slot])
+            return ()
+
+        def drain(i, _):
+            plgpu.barrier_wait(scratch["used"].at[lax.rem(i, stages)])
+            return ()
+
+        lax.fori_loop(0, place.num_static, partial(load, False), ())
+        if self.late:
+            lax.fori_loop(place.num_static, place.num_steps, partial(load, True), ())
+        lax.fori_loop(lax.max(place.num_steps - stages, 0), place.num_steps, drain, ())
+
+    def _compute(self, gmem, outputs, scratch, place: _Place, warpgroup):
+        """What a warpgroup that computes does."""
+        own = place.start + warpgroup * M
+
+        def rows_or_keys(offset):
+            at = pl.ds(own - offset, M)
+            return (place.batch, place.head, at) if self.by_keys else (place.batch, at)
+
+        held = {name: ref.at[warpgroup] for name, ref in scratch["held"].items()}
+        barrier = scratch["holding"].at[warpgroup]
+        for name, ref in held.items():
+            plgpu.copy_gmem_to_smem(gmem[name].at[rows_or_keys(self._offset(name))], ref, barrier)
+        plgpu.barrier_wait(barrier)
+        statistics = {}
+        if self.by_keys:
+            statistics = {name: _load(gmem[name].at[rows_or_keys(0)], 1) for name in self.statistics}
+        staging = [ref.at[warpgroup] for ref in scratch["staging"]]
+        visit = partial(self._visit, scratch, place, own, held, statistics, staging)
+
+        def loop(*sums):
+            state = tuple(make() for make in self.carry)
+            is_moving = bool(self.moving) and not self.by_keys
+            state = lax.fori_loop(0, place.num_static, partial(visit, sums, is_moving), state)
+            if self.late:
+                state = lax.fori_loop(place.num_static, place.num_steps, partial(visit, sums, True), state)
+            return [total[...] for total in sums], state
+
+        width = self.operands.rows["q"].shape[-1]
+        accumulators = [plgpu.ACC((M, width), jnp.float32)] * self.accumulators
+        sums, state = pl.run_scoped(loop, *accumulators) if accumulators else loop()
+        for ref, result in zip(outputs, self.finish(sums, state), strict=True):
+            ref[rows_or_keys(self.first)] = result
+
+    def _visit(self, scratch, place: _Place, own, held, statistics, staging, sums, is_moving, i, carry):
+        """One step of it."""
+        slot, tile = lax.rem(i, self.plan.stages), place.first + lax.rem(i, place.num_tiles)
+        plgpu.barrier_wait(scratch["loaded"].at[slot])
+        if is_moving and self.late:
+            plgpu.barrier_wait(scratch["late"].at[slot])
+        streamed = {name: scratch["streamed"][name].at[slot] for name in self.streamed}
+        loaded = {name: _load(scratch["streamed"][name].at[slot], 0) for name in self.streamed_statistics}
+        row, key = (own, tile * self.plan.tile) if self.by_keys else (tile * self.plan.tile, own)
+        visible = partial(_mask, self.band, row, key, place.num_empty, self.by_keys)
+        carry = self.step(
+            Tile(held, streamed, statistics | loaded, staging, self.by_keys, is_moving, visible), sums, carry
+        )
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(scratch["used"].at[slot])
+        return carry
 
 
 def _load(statistic, reduced: int):
