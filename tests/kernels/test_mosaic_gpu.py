@@ -113,7 +113,7 @@ def test_error_is_within_twice_that_of_xla(name):
 @pytest.mark.parametrize(
     "name, num_kernels", [("forward", 1), ("tangent", 1), ("dual", 1), ("reverse", 2), ("second_reverse", 5)]
 )
-@pytest.mark.parametrize("H", [pytest.param(64, marks=pytest.mark.slow), 80, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("H", [80, *(pytest.param(H, marks=pytest.mark.slow) for H in (64, 96, 128))])
 def test_every_pass_lowers_for_hopper(name, num_kernels, H):
     """On any machine: what the CUDA compiler would be given."""
     p = Problem(T=256, S=768, window=512, L=256, R=2, H=H)
