@@ -199,11 +199,12 @@ def report(argv: list[str]) -> None:
 
 
 def bench(argv: list[str]) -> None:
-    """Measure time, FLOPs and memory: bench window_attention, bench meta_gradient, bench latency."""
-    from ttt_e2e.bench import latency, meta_gradient, window_attention
+    """Measure time, FLOPs and memory: bench window_attention, attention_check, meta_gradient or latency."""
+    from ttt_e2e.bench import attention_check, latency, meta_gradient, window_attention
 
     benchmarks = {
         "window_attention": window_attention.run,
+        "attention_check": attention_check.run,
         "meta_gradient": meta_gradient.run,
         "latency": latency.run,
     }

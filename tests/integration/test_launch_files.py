@@ -118,7 +118,7 @@ def test_skypilot_passes_its_arguments_on_whole_and_recovers_what_was_preempted(
     assert run_with_stub(tmp_path, script, ARGS=ARGS) == ["-m", "ttt_e2e", *shlex.split(ARGS)]
 
 
-SCRIPTS = ["slurm.sbatch", "tpu_pod.sh"]
+SCRIPTS = ["gpu_check.sh", "slurm.sbatch", "tpu_pod.sh"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -4,8 +4,10 @@ Shapes: `B` batch, `T` sequence, `N` heads, `H` head width.
 """
 
 import itertools
+from importlib import import_module
 
 import jax
+import jax.numpy as jnp
 
 from ttt_e2e.bench import compiled, table
 from ttt_e2e.errors import UserError
@@ -16,7 +18,8 @@ from ttt_e2e.kernels import bands, window_attention
 PASSES = {"forward": 2, "reverse": 7, "tangent": 6, "reverse_of_tangent": 21}
 FIRST_ORDER_PASSES = ("forward", "reverse")
 FIRST_ORDER_VARIANTS = ("cudnn", "splash")
-VARIANTS = ("xla", "reference", *FIRST_ORDER_VARIANTS)
+KERNELS = ("mosaic_gpu",)  # called pass by pass, which works where they are interpreted, too
+VARIANTS = ("xla", "reference", *KERNELS, *FIRST_ORDER_VARIANTS)
 
 
 def run(
@@ -36,7 +39,9 @@ def run(
 
     `cached_lens` are numbers of constant keys before the sequence, as a mini-batch has them in its window cache; a
     window of 0 is full attention. Figures of a row: `flops` of the compiled program's matrix products, `band_flops`
-    that the band needs at least, `step_seconds`, `band_flops_per_second`, `temp_bytes`, `compile_seconds`.
+    that the band needs at least, `step_seconds`, `band_flops_per_second`, `temp_bytes`, `compile_seconds`; and where
+    cuDNN is among the variants, `rate_vs_cudnn`: FLOP/s of the band in terms of the best that cuDNN reaches in that
+    pass at any length (it takes no cached keys), at that head width and dtype.
     """
     for variant in variants:
         if variant not in VARIANTS:
@@ -47,8 +52,24 @@ def run(
         for variant in variants:
             if window <= T + C and not (C and variant in FIRST_ORDER_VARIANTS):
                 rows += _measure(variant, sizes | {"dtype": dtype}, repeats)
+    _compare(rows, "cudnn")
     print(table.write(output, rows, "Window attention"))
     return rows
+
+
+def _compare(rows: list[dict], variant: str) -> None:
+    """Adds the rate of every row in terms of that variant's, where it was measured."""
+
+    def case(row):
+        return row["variant"].split("/")[1], row["head_dim"], row["dtype"]
+
+    best = {}
+    for row in rows:
+        if row["variant"].startswith(f"{variant}/"):
+            best[case(row)] = max(best.get(case(row), 0), row["band_flops_per_second"])
+    for row in rows:
+        if case(row) in best:
+            row[f"rate_vs_{variant}"] = row["band_flops_per_second"] / best[case(row)]
 
 
 def _measure(variant: str, sizes: dict, repeats: int) -> list[dict]:
@@ -61,7 +82,8 @@ def _measure(variant: str, sizes: dict, repeats: int) -> list[dict]:
     for name in PASSES:
         if variant in FIRST_ORDER_VARIANTS and name not in FIRST_ORDER_PASSES:
             continue
-        measured = compiled.measure(_pass(name, variant, window), *arrays)
+        program = _passes(name, variant, window) if variant in KERNELS else _pass(name, variant, window)
+        measured = compiled.measure(program, *arrays)
         seconds = compiled.seconds_per_call(measured.call, *arrays, repeats=repeats)
         band_flops = 2 * PASSES[name] * visible * B * N * H
         figures = {
@@ -102,5 +124,29 @@ def _pass(name: str, variant: str, window: int):
             return out, pullback(bars[0])
         out, pullback = jax.vjp(with_tangent, x, x_dot)
         return out, pullback(bars)
+
+    return program
+
+
+def _passes(name: str, variant: str, window: int):
+    """The same function, of a backend's passes; they are what `window_attention` and its derivatives come down to."""
+    kernels = import_module(f"ttt_e2e.kernels.{variant}")
+
+    def program(cached_k, cached_v, *arrays):
+        heads_first = [a.swapaxes(1, 2) for a in arrays]  # [B, N, T, H]
+        q, q_dot, o_bar, o_dot_bar = (heads_first[i][:, :, None] for i in (0, 3, 6, 7))  # a query head per key head
+        k, v = (jnp.concatenate([c.swapaxes(1, 2), a], axis=2) for c, a in zip((cached_k, cached_v), heads_first[1:3]))
+        x, y = (q, k, v, jnp.zeros(len(q), jnp.int32)), (q_dot, *heads_first[4:6])
+        new = {"window": window, "num_keys": y[1].shape[2]}
+        if name == "forward":
+            return kernels.forward(*x, window=window)
+        if name == "reverse":
+            out = kernels.forward(*x, window=window)
+            return out, kernels.reverse(*x, *out, o_bar, jnp.zeros_like(out[1]), **new)
+        out = kernels.dual(*x, *y, window=window)
+        if name == "tangent":
+            return out
+        bars = (o_dot_bar, jnp.zeros_like(out[1]), o_bar, jnp.zeros_like(out[1]))
+        return out, kernels.second_reverse(*x, *out[:2], *y, *out[2:], *bars, **new)
 
     return program

@@ -1,0 +1,399 @@
+"""How a Hopper kernel visits the band: a program holds a block of one side and streams tiles of the other past it.
+
+Sweeping keys, a program holds queries and visits the tiles of keys that these see: for outputs and gradients of rows.
+Sweeping rows, it holds keys and visits the tiles of queries that see them, of all query heads that share them: for
+gradients of keys. Either way there is no program, and no step of one, for a tile outside the band. A program is one or
+two warpgroups that compute, with 64 queries or keys each, and one that fetches tiles ahead of them (TMA).
+
+Shapes: `M` = rows or keys of a warpgroup (64, that of its matrix instruction), `N` of a tile; `B` batches and key heads
+together, `R` query heads per key head, `T` queries, `S` keys (both padded), `H` head width. Rows [B, R, T, H], row
+statistics [B, R, T] float32, keys [B, S, H].
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ttt_e2e.kernels import score_tiles
+
+M = 64
+SHARED_MEMORY = 227 * 1024  # bytes a program may have
+
+
+class Plan(NamedTuple):
+    """How a sweep is divided."""
+
+    warpgroups: int = 2  # that compute, in a program
+    tile: int = 64  # N
+    stages: int = 2  # tiles in flight
+
+    @property
+    def block(self) -> int:
+        """Rows or keys of a program."""
+        return self.warpgroups * M
+
+
+def plan(rows, num_held: int, num_streamed: int, num_staged: int) -> Plan:
+    """The largest plan that fits into shared memory: arrays a program holds, streams, and stages weights in."""
+    width, size = rows.shape[-1], rows.dtype.itemsize
+    for chosen in (Plan(2, stages=3), Plan(2), Plan(1)):
+        held = chosen.block * (num_held * width + num_staged * chosen.tile) * size
+        if held + chosen.stages * chosen.tile * num_streamed * (width * size + 4) + 2048 <= SHARED_MEMORY:
+            return chosen
+    raise AssertionError(f"{num_held} + {num_streamed} tiles of head width {width} do not fit into shared memory")
+
+
+class Band(NamedTuple):
+    """Which queries see which keys; positions count keys, padding included."""
+
+    num_rows: int
+    num_keys: int
+    first_row: int  # position of query 0
+    window: int
+    first_moving: int  # position of the first key that has a tangent
+
+    def tiles_of_keys(self, row, num_rows: int, num_empty, tile: int):
+        """First and last (exclusive) tile of keys that queries [row, row + num_rows) see."""
+        position = self.first_row + row
+        first = lax.max(lax.max(position - self.window + 1, num_empty), 0)
+        last = lax.min(position + num_rows, self.num_keys)
+        return lax.div(first, tile), lax.div(last + tile - 1, tile)
+
+    def tiles_of_rows(self, key, num_keys: int, num_empty, tile: int):
+        """First and last (exclusive) tile of queries that see any of the keys [key, key + num_keys)."""
+        first = lax.max(key - self.first_row, 0)
+        last = lax.min(key + num_keys + self.window - 1 - self.first_row, self.num_rows)
+        last = jnp.where(key + num_keys > num_empty, lax.max(last, first), first)
+        return lax.div(first, tile), lax.div(last + tile - 1, tile)
+
+
+class Operands(NamedTuple):
+    """What a pass reads, by name. Keys that have tangents come with them in `moving`."""
+
+    rows: dict
+    statistics: dict
+    keys: dict
+    moving: dict
+    num_empty: jax.Array  # int32 [B], padding counted
+
+
+class Tile:
+    """A tile of scores, queries x keys where keys are swept and keys x queries where rows are, and what makes it."""
+
+    def __init__(self, held, streamed, statistics, staging, by_keys: bool, is_moving: bool, visible):
+        self.held, self.streamed, self._statistics, self._staging = held, streamed, statistics, list(staging)
+        self.by_keys, self.is_moving, self._visible = by_keys, is_moving, visible
+        self.shape = (M, next(iter(streamed.values())).shape[0])
+
+    def products(self, *pairs):
+        """The sum over (rows, keys) of rows x keys^T, or its transpose."""
+
+        def compute(sums):
+            for rows, keys in pairs:
+                held, streamed = (rows, keys) if self.by_keys else (keys, rows)
+                plgpu.wgmma(sums, self.held[held], self.streamed[streamed].transpose((1, 0)))
+            return sums[...]
+
+        return pl.run_scoped(compute, plgpu.ACC(self.shape, jnp.float32))
+
+    def statistic(self, name):
+        """A statistic of the rows, for every score."""
+        return self.spread(self._statistics[name])
+
+    def spread(self, statistic):
+        """One number a row, for every score."""
+        return lax.broadcast_in_dim(statistic, self.shape, [0 if self.by_keys else 1])
+
+    def mask(self, scores):
+        """`scores`, very low where a key is not seen; a tile that is seen as a whole is left alone."""
+        return self._visible(scores)
+
+    def add(self, *terms):
+        """For each (weights, ((sums, name), ...)): adds weights x the streamed array `name` to each of the sums.
+
+        The weights go through shared memory, in the arrays' dtype.
+        """
+        staged = list(zip(self._staging, terms))
+        for staging, (weights, _) in staged:
+            staging[...] = weights
+        plgpu.commit_smem()
+        for staging, (_, products) in staged:
+            for sums, name in products:
+                plgpu.wgmma(sums, staging, self.streamed[name])
+
+    def added(self, count: int, terms):
+        """What `add` makes of `count` sums that start at zero, as arrays; `terms` is given these sums."""
+        width = next(iter(self.streamed.values())).shape[1]
+
+        def compute(*sums):
+            self.add(*terms(*sums))
+            return [total[...] for total in sums]
+
+        return pl.run_scoped(compute, *[plgpu.ACC((M, width), jnp.float32)] * count)
+
+
+def per_row(value):
+    """A constant number for each of a warpgroup's rows."""
+    return plgpu.layout_cast(jnp.full((M,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+
+def zeros(width: int):
+    """Of a warpgroup's rows, in registers."""
+    return plgpu.layout_cast(jnp.zeros((M, width), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def over_keys(step, operands: Operands, *, band: Band, plan: Plan, num_outputs, num_statistics, **options):
+    """Sweeps keys. Returns float32 outputs [B, R, T, H] and statistics [B, R, T]. See `_Kernel` for the others."""
+    B, R, T, H = operands.rows["q"].shape
+    out = [jax.ShapeDtypeStruct((B, R, T, H), jnp.float32)] * num_outputs
+    out += [jax.ShapeDtypeStruct((B, R, T), jnp.float32)] * num_statistics
+    kernel = _Kernel(step, operands, band, plan, by_keys=True, first=0, **options)
+    return kernel.run((T // plan.block, R, B), out)
+
+
+def over_rows(step, operands: Operands, *, band: Band, plan: Plan, first_key: int, num_keys: int, **options):
+    """Sweeps rows, for keys [first_key, first_key + num_keys). Returns the sums, float32 [B, num_keys, H]."""
+    B, _, H = operands.keys["k"].shape
+    out = [jax.ShapeDtypeStruct((B, num_keys, H), jnp.float32)] * options["accumulators"]
+    kernel = _Kernel(step, operands, band, plan, by_keys=False, first=first_key, **options)
+    return kernel.run((num_keys // plan.block, 1, B), out)
+
+
+class _Place(NamedTuple):
+    """Where a program is, and what it visits."""
+
+    batch: jax.Array
+    head: jax.Array
+    start: jax.Array  # its first row or key
+    num_empty: jax.Array
+    first: jax.Array  # tile of the other side
+    num_tiles: jax.Array
+    num_static: jax.Array  # steps before the first whose keys have tangents
+    num_steps: jax.Array
+
+
+class _Kernel:
+    """One sweep.
+
+    Args:
+      step: (tile, accumulators, carry) -> carry, for one tile.
+      operands: what is read.
+      band: which tiles there are.
+      plan: how large they are.
+      by_keys: what is swept.
+      first: the first row or key that a program is for.
+      accumulators: how many sums [M, H] in registers `step` may add to.
+      stagings: how many tiles of weights `step` puts into shared memory.
+      carry: functions that make the first carry.
+      finish: (sums, carry) -> outputs [M, H], statistics [M].
+      interpret: whether to run it without a GPU.
+    """
+
+    def __init__(
+        self, step, operands, band, plan, *, by_keys, first, accumulators, stagings, finish, interpret, carry=()
+    ):
+        self.step, self.operands, self.band, self.plan = step, operands, band, plan
+        self.by_keys, self.first, self.interpret = by_keys, first, interpret
+        self.accumulators, self.stagings, self.carry, self.finish = accumulators, stagings, carry, finish
+        rows, statistics, keys, moving = map(tuple, operands[:4])
+        self.moving, self.statistics = moving, statistics
+        self.held = rows if by_keys else keys + moving
+        self.late = moving if by_keys else ()  # streamed, but not at every step
+        self.streamed = (keys if by_keys else rows) + self.late
+        self.streamed_statistics = () if by_keys else statistics
+
+    def run(self, grid, out):
+        """Outputs of the shapes `out`."""
+        arrays = [a for group in self.operands[:4] for a in group.values()] + [self.operands.num_empty]
+        names = [name for group in self.operands[:4] for name in group]
+
+        def body(*refs):
+            gmem, (num_empty, *outputs) = dict(zip(names, refs)), refs[len(names) :]
+            allocated = partial(self._program, gmem, num_empty, outputs)
+            pl.run_scoped(allocated, self._scratch(), collective_axes="warpgroup")
+
+        return plgpu.kernel(
+            body,
+            out_type=out,
+            grid=grid,
+            grid_names=("block", "head", "batch"),
+            num_threads=self.plan.warpgroups + 1,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            **({"interpret": plgpu.InterpretGPUParams()} if self.interpret else {}),
+        )(*arrays)
+
+    def _scratch(self) -> dict:
+        """Shared memory and barriers, a slot of each for every warpgroup or tile in flight."""
+        q, plan = self.operands.rows["q"], self.plan
+
+        def shared(count, rows, columns=q.shape[-1]):
+            transforms = _transforms(q.shape[-1], q.dtype)
+            return plgpu.SMEM((count, rows, columns), q.dtype, transforms=transforms)
+
+        def barrier(arrivals, count=plan.stages):
+            return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+        scratch = {
+            "held": {name: shared(plan.warpgroups, M) for name in self.held},
+            "streamed": {name: shared(plan.stages, plan.tile) for name in self.streamed},
+            "staging": [shared(plan.warpgroups, M, plan.tile) for _ in range(self.stagings)],
+            "holding": barrier(len(self.held), plan.warpgroups),
+            "loaded": barrier(len(self.streamed) - len(self.late) + len(self.streamed_statistics)),
+            "used": barrier(plan.warpgroups),
+        }
+        if self.late:
+            scratch["late"] = barrier(len(self.late))
+        for name in self.streamed_statistics:
+            scratch["streamed"][name] = plgpu.SMEM((plan.stages, plan.tile), jnp.float32)
+        return scratch
+
+    def _program(self, gmem, num_empty, outputs, scratch):
+        place, warpgroup = self._place(num_empty), lax.axis_index("warpgroup")
+        compute = partial(self._compute, gmem, outputs, scratch, place, warpgroup)
+        fetch = partial(self._fetch, gmem, scratch, place)
+        if not self.interpret and self.plan.warpgroups == 2:  # those that compute get registers of the one that fetches
+            compute, fetch = _with_registers(compute, 232, "increase"), _with_registers(fetch, 40, "decrease")
+        pl.when(warpgroup < self.plan.warpgroups)(compute)
+        pl.when(warpgroup == self.plan.warpgroups)(fetch)
+
+    def _place(self, num_empty) -> _Place:
+        block, head, batch = (lax.axis_index(name) for name in ("block", "head", "batch"))
+        num_empty, start, plan = num_empty[batch], self.first + block * self.plan.block, self.plan
+        if not self.by_keys:  # every query head in turn
+            first, last = self.band.tiles_of_rows(start, plan.block, num_empty, plan.tile)
+            num_steps = (last - first) * self.operands.rows["q"].shape[1]
+            return _Place(batch, head, start, num_empty, first, last - first, num_steps, num_steps)
+        first, last = self.band.tiles_of_keys(start, plan.block, num_empty, plan.tile)
+        static = lax.clamp(first, self.band.first_moving // plan.tile, last) if self.late else last
+        return _Place(batch, head, start, num_empty, first, last - first, static - first, last - first)
+
+    def _offset(self, name: str) -> int:
+        """Position of the first key of an array."""
+        return self.band.first_moving if name in self.moving else 0
+
+    def _source(self, gmem, place: _Place, name: str, i):
+        """What is streamed at step i."""
+        tile, size = place.first + lax.rem(i, place.num_tiles), self.plan.tile
+        if self.by_keys:
+            return gmem[name].at[place.batch, pl.ds(tile * size - self._offset(name), size)]
+        return gmem[name].at[place.batch, lax.div(i, place.num_tiles), pl.ds(tile * size, size)]
+
+    def _fetch(self, gmem, scratch, place: _Place):
+        """What the warpgroup that fetches does."""
+        stages = self.plan.stages
+
+        def load(is_moving, i, _):
+            slot = lax.rem(i, stages)
+
+            @pl.when(i >= stages)
+            def _():
+                plgpu.barrier_wait(scratch["used"].at[slot])
+
+            for name, target in scratch["streamed"].items():
+                if name not in self.late or is_moving:
+                    barrier = scratch["late" if name in self.late else "loaded"]
+                    plgpu.copy_gmem_to_smem(self._source(gmem, place, name, i), target.at[slot], barrier.at[slot])
+            return ()
+
+        def drain(i, _):
+            plgpu.barrier_wait(scratch["used"].at[lax.rem(i, stages)])
+            return ()
+
+        lax.fori_loop(0, place.num_static, partial(load, False), ())
+        if self.late:
+            lax.fori_loop(place.num_static, place.num_steps, partial(load, True), ())
+        lax.fori_loop(lax.max(place.num_steps - stages, 0), place.num_steps, drain, ())
+
+    def _compute(self, gmem, outputs, scratch, place: _Place, warpgroup):
+        """What a warpgroup that computes does."""
+        own = place.start + warpgroup * M
+
+        def rows_or_keys(offset):
+            at = pl.ds(own - offset, M)
+            return (place.batch, place.head, at) if self.by_keys else (place.batch, at)
+
+        held = {name: ref.at[warpgroup] for name, ref in scratch["held"].items()}
+        barrier = scratch["holding"].at[warpgroup]
+        for name, ref in held.items():
+            plgpu.copy_gmem_to_smem(gmem[name].at[rows_or_keys(self._offset(name))], ref, barrier)
+        plgpu.barrier_wait(barrier)
+        statistics = {}
+        if self.by_keys:
+            statistics = {name: _load(gmem[name].at[rows_or_keys(0)], 1) for name in self.statistics}
+        staging = [ref.at[warpgroup] for ref in scratch["staging"]]
+        visit = partial(self._visit, scratch, place, own, held, statistics, staging)
+
+        def loop(*sums):
+            state = tuple(make() for make in self.carry)
+            is_moving = bool(self.moving) and not self.by_keys
+            state = lax.fori_loop(0, place.num_static, partial(visit, sums, is_moving), state)
+            if self.late:
+                state = lax.fori_loop(place.num_static, place.num_steps, partial(visit, sums, True), state)
+            return [total[...] for total in sums], state
+
+        width = self.operands.rows["q"].shape[-1]
+        accumulators = [plgpu.ACC((M, width), jnp.float32)] * self.accumulators
+        sums, state = pl.run_scoped(loop, *accumulators) if accumulators else loop()
+        for ref, result in zip(outputs, self.finish(sums, state), strict=True):
+            ref[rows_or_keys(self.first)] = result
+
+    def _visit(self, scratch, place: _Place, own, held, statistics, staging, sums, is_moving, i, carry):
+        """One step of it."""
+        slot, tile = lax.rem(i, self.plan.stages), place.first + lax.rem(i, place.num_tiles)
+        plgpu.barrier_wait(scratch["loaded"].at[slot])
+        if is_moving and self.late:
+            plgpu.barrier_wait(scratch["late"].at[slot])
+        streamed = {name: scratch["streamed"][name].at[slot] for name in self.streamed}
+        loaded = {name: _load(scratch["streamed"][name].at[slot], 0) for name in self.streamed_statistics}
+        row, key = (own, tile * self.plan.tile) if self.by_keys else (tile * self.plan.tile, own)
+        visible = partial(_mask, self.band, row, key, place.num_empty, self.by_keys)
+        carry = self.step(
+            Tile(held, streamed, statistics | loaded, staging, self.by_keys, is_moving, visible), sums, carry
+        )
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(scratch["used"].at[slot])
+        return carry
+
+
+def _load(statistic, reduced: int):
+    """Into the registers of threads that hold a tile of scores, of which it is a statistic over axis `reduced`."""
+    index = ((),) if jax.__version_info__ < (0, 11, 2) else ()
+    return plgpu.load(statistic, *index, layout=plgpu.Layout.WGMMA.reduce(reduced), optimized=False)
+
+
+def _with_registers(function, number: int, action: str):
+    def run():
+        plgpu.set_max_registers(number, action=action)
+        function()
+
+    return run
+
+
+def _mask(band: Band, row, key, num_empty, by_keys: bool, scores):
+    """`scores` of queries from `row` on and keys from `key` on, masked; tiles inside the band are left as they are."""
+    num_rows, num_keys = scores.shape if by_keys else scores.shape[::-1]
+    row = band.first_row + row
+    is_inside = (key + num_keys - 1 <= row) & (key > row + num_rows - 1 - band.window) & (key >= num_empty)
+
+    def at_the_edge(scores):
+        def positions(first, axis):
+            layout = plgpu.Layout.WGMMA
+            return first + plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=layout)
+
+        query, key_of = positions(row, 0 if by_keys else 1), positions(key, 1 if by_keys else 0)
+        visible = (key_of <= query) & (key_of > query - band.window) & (key_of >= num_empty)
+        return score_tiles.mask(scores, visible)
+
+    return lax.cond(is_inside, lambda scores: scores, at_the_edge, scores)
+
+
+def _transforms(width: int, dtype):
+    """How a tile lies in shared memory: as wide a swizzle as the head width divides into."""
+    swizzle = next(bytes for bytes in (128, 64, 32) if width * dtype.itemsize % bytes == 0)
+    return plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)
