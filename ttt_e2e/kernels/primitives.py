@@ -32,9 +32,9 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from ttt_e2e.kernels import tiles, xla
+from ttt_e2e.kernels import pallas_tpu, tiles, xla
 
-BACKENDS = {"xla": xla}  # modules with the functions forward, tangent, dual, reverse and second_reverse of xla.py
+BACKENDS = {"xla": xla, "pallas_tpu": pallas_tpu}  # modules with the functions forward, tangent, dual, reverse and second_reverse of xla.py
 POINT = 6  # operands
 
 
