@@ -32,7 +32,24 @@ from ttt_e2e.kernels import bands, score_tiles
 LANES = 128  # blocks are multiples of it
 MAX_BLOCK = 512  # positions
 MAX_SECOND_REVERSE_BLOCK = 256  # its kernels hold a dozen arrays of the size of scores
+DTYPES = ("bfloat16", "float16", "float32")
+MAX_WIDTH = 256  # of heads, for blocks to fit into a TPU's memory
 WIDE = jnp.float32
+
+
+def obstacle(q, k, v) -> str:
+    """Why the kernels cannot take these arrays [..., H]; empty where they can."""
+    dtypes = {a.dtype for a in (q, k, v)}
+    if dtypes not in [{jnp.dtype(name)} for name in DTYPES]:
+        return f"takes {', '.join(DTYPES)}, all arrays alike, not {', '.join(sorted(map(str, dtypes)))}"
+    if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
+        return f"takes head widths up to {MAX_WIDTH}, not {max(q.shape[-1], v.shape[-1])}"
+    return ""
+
+
+def can_interpret() -> bool:
+    """Whether this JAX runs the kernels where there is no TPU."""
+    return True
 
 
 def plan(num_queries: int, num_keys: int, window: int, block: int = 0, max_block: int = MAX_BLOCK) -> bands.Tiles:
@@ -425,7 +442,7 @@ def _step(tiles, program, empty, firsts, by_keys: bool, num_heads: int) -> _Step
     own = row + tiles.cached_blocks
     first_visited, first_new, first_wanted = firsts
     is_seen = (column == own) | ((column + 1) * tiles.block > empty)
-    edges = sorted({max(first, first_visited) for first in firsts}) + [tiles.key_blocks]
+    edges = [*sorted({max(first, first_visited) for first in firsts}), tiles.key_blocks]
     parts = []
     for start, stop in pairwise(edges):
         options = {"is_new": start >= first_new, "is_wanted": start >= first_wanted}
