@@ -5,6 +5,8 @@ import logging
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from tests.kernels.cases import Case, relative_error
 from ttt_e2e.errors import UserError
@@ -54,6 +56,16 @@ def test_auto_says_once_what_it_chose(caplog):
     assert messages == ["window_attention on cpu: backend xla"]
 
 
+@pytest.fixture
+def faster(monkeypatch, caplog):
+    """As if the kernels for TPUs were faster on CPUs, for some; and as if there were one device."""
+    measured = Faster("pallas_tpu", derivatives=("any",), head_widths=(16, 64), min_window=8)
+    monkeypatch.setitem(FASTER, jax.devices()[0].device_kind, (measured,))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    caplog.set_level(logging.INFO)
+    _log_choice.cache_clear()
+
+
 @pytest.mark.parametrize(
     "width, window, cached, derivatives, chosen",
     [
@@ -65,24 +77,45 @@ def test_auto_says_once_what_it_chose(caplog):
         (16, 20, 4, "first_order", "xla"),
     ],
 )
-def test_auto_takes_what_was_measured_to_be_faster(caplog, monkeypatch, width, window, cached, derivatives, chosen):
-    caplog.set_level(logging.INFO)
-    _log_choice.cache_clear()
-    measured = Faster("pallas_tpu", derivatives=("any",), head_widths=(16, 64), min_window=8)
-    monkeypatch.setitem(FASTER, jax.devices()[0].device_kind, (measured,))
+def test_auto_takes_what_was_measured_to_be_faster(faster, caplog, width, window, cached, derivatives, chosen):
     case = Case(T=12, C=cached, H=width, window=window)
     attend = jax.jit(lambda x: case.attend(x, "auto", derivatives=derivatives))
     jax.eval_shape(attend, case.problem(dtype=jnp.float32))
     assert [r.getMessage() for r in caplog.records][-1] == f"window_attention on cpu: backend {chosen}"
 
 
-def test_auto_takes_nothing_that_cannot_do_it(caplog, monkeypatch, float64):
+def test_auto_takes_no_kernel_that_cannot_do_it(faster, caplog, float64):
+    window_attention(*qkv(Case(T=12, H=16), jnp.float64), window=0)
+    assert caplog.records[-1].getMessage() == "window_attention on cpu: backend xla"
+
+
+def test_auto_takes_no_kernel_where_arrays_may_be_divided_among_devices(faster, caplog, monkeypatch):
+    """XLA cannot divide it: lowering would fail. Inside of shard_map nothing is divided."""
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    x = [jnp.stack([a] * 8) for a in qkv(Case(T=12, H=16))]
+
+    def attend(*x):
+        return jax.vmap(lambda *x: window_attention(*x, window=0))(*x)
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    manual = jax.shard_map(attend, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    jax.eval_shape(attend, *x)
+    jax.eval_shape(manual, *x)
+    chosen = [r.getMessage().split()[-1] for r in caplog.records if "window_attention" in r.getMessage()]
+    assert chosen == ["xla", "pallas_tpu"]
+
+
+def test_auto_takes_splash_attention_on_one_tpu_alone(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     _log_choice.cache_clear()
-    measured = Faster("pallas_tpu", derivatives=("any",), head_widths=(8,), min_window=1)
-    monkeypatch.setitem(FASTER, jax.devices()[0].device_kind, (measured,))
-    window_attention(*qkv(Case(T=4), jnp.float64), window=2)
-    assert caplog.records[-1].getMessage() == "window_attention on cpu: backend xla"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for num_devices in (8, 1):
+        monkeypatch.setattr(jax, "device_count", lambda n=num_devices: n)
+        x = qkv(Case(T=128, H=64), jnp.bfloat16)
+        jax.eval_shape(lambda *x: window_attention(*x, window=64, derivatives="first_order"), *x)
+    messages = [r.getMessage() for r in caplog.records if "window_attention" in r.getMessage()]
+    prefix = "window_attention on tpu: backend "
+    assert messages == [prefix + "xla", prefix + "splash (first order)"]
 
 
 @pytest.mark.parametrize(

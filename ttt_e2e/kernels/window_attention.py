@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.kernels import cudnn, primitives, reference, splash
@@ -128,14 +129,21 @@ def window_attention(
 def _choose(operands, num_visible: int, derivatives: str, fused: bool) -> str:
     """What `auto` means; `fused`: whether the fused kernels of others can do it."""
     platform, kind = jax.default_backend(), jax.devices()[0].device_kind
-    backend = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla") if fused else "xla"
-    for faster in FASTER.get(kind, ()):
+    undivided = _is_undivided()
+    backend = {"gpu": "cudnn", "tpu": "splash" if undivided else "xla"}.get(platform, "xla") if fused else "xla"
+    for faster in FASTER.get(kind, ()) if undivided else ():
         fits = derivatives in faster.derivatives and operands[0].shape[-1] in faster.head_widths
         if fits and num_visible >= faster.min_window and not _kernel_obstacle(faster.backend, operands):
             backend = faster.backend
             break
     _log_choice(platform, backend, derivatives == "first_order" and backend != "xla")
     return backend
+
+
+def _is_undivided() -> bool:
+    """Whether the arrays here lie on one device for certain: XLA cannot divide Pallas kernels among several."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 or (not mesh.empty and set(mesh.axis_types) == {AxisType.Manual})
 
 
 @lru_cache
