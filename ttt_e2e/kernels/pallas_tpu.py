@@ -1,10 +1,8 @@
 """The passes as Pallas kernels for TPUs (Mosaic); on other platforms they are interpreted. Not yet run on hardware.
 
-One program of the grid computes one tile of scores, and there is none outside of the band. Tiles are visited row by
-row where queries are summed over their keys, and column by column where keys are summed over the queries that see them;
-the sums stay in scratch memory meanwhile. Where a tile's keys are constant, or need no gradient, their products are
-left out. What is missing of a block is padded in front: padded keys count as empty ones, padded queries have cotangents
-of 0.
+A kernel computes one tile of scores at a time. Tiles are visited row by row where queries are summed over their keys,
+and column by column where keys are summed over the queries that see them; the sums stay in scratch memory meanwhile.
+Where a tile's keys are constant, or need no gradient, their products are left out.
 
 Statistics of a row go in and out side by side in one array [..., n]: on a TPU the last axis of any takes 128 lanes.
 
@@ -17,24 +15,19 @@ Shapes: of the functions, those of xla.py. In kernels, references to one block o
 statistics [t, 1]; scores [t, t].
 """
 
-from collections.abc import Callable
-from itertools import pairwise
-from math import prod
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from ttt_e2e.kernels import bands, score_tiles
+from ttt_e2e.kernels.pallas_tpu_sweep import WIDE, by_keys, by_rows, last
 
 LANES = 128  # blocks are multiples of it
 MAX_BLOCK = 512  # positions
 MAX_SECOND_REVERSE_BLOCK = 256  # its kernels hold a dozen arrays of the size of scores
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_WIDTH = 256  # of heads, for blocks to fit into a TPU's memory
-WIDE = jnp.float32
 
 
 def obstacle(q, k, v) -> str:
@@ -68,7 +61,7 @@ def plan(num_queries: int, num_keys: int, window: int, block: int = 0, max_block
 def forward(q, k, v, num_empty, *, window, block=0):
     """Output [..., R, T, H] and lse [..., R, T]."""
     tiles, H = plan(q.shape[-2], k.shape[-2], window, block), v.shape[-1]
-    o, stats = _by_rows(_forward, tiles, num_empty, (q,), (k, v), (H, 1), scratch=(1, 1, H, 1))
+    o, stats = by_rows(_forward, tiles, num_empty, (q,), (k, v), (H, 1), scratch=(1, 1, H, 1))
     return o, stats[..., 0]
 
 
@@ -77,7 +70,7 @@ def dual(q, k, v, num_empty, q_dot, k_dot, v_dot, *, window, block=0):
     tiles, H = plan(q.shape[-2], k.shape[-2], window, block), v.shape[-1]
     rows = (q, q_dot, _own_scores_dot(q, k, q_dot, k_dot)[..., None])
     keys = (k, v, k_dot, v_dot)
-    o, o_dot, stats = _by_rows(_dual, tiles, num_empty, rows, keys, (H, H, 2), scratch=(1, 1, 1, *(H, 1) * 3))
+    o, o_dot, stats = by_rows(_dual, tiles, num_empty, rows, keys, (H, H, 2), scratch=(1, 1, 1, *(H, 1) * 3))
     return o, stats[..., 0], o_dot, stats[..., 1]
 
 
@@ -86,7 +79,7 @@ def tangent(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, *, window, block=0)
     tiles, H = plan(q.shape[-2], k.shape[-2], window, block), v.shape[-1]
     rows = (q, q_dot, o, _side_by_side(lse, _own_scores_dot(q, k, q_dot, k_dot)))
     keys = (k, v, k_dot, v_dot)
-    o_dot, stats = _by_rows(_tangent, tiles, num_empty, rows, keys, (H, 1), scratch=(1, *(H, 1) * 2))
+    o_dot, stats = by_rows(_tangent, tiles, num_empty, rows, keys, (H, 1), scratch=(1, *(H, 1) * 2))
     return o_dot, stats[..., 0]
 
 
@@ -94,10 +87,10 @@ def reverse(q, k, v, num_empty, o, lse, o_bar, lse_bar, *, window, num_keys, blo
     """Gradients of q and of the last `num_keys` of k and v."""
     tiles, H = plan(q.shape[-2], k.shape[-2], window, block), q.shape[-1]
     rows = (q, o_bar, _side_by_side(lse, _dot(o_bar, o) - lse_bar, lse_bar))
-    q_bar, mean = _by_rows(_reverse_by_rows, tiles, num_empty, rows, (k, v), (H, 1), scratch=(1, H, 1))
+    q_bar, mean = by_rows(_reverse_by_rows, tiles, num_empty, rows, (k, v), (H, 1), scratch=(1, H, 1))
     rows = (q, o_bar, _side_by_side(lse, mean[..., 0]))
     sums = ((num_keys, H), (num_keys, v.shape[-1]))
-    return q_bar, *_by_keys(_reverse_by_keys, tiles, num_empty, rows, (k, v), sums)
+    return q_bar, *by_keys(_reverse_by_keys, tiles, num_empty, rows, (k, v), sums)
 
 
 def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_dot, *bars, window, num_keys, block=0):
@@ -112,12 +105,12 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
         mean, lse_bar = mean + _dot(o_bars[0], o) - o_bars[1], o_bars[1]
     keys, moving = (k, v, k_dot, v_dot), (q, q_dot, o_dot_bar, *o_bars[:1])
     rows = (_side_by_side(lse, lse_dot, dot_mean, mean, lse_dot_bar, lse_bar), *moving)
-    q_bar, q_dot_bar, means = _by_rows(
+    q_bar, q_dot_bar, means = by_rows(
         _second_reverse_by_rows, tiles, num_empty, rows, keys, (H, H, 2), scratch=(1, 1, 1, H, *(H, 1) * 3)
     )
     rows = (jnp.concatenate([_side_by_side(lse, lse_dot), means], axis=-1), *moving)
     sums = ((num_keys, H), (num_keys, v.shape[-1]), k_dot.shape[-2:], v_dot.shape[-2:])
-    k_bar, v_bar, *dots = _by_keys(_second_reverse_by_keys, tiles, num_empty, rows, keys, sums)
+    k_bar, v_bar, *dots = by_keys(_second_reverse_by_keys, tiles, num_empty, rows, keys, sums)
     return q_bar, k_bar, v_bar, q_dot_bar, *dots
 
 
@@ -129,19 +122,12 @@ def _dot(a, b):
 def _own_scores_dot(q, k, q_dot, k_dot):
     """The tangent of every query's score with its own key, [..., R, T]."""
     T = q.shape[-2]
-    k, k_dot = (_last(a, T)[..., None, :, :] for a in (k, k_dot))
+    k, k_dot = (last(a, T)[..., None, :, :] for a in (k, k_dot))
     return (_dot(q_dot, k) + _dot(q, k_dot)) * _scale(q)
 
 
 def _side_by_side(*stats):
     return jnp.stack(stats, axis=-1)
-
-
-def _last(a, length):
-    """As many last positions, with zeros in front where there are fewer."""
-    a = a[..., -length:, :]
-    missing = length - a.shape[-2]
-    return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(missing, 0), (0, 0)]) if missing else a
 
 
 # ---- the kernels: functions of a step and of references to rows, keys, outputs and scratch memory
@@ -403,163 +389,3 @@ def _scores_dot(q, k, q_dot, k_dot, is_new):
 
 def _probabilities(q, k, lse, visible):
     return score_tiles.probabilities(score_tiles.mask(_scores(q, k), visible), lse[...])
-
-
-# ---- the grid
-
-
-class _Step(NamedTuple):
-    """One program of the grid, which visits one tile; its methods decorate what it then does."""
-
-    is_first: jax.Array  # of its row of tiles or, by keys, of its column and all query heads
-    is_last: jax.Array
-    parts: list  # (whether the tile is one of these, options of `visit`)
-    visible: Callable  # () -> which scores are seen, [t, t]
-
-    def start(self, function):
-        """Before the first tile."""
-        pl.when(self.is_first)(function)
-
-    def visit(self, function):
-        """On a tile; `is_new`: it has tangents of its keys, `is_wanted`: their gradient is wanted."""
-        for condition, options in self.parts:
-            pl.when(condition)(lambda options=options: function(self.visible(), **options))
-
-    def finish(self, function):
-        """After the last tile."""
-        pl.when(self.is_last)(function)
-
-
-def _step(tiles, program, empty, firsts, by_keys: bool, num_heads: int) -> _Step:
-    """`program`: query head, row and column of a tile; `firsts`: first columns visited, with tangents, wanted."""
-    head, row, column = program
-    if by_keys:
-        first, last = tiles.rows(column)
-        is_first, is_last = (row == first) & (head == 0), (row == last) & (head == num_heads - 1)
-    else:
-        first, last = tiles.columns(row)
-        is_first, is_last = column == first, column == last
-    own = row + tiles.cached_blocks
-    first_visited, first_new, first_wanted = firsts
-    is_seen = (column == own) | ((column + 1) * tiles.block > empty)
-    edges = [*sorted({max(first, first_visited) for first in firsts}), tiles.key_blocks]
-    parts = []
-    for start, stop in pairwise(edges):
-        options = {"is_new": start >= first_new, "is_wanted": start >= first_wanted}
-        parts.append((is_seen & (column >= start) & (column < stop), options))
-
-    def visible():
-        query, key = (jax.lax.broadcasted_iota(jnp.int32, (tiles.block,) * 2, axis) for axis in (0, 1))
-        distance = query - key + (own - column) * tiles.block
-        return (distance >= 0) & (distance < tiles.window) & (key >= empty - column * tiles.block)
-
-    return _Step(is_first, is_last, parts, visible)
-
-
-def _by_rows(kernel, tiles, num_empty, rows, keys, widths, scratch):
-    """Outputs [..., R, T, width] in the keys' dtype, but the last one, which is of statistics."""
-    *leading, T, _ = rows[0].shape
-    dtypes = [*[keys[0].dtype] * (len(widths) - 1), WIDE]
-    shapes = [(T, width, dtype) for width, dtype in zip(widths, dtypes)]
-    outputs = _sweep(kernel, tiles, num_empty, rows, keys, shapes, scratch, by_keys=False)
-    return [a[..., -T:, :].reshape(*leading, T, -1).astype(dtype) for a, dtype in zip(outputs, dtypes)]
-
-
-def _by_keys(kernel, tiles, num_empty, rows, keys, sums):
-    """Sums [..., length, width] in the keys' dtype; the first is as long as any whose `is_wanted`."""
-    leading, dtype = keys[0].shape[:-2], keys[0].dtype
-    shapes = [(length, width, dtype) for length, width in sums]
-    outputs = _sweep(kernel, tiles, num_empty, rows, keys, shapes, [width for _, width in sums], by_keys=True)
-    return [_last(a, length).reshape(*leading, length, -1).astype(dtype) for a, (length, _) in zip(outputs, sums)]
-
-
-def _sweep(kernel, tiles, num_empty, rows, keys, outputs, scratch, *, by_keys: bool):
-    """Runs a kernel over the tiles of all heads and batches.
-
-    Args:
-      kernel: see "the kernels".
-      tiles: the band.
-      num_empty: leading keys that no query sees.
-      rows: arrays [..., R, T, any].
-      keys: arrays [..., L, any] of the last L keys; the first has them all, the last as many as have tangents.
-      outputs: (positions, width, dtype) of every output.
-      scratch: widths of the arrays [t, width] of scratch memory.
-      by_keys: whether outputs are of keys, not of rows.
-
-    Returns:
-      The outputs [X, R, positions, width] or [X, positions, width], their positions padded in front, or cut in front
-      where nobody sees the keys; X = the leading axes as one.
-    """
-    *leading, R, _, _ = rows[0].shape
-    X, t = prod(leading), tiles.block
-    widths = [a.shape[-1] for a in (*rows, *keys)], [width for _, width, _ in outputs]
-    columns = [tiles.blocks_of(a.shape[-2]) for a in keys]
-    out_columns = [tiles.blocks_of(length) for length, _, _ in outputs] if by_keys else [tiles.key_blocks]
-    firsts = [tiles.key_blocks - n for n in (max(out_columns), columns[-1], out_columns[0])]
-    # Mosaic has no float16; float32 holds all of it.
-    rows, keys = ([a.astype(_lowered(a.dtype)) for a in arrays] for arrays in (rows, keys))
-    rows = [_last(a, tiles.query_blocks * t).reshape(X, R, -1, a.shape[-1]) for a in rows]
-    keys = [_last(a, n * t).reshape(X, -1, a.shape[-1]) for a, n in zip(keys, columns)]
-    empty = jnp.broadcast_to(num_empty[..., None], leading).reshape(X) + (tiles.key_blocks * t - tiles.num_keys)
-    visited = tiles.visit(max(out_columns), by_keys)
-
-    def program(ids):
-        """Leading index, query head, and number of the tile."""
-        return (ids[0], ids[2], ids[1]) if by_keys else ids[:3]
-
-    def row_block(width):
-        def index(*args):
-            (x, head, tile), (_, row, _) = program(args), args[3:]
-            return x, head, row[tile], 0
-
-        return pl.BlockSpec((None, None, t, width), index)
-
-    def key_block(num_columns, width):
-        def index(*args):
-            (x, _, tile), (_, _, column) = program(args), args[3:]
-            return x, jnp.maximum(column[tile] - (tiles.key_blocks - num_columns), 0), 0
-
-        return pl.BlockSpec((None, t, width), index)
-
-    def body(empty, row, column, *references):
-        x, head, tile = program([pl.program_id(axis) for axis in range(3)])
-        step = _step(tiles, (head, row[tile], column[tile]), empty[x], firsts, by_keys, R)
-        groups, rest = [], list(references)
-        for group in (rows, keys, outputs):
-            groups.append(rest[: len(group)])
-            rest = rest[len(group) :]
-        kernel(step, *groups, rest)
-
-    if by_keys:
-        out_specs = [key_block(n, width) for n, width in zip(out_columns, widths[1])]
-        out_shapes = [(X, n * t, width) for n, width in zip(out_columns, widths[1])]
-    else:
-        out_specs = [row_block(width) for width in widths[1]]
-        out_shapes = [(X, R, tiles.query_blocks * t, width) for width in widths[1]]
-    num_tiles = visited.shape[1]
-    grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3,
-        grid=(X, num_tiles, R) if by_keys else (X, R, num_tiles),
-        in_specs=[row_block(a.shape[-1]) for a in rows] + [key_block(n, a.shape[-1]) for n, a in zip(columns, keys)],
-        out_specs=out_specs,
-        scratch_shapes=[pltpu.VMEM((t, width), WIDE) for width in scratch],
-    )
-    semantics = ("parallel", "arbitrary", "arbitrary") if by_keys else ("parallel", "parallel", "arbitrary")
-
-    def call(interpret):
-        return pl.pallas_call(
-            body,
-            grid_spec=grid,
-            out_shape=[jax.ShapeDtypeStruct(s, _lowered(o[2])) for s, o in zip(out_shapes, outputs)],
-            compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
-            interpret=interpret,
-            name=kernel.__name__.strip("_"),
-        )
-
-    return jax.lax.platform_dependent(
-        empty, *jnp.asarray(visited), *rows, *keys, tpu=call(interpret=False), default=call(interpret=True)
-    )
-
-
-def _lowered(dtype):
-    return WIDE if dtype == jnp.float16 else dtype
