@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from tests.kernels.cases import Case, nestings, relative_error, results
+from tests.kernels.cases import Case, nestings, relative_error, results, third_derivatives
 from ttt_e2e.kernels import bands, pallas_tpu, window_attention, xla
 
 
@@ -204,6 +204,17 @@ def test_fused_passes_equal_dense_autodiff():
 
     fused = jax.jit(lambda: outputs_and_gradients("pallas_tpu", derivatives="reverse_of_tangent"))()
     assert relative_error(fused, jax.jit(lambda: outputs_and_gradients("reference"))()) <= 2e-5
+
+
+@pytest.mark.slow
+def test_third_derivatives_go_by_xla():
+    case = Case(T=12, C=9, N=2, G=1, H=4, window=4)
+    x, y = case.problem(0, jnp.float32), case.problem(1, jnp.float32)
+    actual, expected = (
+        results(third_derivatives(lambda x, backend=backend: case.attend(x, backend), x, y, 1.0))
+        for backend in ("pallas_tpu", "reference")
+    )
+    assert relative_error(actual, expected) <= 1e-4  # float32, sums of products of gradients
 
 
 # ------------------------------------------------------------------------------------------ the grid, and lowering
