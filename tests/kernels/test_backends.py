@@ -5,11 +5,13 @@ import logging
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from tests.kernels.cases import Case, relative_error
 from ttt_e2e.errors import UserError
 from ttt_e2e.kernels import cudnn, reference, splash, window_attention
-from ttt_e2e.kernels.window_attention import _choose
+from ttt_e2e.kernels.window_attention import FASTER, Faster, _log_choice
 
 
 def qkv(case: Case, dtype=jnp.float32):
@@ -47,17 +49,100 @@ def test_splash_attention_lowers_for_tpus():
 
 def test_auto_says_once_what_it_chose(caplog):
     caplog.set_level(logging.INFO)
-    _choose.cache_clear()
+    _log_choice.cache_clear()
     for _ in range(2):
         window_attention(*qkv(Case(T=4)), window=2)
     messages = [record.getMessage() for record in caplog.records if "window_attention" in record.getMessage()]
     assert messages == ["window_attention on cpu: backend xla"]
 
 
+@pytest.fixture
+def faster(monkeypatch, caplog):
+    """As if the kernels for TPUs were faster on CPUs, for some; and as if there were one device."""
+    measured = Faster("pallas_tpu", derivatives=("any",), head_widths=(16, 64), min_window=8)
+    monkeypatch.setitem(FASTER, jax.devices()[0].device_kind, (measured,))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    caplog.set_level(logging.INFO)
+    _log_choice.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "width, window, cached, derivatives, chosen",
+    [
+        (16, 8, 0, "any", "pallas_tpu"),
+        (16, 0, 0, "any", "pallas_tpu"),  # full attention: 12 keys
+        (16, 9, 4, "reverse_of_tangent", "xla"),
+        (16, 7, 0, "any", "xla"),
+        (8, 8, 0, "any", "xla"),
+        (16, 20, 4, "first_order", "xla"),
+    ],
+)
+def test_auto_takes_what_was_measured_to_be_faster(faster, caplog, width, window, cached, derivatives, chosen):
+    case = Case(T=12, C=cached, H=width, window=window)
+    attend = jax.jit(lambda x: case.attend(x, "auto", derivatives=derivatives))
+    jax.eval_shape(attend, case.problem(dtype=jnp.float32))
+    assert [r.getMessage() for r in caplog.records][-1] == f"window_attention on cpu: backend {chosen}"
+
+
+def test_auto_takes_no_kernel_that_cannot_do_it(faster, caplog, float64):
+    window_attention(*qkv(Case(T=12, H=16), jnp.float64), window=0)
+    assert caplog.records[-1].getMessage() == "window_attention on cpu: backend xla"
+
+
+def test_auto_takes_no_kernel_where_arrays_may_be_divided_among_devices(faster, caplog, monkeypatch):
+    """XLA cannot divide it: lowering would fail. Inside of shard_map nothing is divided."""
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    x = [jnp.stack([a] * 8) for a in qkv(Case(T=12, H=16))]
+
+    def attend(*x):
+        return jax.vmap(lambda *x: window_attention(*x, window=0))(*x)
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    manual = jax.shard_map(attend, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    jax.eval_shape(attend, *x)
+    jax.eval_shape(manual, *x)
+    chosen = [r.getMessage().split()[-1] for r in caplog.records if "window_attention" in r.getMessage()]
+    assert chosen == ["xla", "pallas_tpu"]
+
+
+def test_auto_takes_splash_attention_on_one_tpu_alone(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    _log_choice.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for num_devices in (8, 1):
+        monkeypatch.setattr(jax, "device_count", lambda n=num_devices: n)
+        x = qkv(Case(T=128, H=64), jnp.bfloat16)
+        jax.eval_shape(lambda *x: window_attention(*x, window=64, derivatives="first_order"), *x)
+    messages = [r.getMessage() for r in caplog.records if "window_attention" in r.getMessage()]
+    prefix = "window_attention on tpu: backend "
+    assert messages == [prefix + "xla", prefix + "splash (first order)"]
+
+
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (Case(T=4).problem(dtype=jnp.int32), "bfloat16, float16, float32, all arrays alike, not int32.*xla"),
+        (Case(T=4, H=264).problem(dtype=jnp.float32), "head widths up to 256, not 264.*xla"),
+        (Case(T=4).problem(dtype=jnp.float32) | {"cached_k": jnp.zeros((0, 1, 8), jnp.bfloat16)}, "of one dtype.*xla"),
+    ],
+)
+def test_what_the_kernels_for_tpus_cannot_take_is_named(x, message):
+    with pytest.raises(UserError, match=message):
+        Case(T=4, window=2).attend(x, "pallas_tpu")
+
+
+def test_kernels_for_tpus_refuse_float64_and_gpus(monkeypatch, float64):
+    with pytest.raises(UserError, match=r"'pallas_tpu' of window_attention takes .*, not float64: use auto, xla"):
+        window_attention(*qkv(Case(T=4), jnp.float64), window=2, backend="pallas_tpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match="'pallas_tpu' of window_attention is for tpus, not gpus: use auto, xla"):
+        window_attention(*qkv(Case(T=4)), window=2, backend="pallas_tpu")
+
+
 @pytest.mark.parametrize(
     "backend, options, message",
     [
-        ("cudn", {}, "legal are auto, reference, xla, cudnn, splash"),
+        ("cudn", {}, "legal are auto, reference, xla, pallas_tpu, mosaic_gpu, cudnn, splash"),
         ("cudnn", {}, "derivatives='first_order'.*xla"),
         ("splash", {"derivatives": "first_order", "num_empty": 3}, "none of them cached or empty.*xla"),
         ("cudnn", {"derivatives": "first_order"}, "bfloat16 or float16.*xla"),

@@ -1,5 +1,7 @@
 """Rounding: bfloat16 and float16 against float64, and scores that saturate the softmax. Shapes: see cases.py."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,15 +9,18 @@ import pytest
 
 from tests.kernels.cases import Case, relative_error
 
-CASE = Case(T=48, C=32, N=2, G=1, H=32, window=40)
+CASES = {
+    "xla": Case(T=48, C=32, N=2, G=1, H=32, window=40),
+    "pallas_tpu": Case(T=200, C=120, N=2, G=1, H=32, window=160),  # in several tiles
+}
 
 
-def derivatives(backend: str, dtype, x: dict, y: dict, bars) -> dict:
+def derivatives(case: Case, backend: str, dtype, x: dict, y: dict, bars) -> dict:
     """Forward, tangent, reverse, and reverse of tangent; arguments are float64 numbers that are exact in `dtype`."""
     x, y, bars = jax.tree.map(lambda a: jnp.asarray(a, dtype), (x, y, bars))
 
     def attend(x):
-        return CASE.attend(x, backend)
+        return case.attend(x, backend)
 
     def all_of_them(x, y):
         with_tangent, pullback = jax.vjp(lambda x, y: jax.jvp(attend, (x,), (y,)), x, y)
@@ -29,19 +34,27 @@ def derivatives(backend: str, dtype, x: dict, y: dict, bars) -> dict:
     return jax.jit(all_of_them)(x, y)
 
 
-@pytest.mark.parametrize("common", [0, 10, 100])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_error_is_within_twice_that_of_dense_attention(dtype, common):
+@pytest.mark.parametrize(
+    "backend, dtype, common",
+    [
+        *itertools.product(["xla"], [jnp.bfloat16, jnp.float16], [0, 10, 100]),
+        ("pallas_tpu", jnp.bfloat16, 100),
+        pytest.param("pallas_tpu", jnp.bfloat16, 0, marks=pytest.mark.slow),
+        pytest.param("pallas_tpu", jnp.float16, 100, marks=pytest.mark.slow),
+    ],
+)
+def test_error_is_within_twice_that_of_dense_attention(backend, dtype, common):
     """`common`: how far the tangents of a row's scores lie from 0, in terms of their spread: |mu| >> spread."""
-    x, y = CASE.problem(0), CASE.problem(1)
+    case = CASES[backend]
+    x, y = case.problem(0), case.problem(1)
     if common:  # every key moves by the same large vector, on which every query has a positive component
         y = {name: 0.1 * a + (common * 0.1 if name in ("k", "cached_k") else 0) for name, a in y.items()}
         x |= {"q": abs(x["q"])}
-    bars = tuple(np.random.default_rng(2).normal(size=(2, CASE.T, CASE.N, CASE.H)))
+    bars = tuple(np.random.default_rng(2).normal(size=(2, case.T, case.N, case.H)))
     exact = [jax.tree.map(lambda a: np.asarray(jnp.asarray(a, dtype).astype(jnp.float32)), z) for z in (x, y, bars)]
-    actual, dense = (derivatives(backend, dtype, *exact) for backend in ("xla", "reference"))
+    actual, dense = (derivatives(case, name, dtype, *exact) for name in (backend, "reference"))
     with jax.enable_x64(True):
-        expected = derivatives("reference", jnp.float64, *exact)
+        expected = derivatives(case, "reference", jnp.float64, *exact)
     wide = jax.tree.map(lambda a: np.asarray(a.astype(jnp.float32), np.float64), (actual, dense))
     for name in expected:
         leaves = zip(*map(jax.tree.leaves, (wide[0][name], wide[1][name], expected[name])), strict=True)

@@ -1,5 +1,8 @@
 """Which keys a block of queries can see: the band that a window cuts out of the score matrix, in blocks.
 
+`Band` is of blocks of queries, each with all its keys in one slice; `Tiles` cuts these into square tiles, of which
+hardware kernels compute one at a time.
+
 Shapes: `T` queries, `S` keys, `W` consecutive keys that one block of queries is given.
 """
 
@@ -8,6 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 MAX_BLOCK = 128  # queries; more no longer makes the matrix products faster, and the scores outgrow the caches
 MIN_BLOCK = 16  # queries; with fewer the loop costs more than the keys it saves
@@ -54,6 +58,65 @@ class Band(NamedTuple):
     def num_scores(self) -> int:
         """Scores that a pass over the band computes."""
         return sum((s.last_block - s.first_block) * self.block * s.num_keys for s in self.segments)
+
+
+class Tiles(NamedTuple):
+    """The square tiles that hold every visible score, aligned at the last position, which queries and keys share.
+
+    What is missing of a block of queries or keys is missing in front. Keys that no query sees belong to no block. So a
+    query's own key has the same place in its block as the query, in the last tile of its row of tiles.
+    """
+
+    num_queries: int  # T
+    num_keys: int  # S
+    window: int  # 1 ... S
+    block: int
+
+    @property
+    def seen_keys(self) -> int:
+        """How many of the last keys some query sees."""
+        return min(self.num_keys, self.num_queries + self.window - 1)
+
+    @property
+    def query_blocks(self) -> int:
+        """Rows of tiles."""
+        return -(-self.num_queries // self.block)
+
+    @property
+    def key_blocks(self) -> int:
+        """Columns of tiles."""
+        return self.blocks_of(self.num_keys)
+
+    @property
+    def cached_blocks(self) -> int:
+        """Columns before the first query's own."""
+        return self.key_blocks - self.query_blocks
+
+    @property
+    def reach(self) -> int:
+        """Tiles that a row of them has at most before its last."""
+        return -(-(self.window - 1) // self.block)
+
+    def blocks_of(self, num_keys: int) -> int:
+        """Blocks that hold the last `num_keys` keys, as far as they are seen."""
+        return -(-min(num_keys, self.seen_keys) // self.block)
+
+    def columns(self, row):
+        """First and last column of a row, which may be traced."""
+        own = row + self.cached_blocks
+        return jnp.maximum(own - self.reach, 0), own
+
+    def rows(self, column):
+        """First and last row of a column, which may be traced."""
+        own = column - self.cached_blocks
+        return jnp.maximum(own, 0), jnp.minimum(own + self.reach, self.query_blocks - 1)
+
+    def visit(self, num_columns: int, by_column: bool) -> np.ndarray:
+        """Rows and columns [2, tiles] of all tiles of the last `num_columns`, row by row or column by column."""
+        row, column = np.mgrid[: self.query_blocks, : self.key_blocks].astype(np.int32)
+        back = row + self.cached_blocks - column
+        inside = (back >= 0) & (back <= self.reach) & (column >= self.key_blocks - num_columns)
+        return np.stack([a.T[inside.T] if by_column else a[inside] for a in (row, column)])
 
 
 def num_visible(num_queries: int, num_keys: int, window: int) -> int:

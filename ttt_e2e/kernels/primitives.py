@@ -25,7 +25,9 @@ end with (o, lse), where these are known from an earlier pass.
 Parameter `num_keys`: how many of the last keys gradients are wanted of.
 """
 
-from functools import partial
+from functools import lru_cache, partial
+from importlib import import_module
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +36,15 @@ from jax.interpreters import ad, batching, mlir
 
 from ttt_e2e.kernels import tiles, xla
 
-BACKENDS = {"xla": xla}  # modules with the functions forward, tangent, dual, reverse and second_reverse of xla.py
+# Modules beside this one with the functions forward, tangent, dual, reverse and second_reverse of xla.py.
+BACKENDS = ("xla", "pallas_tpu", "mosaic_gpu")
 POINT = 6  # operands
+
+
+@lru_cache
+def passes(backend: str) -> ModuleType:
+    """The module; imported when first wanted, as those for accelerators are slow to import and not everywhere there."""
+    return import_module(f"{__package__}.{backend}")
 
 
 def attend(q, k_cached, v_cached, k, v, num_empty, *known, window: int, backend: str, fused: bool):
@@ -53,7 +62,7 @@ def attend(q, k_cached, v_cached, k, v, num_empty, *known, window: int, backend:
 def _forward(q, k_cached, v_cached, k, v, num_empty, *known, window, backend, fused):
     if known:
         return known
-    return BACKENDS[backend].forward(q, _join(k_cached, k), _join(v_cached, v), num_empty, window=window)
+    return passes(backend).forward(q, _join(k_cached, k), _join(v_cached, v), num_empty, window=window)
 
 
 def _dual(q, k, v, num_empty, *operands, window, backend):
@@ -61,29 +70,29 @@ def _dual(q, k, v, num_empty, *operands, window, backend):
     y, known = _split(operands, 3)
     if known:
         return *known, *_tangent(q, k, v, num_empty, *known, *y, window=window, backend=backend)
-    return BACKENDS[backend].dual(q, k, v, num_empty, *y, window=window)
+    return passes(backend).dual(q, k, v, num_empty, *y, window=window)
 
 
 def _tangent(*operands, window, backend):
-    return BACKENDS[backend].tangent(*operands, window=window)
+    return passes(backend).tangent(*operands, window=window)
 
 
 def _reverse(*operands, window, backend, num_keys):
-    return BACKENDS[backend].reverse(*operands, window=window, num_keys=num_keys)
+    return passes(backend).reverse(*operands, window=window, num_keys=num_keys)
 
 
 def _hessian(*operands, window, backend, num_keys):
     """(operands: point, bars, y, bars_dot) -> tangents of `reverse`, tangents of (o, lse)."""
     point, bars, y, bars_dot = _split(operands, POINT, 2, 3)
     out_dot = _tangent(*point, *y, window=window, backend=backend)
-    second_reverse = BACKENDS[backend].second_reverse
+    second_reverse = passes(backend).second_reverse
     x_bar = second_reverse(*point, *y, *out_dot, *bars, *bars_dot, window=window, num_keys=num_keys)[:3]
     return *x_bar, *out_dot
 
 
 def _second_reverse(*operands, window, backend, num_keys):
     """(operands: point, y, tangents of (o, lse), their cotangents) -> cotangents of x, y."""
-    return BACKENDS[backend].second_reverse(*operands, window=window, num_keys=num_keys)
+    return passes(backend).second_reverse(*operands, window=window, num_keys=num_keys)
 
 
 def _dual_tangent(*operands, window, backend):
@@ -250,7 +259,7 @@ def _split(operands, *sizes):
 
 
 def _high_jvp(primitive, implementation, linear_from, primals, tangents, **params):
-    """JVP of a linear primitive: itself where nothing else moves, else autodiff of its implementation."""
+    """JVP of a linear primitive: itself where nothing else moves, else autodiff of its implementation, by XLA."""
     if not _any(*tangents[:linear_from]):
         linear = map(ad.instantiate_zeros, tangents[linear_from:])
         return primitive.bind(*primals, **params), primitive.bind(*primals[:linear_from], *linear, **params)
@@ -258,7 +267,7 @@ def _high_jvp(primitive, implementation, linear_from, primals, tangents, **param
 
     def moved(*values):
         operands = dict(enumerate(primals)) | dict(zip(moving, values))
-        return list(implementation(*operands.values(), **params))
+        return list(implementation(*operands.values(), **params | {"backend": "xla"}))
 
     return jax.jvp(moved, [primals[i] for i in moving], [tangents[i] for i in moving])
 

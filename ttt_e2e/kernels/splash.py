@@ -16,7 +16,7 @@ def attend(q_TNH, k_TGH, v_TGH, *, window: int, interpret: bool = False):
     T, N, H = q_TNH.shape
     G, width = v_TGH.shape[1:]
     q_GRTH = (q_TNH * H**-0.5).astype(q_TNH.dtype).reshape(T, G, N // G, H).transpose(1, 2, 0, 3)
-    q_GRTH, k_GTH, v_GTH = (_pad(a) for a in (q_GRTH, k_TGH.swapaxes(0, 1), v_TGH.swapaxes(0, 1)))
+    q_GRTH, k_GTH, v_GTH = (_pad(_lowered(a)) for a in (q_GRTH, k_TGH.swapaxes(0, 1), v_TGH.swapaxes(0, 1)))
     padded_T = k_GTH.shape[1]
     band = splash_attention.LocalMask((padded_T, padded_T), (window - 1 if window else None, 0), offset=0)
     kernel = splash_attention.make_splash_mqa_single_device(
@@ -24,6 +24,11 @@ def attend(q_TNH, k_TGH, v_TGH, *, window: int, interpret: bool = False):
     )
     out_GRTH = jax.vmap(kernel)(q_GRTH, k_GTH, v_GTH)[..., :T, :width]
     return out_GRTH.transpose(2, 0, 1, 3).reshape(T, N, width).astype(v_TGH.dtype)
+
+
+def _lowered(a):
+    """TPU kernels have no float16; float32 holds all of it."""
+    return a.astype(jnp.float32) if a.dtype == jnp.float16 else a
 
 
 def _pad(a):

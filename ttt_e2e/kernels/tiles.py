@@ -11,16 +11,10 @@ others being constant; gradients likewise cover the last `num_keys`. Matrix prod
 and accumulate in float32 or wider, as all scores and statistics are.
 """
 
-import jax
 import jax.numpy as jnp
 
-# Finite, unlike finfo.min and -inf: with those the second derivative of a softmax is NaN.
-MASKED_SCORE = -1e30
-
-
-def wide(dtype):
-    """The dtype of scores and statistics."""
-    return jnp.promote_types(dtype, jnp.float32)
+from ttt_e2e.kernels import score_tiles
+from ttt_e2e.kernels.score_tiles import mean, wide
 
 
 def forward(q, k, v, visible):
@@ -44,7 +38,7 @@ def reverse(q, k, v, lse, o_bar, lse_bar, visible, num_keys):
     """Gradients of q, k, v [5]."""
     p = _probabilities(q, k, lse, visible)
     p_bar = _products(o_bar, v)
-    scores_bar = p * (p_bar - _mean(p, p_bar) + lse_bar)
+    scores_bar = score_tiles.scores_bar(p, p_bar, mean(p, p_bar), lse_bar)
     scale = q.shape[-1] ** -0.5
     k_bar = _sum_rows(scores_bar[..., -num_keys:], q) * scale
     return _sum_keys(scores_bar, k) * scale, k_bar, _sum_rows(p[..., -num_keys:], o_bar)
@@ -63,7 +57,7 @@ def second_reverse(q, k, v, lse, q_dot, k_dot, v_dot, lse_dot, bars, visible, nu
     p = _probabilities(q, k, lse, visible)
     centred = _add_last(_scores(q_dot, k), _scores(q, k_dot)) - lse_dot
     p_dot_bar = _products(o_dot_bar, v)
-    centred_bar = p_dot_bar - _mean(p, p_dot_bar) + lse_dot_bar
+    centred_bar = score_tiles.deviation(p_dot_bar, mean(p, p_dot_bar), lse_dot_bar)
     p_bar = _add_last(centred * centred_bar, _products(o_dot_bar, v_dot))
     v_bar = _sum_rows((p * centred)[..., -num_keys:], o_dot_bar)
     lse_bar = 0
@@ -71,7 +65,7 @@ def second_reverse(q, k, v, lse, q_dot, k_dot, v_dot, lse_dot, bars, visible, nu
         o_bar, lse_bar = o_bars
         p_bar += _products(o_bar, v)
         v_bar += _sum_rows(p[..., -num_keys:], o_bar)
-    scores_dot_bar, scores_bar = p * centred_bar, p * (p_bar - _mean(p, p_bar) + lse_bar)
+    scores_dot_bar, scores_bar = p * centred_bar, score_tiles.scores_bar(p, p_bar, mean(p, p_bar), lse_bar)
     scale = q.shape[-1] ** -0.5
     q_bar = _sum_keys(scores_bar, k) + _sum_keys(_last(scores_dot_bar, k_dot), k_dot)
     k_bar = _sum_rows(scores_bar[..., -num_keys:], q) + _sum_rows(scores_dot_bar[..., -num_keys:], q_dot)
@@ -81,22 +75,19 @@ def second_reverse(q, k, v, lse, q_dot, k_dot, v_dot, lse_dot, bars, visible, nu
 
 def _softmax(q, k, visible):
     """Unnormalised weights, their total, lse."""
-    scores = jnp.where(visible, _scores(q, k), MASKED_SCORE)
-    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - largest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights, total, largest + jnp.log(total)
+    weights, largest, total = score_tiles.soften(score_tiles.mask(_scores(q, k), visible))
+    return weights, total, score_tiles.lse(largest, total)
 
 
 def _tangent(p, q, k, v, q_dot, k_dot, v_dot):
     scores_dot = _add_last(_scores(q_dot, k), _scores(q, k_dot))
-    lse_dot = _mean(p, scores_dot)
+    lse_dot = mean(p, scores_dot)
     o_dot = _sum_keys(p * (scores_dot - lse_dot), v) + _sum_keys(_last(p, v_dot), v_dot)
     return o_dot, lse_dot
 
 
 def _probabilities(q, k, lse, visible):
-    return jnp.exp(jnp.where(visible, _scores(q, k), MASKED_SCORE) - lse)
+    return score_tiles.probabilities(score_tiles.mask(_scores(q, k), visible), lse)
 
 
 def _products(rows, keys):
@@ -108,26 +99,15 @@ def _scores(q, k):
 
 
 def _sum_keys(weights, keys):
-    """Weighted sums of keys. What rounding the weights takes from a row's total is given back at one of the keys.
-
-    Many weights sum to 0 over a row: rounded they would not, and what all keys have in common would not cancel.
-    """
-    narrow = weights.astype(keys.dtype)
+    """Weighted sums of keys. What rounding the weights takes from a row's total is given back at the last key."""
+    narrow, lost = score_tiles.narrow(weights, keys.dtype)
     sums = jnp.einsum("...rtw,...wh->...rth", narrow, keys, preferred_element_type=weights.dtype)
-    if narrow.dtype == weights.dtype:
-        return sums
-    lost = jnp.sum(weights - narrow.astype(weights.dtype), axis=-1, keepdims=True)
-    return sums + lost * keys[..., None, -1:, :].astype(weights.dtype)
+    return sums if lost is None else sums + lost * keys[..., None, -1:, :].astype(weights.dtype)
 
 
 def _sum_rows(weights, rows):
     weights = weights.astype(rows.dtype)
     return jnp.einsum("...rtw,...rth->...wh", weights, rows, preferred_element_type=wide(rows.dtype))
-
-
-def _mean(p, scores):
-    """Of each row."""
-    return jnp.sum(p * scores, axis=-1, keepdims=True)
 
 
 def _last(scores, keys):

@@ -6,9 +6,11 @@ Shapes: `T` queries, `C` cached keys, `S` keys in view, `N` query heads, `G` key
 
 import logging
 from functools import lru_cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.kernels import cudnn, primitives, reference, splash
@@ -17,6 +19,22 @@ from ttt_e2e.kernels import cudnn, primitives, reference, splash
 FIRST_ORDER = {"cudnn": cudnn.attend, "splash": splash.attend}
 BACKENDS = ("reference", *primitives.BACKENDS, *FIRST_ORDER)
 DERIVATIVES = ("any", "first_order", "reverse_of_tangent")
+KERNELS = {"pallas_tpu": "tpu", "mosaic_gpu": "gpu"}  # and the platform they are for; on CPUs they are interpreted
+
+
+class Faster(NamedTuple):
+    """A kernel that was measured to be faster than what `auto` takes otherwise, and where."""
+
+    backend: str
+    derivatives: tuple[str, ...]  # that the caller takes
+    head_widths: tuple[int, ...]
+    min_window: int  # keys that a query sees; full attention sees all
+
+
+# Kind of device, as `jax.devices()[0].device_kind` names it -> what is faster there; the first that fits is taken.
+# Empty, as no kernel has been measured on hardware. An entry is made from the rows of `ttt-e2e bench window_attention`
+# on that device: forward and reverse count for "first_order", reverse_of_tangent for the other two.
+FASTER: dict[str, tuple[Faster, ...]] = {}
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +73,8 @@ def window_attention(
         fewer products so. "any" is always right.
       known: the result of an earlier call with these queries, keys and values, `with_lse`; it is not computed again.
       with_lse: whether to return lse too, the log of the softmax's denominator.
-      backend: "reference" (dense), "xla" (blocked, everywhere), "cudnn" and "splash" (first order only), or "auto".
+      backend: "reference" (dense), "xla" (blocked, everywhere), "pallas_tpu" and "mosaic_gpu" (kernels for TPUs and
+        Hopper GPUs), "cudnn" and "splash" (first order only), or "auto": the fastest known.
 
     Returns:
       Attention output [T, N, H] in the dtype of the values; `with_lse`, (output, lse [T, N]).
@@ -69,12 +88,17 @@ def window_attention(
     _check_one_of("backend", backend, ("auto", *BACKENDS))
     T, N, _ = q_TNH.shape
     G = k_SGH.shape[1]
-    obstacle = _first_order_obstacle(q_TNH, k_SGH, cached_k, num_empty, derivatives == "first_order", known or with_lse)
+    operands = [a for a in (q_TNH, k_SGH, v_SGH, *cached) if a is not None]
+    first_order = derivatives == "first_order"
+    obstacle = _first_order_obstacle(q_TNH, k_SGH, cached_k, num_empty, first_order, known or with_lse)
     if backend == "auto":
-        backend = _choose(jax.default_backend(), fused=not obstacle)
-    if backend in FIRST_ORDER:
+        num_keys = k_SGH.shape[0] + (0 if cached_k is None else cached_k.shape[0])
+        backend = _choose(operands, min(window or num_keys, num_keys), derivatives, fused=not obstacle)
+    elif backend in FIRST_ORDER or backend in KERNELS:
+        obstacle = obstacle if backend in FIRST_ORDER else _kernel_obstacle(backend, operands)
         if obstacle:
             raise UserError(f"backend = {backend!r} of window_attention {obstacle}: use auto, xla or reference")
+    if backend in FIRST_ORDER:
         return FIRST_ORDER[backend](q_TNH, k_SGH, v_SGH, window=window)
     if backend == "reference":
         k_SGH, v_SGH = (a if c is None else jnp.concatenate([c, a]) for c, a in zip(cached, (k_SGH, v_SGH)))
@@ -102,12 +126,47 @@ def window_attention(
     return (by_position(out_GRTH), by_position(lse_GRT)) if with_lse else by_position(out_GRTH)
 
 
-@lru_cache
-def _choose(platform: str, fused: bool) -> str:
-    """What `auto` means, logged once for every answer."""
-    backend = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla") if fused else "xla"
-    logger.info("window_attention on %s: backend %s%s", platform, backend, " (first order)" if fused else "")
+def _choose(operands, num_visible: int, derivatives: str, fused: bool) -> str:
+    """What `auto` means; `fused`: whether the fused kernels of others can do it."""
+    platform, kind = jax.default_backend(), jax.devices()[0].device_kind
+    undivided = _is_undivided()
+    backend = {"gpu": "cudnn", "tpu": "splash" if undivided else "xla"}.get(platform, "xla") if fused else "xla"
+    for faster in FASTER.get(kind, ()) if undivided else ():
+        fits = derivatives in faster.derivatives and operands[0].shape[-1] in faster.head_widths
+        if fits and num_visible >= faster.min_window and not _kernel_obstacle(faster.backend, operands):
+            backend = faster.backend
+            break
+    _log_choice(platform, backend, derivatives == "first_order" and backend != "xla")
     return backend
+
+
+def _is_undivided() -> bool:
+    """Whether the arrays here lie on one device for certain: XLA cannot divide Pallas kernels among several."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 or (not mesh.empty and set(mesh.axis_types) == {AxisType.Manual})
+
+
+@lru_cache
+def _log_choice(platform: str, backend: str, first_order: bool) -> None:
+    """Once for every answer."""
+    logger.info("window_attention on %s: backend %s%s", platform, backend, " (first order)" if first_order else "")
+
+
+def _kernel_obstacle(backend: str, operands) -> str:
+    """Why a kernel for accelerators cannot do it; empty where it can."""
+    platform = jax.default_backend()
+    if platform not in (KERNELS[backend], "cpu"):
+        return f"is for {KERNELS[backend]}s, not {platform}s"
+    try:
+        kernels = primitives.passes(backend)
+    except ImportError as error:
+        return f"cannot be imported here ({error})"
+    if platform == "cpu" and not kernels.can_interpret():
+        return f"cannot be interpreted by JAX {jax.__version__}, and there is no {KERNELS[backend]}"
+    dtypes = {a.dtype for a in operands}
+    if len(dtypes) > 1:
+        return f"takes arrays of one dtype, not of {' and '.join(sorted(map(str, dtypes)))}"
+    return kernels.obstacle(*operands[:3])
 
 
 def _first_order_obstacle(q_TNH, k_SGH, cached_k, num_empty, first_order: bool, needs_lse) -> str:
