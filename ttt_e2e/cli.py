@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from ttt_e2e.config import Config, suggestion, to_dict
 from ttt_e2e.errors import EXIT_REQUEUE, PreemptedError, UserError
-from ttt_e2e.flags import load_config_file, override, parse
+from ttt_e2e.evaluation import flags as evaluation_flags
+from ttt_e2e.flags import load_config_file, override, parse, sampling, string
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,9 +54,9 @@ def prepare(argv: list[str]) -> None:
     """Tokenise text into a token store."""
 
     def define(values):
-        _string(values, "input", "stdlib, or a file, directory or glob of .txt .md .py .jsonl, plain or .gz.")
-        _string(values, "tokenizer", "bytes, a SentencePiece MODEL.model, or train:VOCAB to train one on the input.")
-        _string(values, "output", "Directory of the token store to write.")
+        string(values, "input", "stdlib, or a file, directory or glob of .txt .md .py .jsonl, plain or .gz.")
+        string(values, "tokenizer", "bytes, a SentencePiece MODEL.model, or train:VOCAB to train one on the input.")
+        string(values, "output", "Directory of the token store to write.")
         flags.DEFINE_integer("min_tokens", 0, "Leave out shorter documents.", lower_bound=0, flag_values=values)
         flags.DEFINE_integer("num_workers", -1, "Tokenising processes; -1 = one per core.", flag_values=values)
 
@@ -73,7 +74,7 @@ def train(argv: list[str]) -> None:
 
     def define(values):
         _config(values)
-        _string(values, "workdir", "Run directory; a run that it holds is resumed.")
+        string(values, "workdir", "Run directory; a run that it holds is resumed.")
         _processes(values)
 
     values, overrides = parse(argv, define, "ttt-e2e train: train a model, or resume its run.")
@@ -93,8 +94,8 @@ def evaluate(argv: list[str]) -> None:
 
     def define(values):
         _trained_model(values)
-        _string(values, "output", "Directory for what is found; default: WORKDIR/evaluation.")
-        _long_context(values)
+        string(values, "output", "Directory for what is found; default: WORKDIR/evaluation.")
+        evaluation_flags.define(values)
         _processes(values)
 
     values, overrides = parse(argv, define, "ttt-e2e evaluate: held-out loss of a checkpoint, or what it recalls.")
@@ -102,7 +103,7 @@ def evaluate(argv: list[str]) -> None:
     if not values.workdir:
         _require(values, "checkpoint", "output")
     checkpoint, output = values.checkpoint or values.workdir, values.output or f"{values.workdir}/evaluation"
-    asked = _asked_evaluations(values)
+    asked = evaluation_flags.asked(values)
     is_main = _join(values)
     if not asked:
         from ttt_e2e.evaluation.token_losses import evaluate
@@ -132,18 +133,18 @@ def generate(argv: list[str]) -> None:
 
     def define(values):
         _trained_model(values)
-        _string(values, "prompt", "Text to continue; without any, a new document.")
-        _string(values, "prompt_file", "File with the prompt, or .jsonl with one a line, in the field `prompt`.")
+        string(values, "prompt", "Text to continue; without any, a new document.")
+        string(values, "prompt_file", "File with the prompt, or .jsonl with one a line, in the field `prompt`.")
         flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate; 0 = only read.", flag_values=values)
-        _sampling(values)
+        sampling(values)
         flags.DEFINE_float("repetition_penalty", 1.0, "Weakens tokens that were there; 1 = off.", flag_values=values)
-        flags.DEFINE_multi_string("stop", [], "Text to stop before; may be given repeatedly.", flag_values=values)
-        _string(values, "learn", "Learn while reading from: all, prompt or none.", "all")
-        _string(values, "load_state", "Saved state to go on from.")
-        _string(values, "save_state", "Directory to save the state in afterwards.")
-        _string(values, "precision", "Of the saved fast weights: float32 or bfloat16.", "float32")
+        flags.DEFINE_multistring("stop", [], "Text to stop before; may be given repeatedly.", flag_values=values)
+        string(values, "learn", "Learn while reading from: all, prompt or none.", "all")
+        string(values, "load_state", "Saved state to go on from.")
+        string(values, "save_state", "Directory to save the state in afterwards.")
+        string(values, "precision", "Of the saved fast weights: float32 or bfloat16.", "float32")
         flags.DEFINE_integer("max_length", 0, "Tokens full attention has room for; 0 = as needed.", flag_values=values)
-        _string(values, "output", "File for results as JSON lines; default: stdout.")
+        string(values, "output", "File for results as JSON lines; default: stdout.")
 
     values, overrides = parse(argv, define, "ttt-e2e generate: continue prompts, learning while reading them.")
     config = _resolve(values, overrides)
@@ -156,8 +157,8 @@ def generate(argv: list[str]) -> None:
     from ttt_e2e.inference.sampling import Sampling
 
     prompts = read_prompts(values.prompt_file) if values.prompt_file else [values.prompt]
-    sampling = Sampling(values.temperature, values.top_k, values.top_p, values.repetition_penalty)
-    settings = Settings(values.max_new_tokens, sampling, values.seed, tuple(values.stop), values.learn)
+    drawn = Sampling(values.temperature, values.top_k, values.top_p, values.repetition_penalty)
+    settings = Settings(values.max_new_tokens, drawn, values.seed, tuple(values.stop), values.learn)
     states = {"load_from": values.load_state, "save_to": values.save_state, "precision": values.precision}
     checkpoint = values.checkpoint or values.workdir
     generate(config, checkpoint, prompts, settings, **states, output=values.output, max_length=values.max_length)
@@ -169,8 +170,8 @@ def import_(argv: list[str]) -> None:
     def define(values):
         flags.DEFINE_enum("source", None, ["official"], "Program that wrote it.", flag_values=values)
         _config(values)
-        _string(values, "checkpoint", "The checkpoint to read.")
-        _string(values, "output", "Checkpoint directory to write, for --checkpoint or config.train.init_from.")
+        string(values, "checkpoint", "The checkpoint to read.")
+        string(values, "output", "Checkpoint directory to write, for --checkpoint or config.train.init_from.")
 
     values, overrides = parse(argv, define, "ttt-e2e import: convert a checkpoint of another program.")
     _require(values, "source", "checkpoint", "output")
@@ -187,7 +188,7 @@ def report(argv: list[str]) -> None:
         flags.DEFINE_list(
             "workdirs", None, "Run directories, A,B,...; a sweep directory stands for its runs.", flag_values=values
         )
-        _string(values, "output", "Directory for the plots and report.html.")
+        string(values, "output", "Directory for the plots and report.html.")
 
     values, _ = parse(argv, define, "ttt-e2e report: plots and a page of one or several runs.")
     _require(values, "workdirs", "output")
@@ -201,6 +202,7 @@ def report(argv: list[str]) -> None:
 def bench(argv: list[str]) -> None:
     """Measure time, FLOPs and memory: bench window_attention, attention_check, meta_gradient or latency."""
     from ttt_e2e.bench import attention_check, latency, meta_gradient, window_attention
+    from ttt_e2e.bench import flags as bench_flags
 
     benchmarks = {
         "window_attention": window_attention.run,
@@ -214,20 +216,17 @@ def bench(argv: list[str]) -> None:
             f"bench takes the name of a benchmark first, not {name!r}: {suggestion(name, list(benchmarks))}"
         )
     run = benchmarks.get(name, meta_gradient.run)
-    parameters = inspect.signature(run).parameters
-    options = [p for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
 
     def define(values):
-        _string(values, "output", "Directory for results.json and results.md.")
-        if "config" in parameters:
+        string(values, "output", "Directory for results.json and results.md.")
+        if "config" in inspect.signature(run).parameters:
             _config(values)
-        for option in options:
-            _bench_flag(values, option.name, option.default)
+        bench_flags.define(values, run)
 
     values, overrides = parse(argv[1:], define, f"ttt-e2e bench {name}: {inspect.getdoc(run)}")
     _require(values, "output")
     config = {"config": _resolve(values, overrides)} if overrides or ("config" in values and values.config) else {}
-    run(values.output, **config, **{option.name: _bench_value(values, option) for option in options})
+    run(values.output, **config, **bench_flags.arguments(values, run))
 
 
 COMMANDS = {
@@ -246,22 +245,18 @@ def _help() -> str:
     return "\n".join(["usage: ttt-e2e COMMAND --flag=value ...  (ttt-e2e COMMAND --help lists its flags)", *lines])
 
 
-def _string(values: flags.FlagValues, name: str, text: str, default: str = "") -> None:
-    flags.DEFINE_string(name, default, text, flag_values=values)
-
-
 def _config(values: flags.FlagValues) -> None:
-    _string(values, "config", "Config file, FILE.py[:ARG]; override fields by --config.section.field=value.")
+    string(values, "config", "Config file, FILE.py[:ARG]; override fields by --config.section.field=value.")
 
 
 def _trained_model(values: flags.FlagValues) -> None:
     _config(values)
-    _string(values, "workdir", "Run directory to take the newest checkpoint of.")
-    _string(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
+    string(values, "workdir", "Run directory to take the newest checkpoint of.")
+    string(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
 
 
 def _processes(values: flags.FlagValues) -> None:
-    _string(values, "coordinator", "HOST:PORT of process 0, where several processes make one run; default: by cluster.")
+    string(values, "coordinator", "HOST:PORT of process 0, where several processes make one run; default: by cluster.")
     flags.DEFINE_integer("num_processes", 0, "Processes of the run; 0 = as the cluster says.", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0; -1 = by cluster.", flag_values=values)
     bound = {"lower_bound": 1, "flag_values": values}
@@ -288,102 +283,6 @@ def _leave(code: int) -> int:
 def _is_of_a_peer(error: Exception) -> bool:
     distributed = sys.modules.get("ttt_e2e.outer.distributed")
     return bool(distributed) and distributed.is_of_a_peer(error)
-
-
-def _sampling(values: flags.FlagValues) -> None:
-    flags.DEFINE_float("temperature", 1.0, "0 = always the likeliest token.", flag_values=values)
-    flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0 = off.", flag_values=values)
-    flags.DEFINE_float("top_p", 1.0, "Draw from the fewest with this probability; 1 = off.", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Of what is drawn.", flag_values=values)
-
-
-# The flags that each evaluation of long contexts takes, after the one that asks for it.
-LONG_CONTEXT = {
-    "context_lengths": ("scored_tokens", "num_stretches"),
-    "needle": ("needle_lengths", "needle_depths", "needle_samples"),
-    "generation": (
-        *("generation_prompt_tokens", "generation_tokens", "generation_samples"),
-        *("temperature", "top_k", "top_p", "seed", "judge"),
-    ),
-}
-
-
-def _long_context(values: flags.FlagValues) -> None:
-    lengths = "Instead: loss of the same held-out tokens after contexts of these lengths, as 1024,2048,4096."
-    flags.DEFINE_list("context_lengths", [], lengths, flag_values=values)
-    scored = "Last tokens of a context that the loss is taken of; 0 = as many as the shortest length."
-    flags.DEFINE_integer("scored_tokens", 0, scored, flag_values=values)
-    stretches = "At most as many stretches of held-out text, each of the longest length; 0 = all."
-    flags.DEFINE_integer("num_stretches", 32, stretches, flag_values=values)
-    tasks = "Instead: retrieval of 1 = a number in noise, 2 = a number in text, 3 = a UUID in text, as 1,2,3."
-    flags.DEFINE_list("needle", [], tasks, flag_values=values)
-    lengths = "Tokens of the prompts; default: a quarter, half, one and two of the trained length, where they fit."
-    flags.DEFINE_list("needle_lengths", [], lengths, flag_values=values)
-    depths = "Where in the text the needle is, in percent."
-    flags.DEFINE_list("needle_depths", ["0", "25", "50", "75", "100"], depths, flag_values=values)
-    flags.DEFINE_integer("needle_samples", 4, "Prompts for each task, length and depth.", flag_values=values)
-    continuations = "Instead: continuations of held-out documents, scored by a judge."
-    flags.DEFINE_boolean("generation", False, continuations, flag_values=values)
-    prompt = "First tokens of a document to continue; 0 = half the trained length."
-    flags.DEFINE_integer("generation_prompt_tokens", 0, prompt, flag_values=values)
-    flags.DEFINE_integer("generation_tokens", 128, "Tokens to generate, at most.", flag_values=values)
-    flags.DEFINE_integer("generation_samples", 16, "Documents to continue, at most.", flag_values=values)
-    _sampling(values)
-    _string(values, "judge", "Run directory of the judge, or a checkpoint in one; default: the model itself.")
-
-
-def _asked_evaluations(values: flags.FlagValues) -> list:
-    """The evaluations of long contexts that are asked for, each a module with its settings."""
-    for evaluation, names in LONG_CONTEXT.items():
-        for name in names:
-            if values[name].present and not values[evaluation].value:
-                raise UserError(f"--{name} belongs to --{evaluation}, which is missing")
-    asked = []
-    if values.context_lengths:
-        from ttt_e2e.evaluation import context_lengths
-
-        lengths = _integers(values, "context_lengths")
-        asked.append((context_lengths, context_lengths.Settings(lengths, values.scored_tokens, values.num_stretches)))
-    if values.needle:
-        from ttt_e2e.evaluation import needle
-
-        lists = (_integers(values, name) for name in ("needle", "needle_lengths", "needle_depths"))
-        asked.append((needle, needle.Settings(*lists, values.needle_samples)))
-    if values.generation:
-        from ttt_e2e.evaluation import generation
-        from ttt_e2e.inference.sampling import Sampling
-
-        sizes = (values.generation_prompt_tokens, values.generation_tokens, values.generation_samples)
-        sampling = Sampling(values.temperature, values.top_k, values.top_p)
-        asked.append((generation, generation.Settings(*sizes, sampling, values.seed, values.judge)))
-    return asked
-
-
-def _integers(values: flags.FlagValues, name: str) -> tuple[int, ...]:
-    """What a flag lists. Raises `UserError` where that is anything but integers."""
-    try:
-        return tuple(map(int, values[name].value))
-    except ValueError:
-        listed = ",".join(values[name].value)
-        raise UserError(f"--{name}={listed}: it takes integers separated by commas") from None
-
-
-def _bench_flag(values: flags.FlagValues, name: str, default) -> None:
-    """A flag for an option of a benchmark: a list of values where its default is one."""
-    kinds = {int: flags.DEFINE_integer, str: flags.DEFINE_string, bool: flags.DEFINE_boolean, tuple: flags.DEFINE_list}
-    define = kinds[type(default)]
-    text = "Several may be given, separated by commas." if isinstance(default, tuple) else "Size of the case."
-    define(name, list(map(str, default)) if isinstance(default, tuple) else default, text, flag_values=values)
-
-
-def _bench_value(values: flags.FlagValues, option: inspect.Parameter):
-    value = values[option.name].value
-    if not isinstance(option.default, tuple):
-        return value
-    try:
-        return tuple(map(type(option.default[0]), value))
-    except ValueError:
-        raise UserError(f"--{option.name}={','.join(value)}: it takes integers separated by commas") from None
 
 
 def _require(values: flags.FlagValues, *names: str) -> None:

@@ -1,0 +1,41 @@
+"""Flags of `ttt-e2e bench NAME`: one for each keyword-only parameter of the benchmark's function."""
+
+import inspect
+from collections.abc import Callable
+
+from absl import flags
+
+from ttt_e2e.errors import UserError
+
+
+def define(values: flags.FlagValues, run: Callable) -> None:
+    """Defines them, with the parameters' defaults."""
+    for option in _options(run):
+        _flag(values, option.name, option.default)
+
+
+def arguments(values: flags.FlagValues, run: Callable) -> dict:
+    """What the flags say, as keyword arguments. Raises `UserError` where one lists anything but integers."""
+    return {option.name: _value(values, option) for option in _options(run)}
+
+
+def _options(run: Callable) -> list[inspect.Parameter]:
+    return [p for p in inspect.signature(run).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def _flag(values: flags.FlagValues, name: str, default) -> None:
+    """A flag for an option of a benchmark: a list of values where its default is one."""
+    kinds = {int: flags.DEFINE_integer, str: flags.DEFINE_string, bool: flags.DEFINE_boolean, tuple: flags.DEFINE_list}
+    define = kinds[type(default)]
+    text = "Several may be given, separated by commas." if isinstance(default, tuple) else "Size of the case."
+    define(name, list(map(str, default)) if isinstance(default, tuple) else default, text, flag_values=values)
+
+
+def _value(values: flags.FlagValues, option: inspect.Parameter):
+    value = values[option.name].value
+    if not isinstance(option.default, tuple):
+        return value
+    try:
+        return tuple(map(type(option.default[0]), value))
+    except ValueError:
+        raise UserError(f"--{option.name}={','.join(value)}: it takes integers separated by commas") from None
