@@ -28,7 +28,15 @@ def attend_one(q_NH, *parts: Keys):
     """
     q_GRH = q_NH.reshape(parts[0].k_GSH.shape[0], -1, q_NH.shape[-1])
     # The R query heads of a key head as so many rows of one. What sees nothing has an lse of about -1e30.
-    results = [tiles.forward(q_GRH[:, None], k_GSH, v_GSH, visible_S) for k_GSH, v_GSH, visible_S in parts]
+    results = [
+        tiles.forward(q_GRH[:, None], k_GSH, v_GSH, _view(visible_S, q_GRH.shape[1]))
+        for k_GSH, v_GSH, visible_S in parts
+    ]
     outs, lses = (jnp.stack(arrays) for arrays in zip(*results))
     out_G1RH = jnp.sum(jax.nn.softmax(lses, axis=0) * outs, axis=0)
     return out_G1RH.reshape(q_NH.shape[0], -1).astype(parts[0].v_GSH.dtype)
+
+
+def _view(visible_S, num_rows: int) -> tiles.View:
+    last = jnp.max(jnp.where(visible_S, jnp.arange(visible_S.shape[0]), 0))
+    return tiles.View(visible_S, jnp.full(num_rows, last))

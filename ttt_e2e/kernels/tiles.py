@@ -11,40 +11,51 @@ others being constant; gradients likewise cover the last `num_keys`. Matrix prod
 and accumulate in float32 or wider, as all scores and statistics are.
 """
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 
 from ttt_e2e.kernels import score_tiles
 from ttt_e2e.kernels.score_tiles import mean, wide
 
 
-def forward(q, k, v, visible):
+class View(NamedTuple):
+    """What the queries of a block see."""
+
+    visible: jax.Array  # [..., t, W], or what broadcasts to it: whether a query sees a key
+    own_t: jax.Array  # the last key that each query sees, by its place among the W
+
+
+def forward(q, k, v, view):
     """Output and lse [2 matrix products]."""
-    weights, total, lse = _softmax(q, k, visible)
-    return _sum_keys(weights, v) / total, lse
+    weights, total, lse = _softmax(q, k, view)
+    return _sum_keys(weights, v, view) / total, lse
 
 
-def tangent(q, k, v, lse, q_dot, k_dot, v_dot, visible):
+def tangent(q, k, v, lse, q_dot, k_dot, v_dot, view):
     """o_dot and lse_dot [5]."""
-    return _tangent(_probabilities(q, k, lse, visible), q, k, v, q_dot, k_dot, v_dot)
+    return _tangent(_probabilities(q, k, lse, view), q, k, v, q_dot, k_dot, v_dot, view)
 
 
-def dual(q, k, v, q_dot, k_dot, v_dot, visible):
+def dual(q, k, v, q_dot, k_dot, v_dot, view):
     """Output, lse and the tangents of both [6]: the forward and tangent passes in one."""
-    weights, total, lse = _softmax(q, k, visible)
-    return _sum_keys(weights, v) / total, lse, *_tangent(weights / total, q, k, v, q_dot, k_dot, v_dot)
+    weights, total, lse = _softmax(q, k, view)
+    o = _sum_keys(weights, v, view) / total
+    return o, lse, *_tangent(weights / total, q, k, v, q_dot, k_dot, v_dot, view)
 
 
-def reverse(q, k, v, lse, o_bar, lse_bar, visible, num_keys):
+def reverse(q, k, v, lse, o_bar, lse_bar, view, num_keys):
     """Gradients of q, k, v [5]."""
-    p = _probabilities(q, k, lse, visible)
+    p = _probabilities(q, k, lse, view)
     p_bar = _products(o_bar, v)
     scores_bar = score_tiles.scores_bar(p, p_bar, mean(p, p_bar), lse_bar)
     scale = q.shape[-1] ** -0.5
     k_bar = _sum_rows(scores_bar[..., -num_keys:], q) * scale
-    return _sum_keys(scores_bar, k) * scale, k_bar, _sum_rows(p[..., -num_keys:], o_bar)
+    return _sum_keys(scores_bar, k, view) * scale, k_bar, _sum_rows(p[..., -num_keys:], o_bar)
 
 
-def second_reverse(q, k, v, lse, q_dot, k_dot, v_dot, lse_dot, bars, visible, num_keys):
+def second_reverse(q, k, v, lse, q_dot, k_dot, v_dot, lse_dot, bars, view, num_keys):
     """Reverse of the forward and its tangent at once [15; 13 without the cotangents of o and lse].
 
     Args:
@@ -54,7 +65,7 @@ def second_reverse(q, k, v, lse, q_dot, k_dot, v_dot, lse_dot, bars, visible, nu
       Gradients of q, k, v and of q_dot, k_dot, v_dot, the latter for as many keys as there are tangents of.
     """
     o_dot_bar, lse_dot_bar, *o_bars = bars
-    p = _probabilities(q, k, lse, visible)
+    p = _probabilities(q, k, lse, view)
     centred = _add_last(_scores(q_dot, k), _scores(q, k_dot)) - lse_dot
     p_dot_bar = _products(o_dot_bar, v)
     centred_bar = score_tiles.deviation(p_dot_bar, mean(p, p_dot_bar), lse_dot_bar)
@@ -67,27 +78,27 @@ def second_reverse(q, k, v, lse, q_dot, k_dot, v_dot, lse_dot, bars, visible, nu
         v_bar += _sum_rows(p[..., -num_keys:], o_bar)
     scores_dot_bar, scores_bar = p * centred_bar, score_tiles.scores_bar(p, p_bar, mean(p, p_bar), lse_bar)
     scale = q.shape[-1] ** -0.5
-    q_bar = _sum_keys(scores_bar, k) + _sum_keys(_last(scores_dot_bar, k_dot), k_dot)
+    q_bar = _sum_keys(scores_bar, k, view) + _sum_keys(_last(scores_dot_bar, k_dot), k_dot, view)
     k_bar = _sum_rows(scores_bar[..., -num_keys:], q) + _sum_rows(scores_dot_bar[..., -num_keys:], q_dot)
-    dots = _sum_keys(scores_dot_bar, k) * scale, _sum_rows(_last(scores_dot_bar, k_dot), q) * scale
+    dots = _sum_keys(scores_dot_bar, k, view) * scale, _sum_rows(_last(scores_dot_bar, k_dot), q) * scale
     return q_bar * scale, k_bar * scale, v_bar, *dots, _sum_rows(_last(p, v_dot), o_dot_bar)
 
 
-def _softmax(q, k, visible):
+def _softmax(q, k, view):
     """Unnormalised weights, their total, lse."""
-    weights, largest, total = score_tiles.soften(score_tiles.mask(_scores(q, k), visible))
+    weights, largest, total = score_tiles.soften(score_tiles.mask(_scores(q, k), view.visible))
     return weights, total, score_tiles.lse(largest, total)
 
 
-def _tangent(p, q, k, v, q_dot, k_dot, v_dot):
+def _tangent(p, q, k, v, q_dot, k_dot, v_dot, view):
     scores_dot = _add_last(_scores(q_dot, k), _scores(q, k_dot))
     lse_dot = mean(p, scores_dot)
-    o_dot = _sum_keys(p * (scores_dot - lse_dot), v) + _sum_keys(_last(p, v_dot), v_dot)
+    o_dot = _sum_keys(p * (scores_dot - lse_dot), v, view) + _sum_keys(_last(p, v_dot), v_dot, view)
     return o_dot, lse_dot
 
 
-def _probabilities(q, k, lse, visible):
-    return score_tiles.probabilities(score_tiles.mask(_scores(q, k), visible), lse)
+def _probabilities(q, k, lse, view):
+    return score_tiles.probabilities(score_tiles.mask(_scores(q, k), view.visible), lse)
 
 
 def _products(rows, keys):
@@ -98,11 +109,17 @@ def _scores(q, k):
     return _products(q, k) * q.shape[-1] ** -0.5
 
 
-def _sum_keys(weights, keys):
-    """Weighted sums of keys. What rounding the weights takes from a row's total is given back at the last key."""
+def _sum_keys(weights, keys, view):
+    """Weighted sums of the last keys. What rounding the weights takes from a row's total is given back at its own key.
+
+    At a later one, what a query reads would depend on what it must not see.
+    """
     narrow, lost = score_tiles.narrow(weights, keys.dtype)
     sums = jnp.einsum("...rtw,...wh->...rth", narrow, keys, preferred_element_type=weights.dtype)
-    return sums if lost is None else sums + lost * keys[..., None, -1:, :].astype(weights.dtype)
+    if lost is None:
+        return sums
+    own_t = view.own_t - (view.visible.shape[-1] - keys.shape[-2])
+    return sums + lost * jnp.take(keys, own_t, axis=-2)[..., None, :, :].astype(weights.dtype)
 
 
 def _sum_rows(weights, rows):

@@ -19,8 +19,8 @@ from ttt_e2e.kernels import bands, tiles
 def forward(q, k, v, num_empty, *, window):
     """Output [..., R, T, H] and lse [..., R, T]."""
 
-    def tile(rows, keys, visible):
-        return tiles.forward(*rows, *keys, visible), ()
+    def tile(rows, keys, view):
+        return tiles.forward(*rows, *keys, view), ()
 
     (o, lse), _ = _sweep(tile, (q,), (k, v), num_empty, window, outputs=(v.shape[-1], 1))
     return o.astype(v.dtype), lse[..., 0]
@@ -29,9 +29,9 @@ def forward(q, k, v, num_empty, *, window):
 def tangent(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, *, window):
     """Tangents of the output and of lse."""
 
-    def tile(rows, keys, visible):
+    def tile(rows, keys, view):
         (q, lse, q_dot), (k, v, k_dot, v_dot) = rows, keys
-        return tiles.tangent(q, k, v, lse, q_dot, k_dot, v_dot, visible), ()
+        return tiles.tangent(q, k, v, lse, q_dot, k_dot, v_dot, view), ()
 
     rows, keys = (q, lse[..., None], q_dot), (k, v, k_dot, v_dot)
     (o_dot, lse_dot), _ = _sweep(tile, rows, keys, num_empty, window, outputs=(o.shape[-1], 1))
@@ -41,9 +41,9 @@ def tangent(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, *, window):
 def dual(q, k, v, num_empty, q_dot, k_dot, v_dot, *, window):
     """`forward` and `tangent` in one: output, lse and the tangents of both."""
 
-    def tile(rows, keys, visible):
+    def tile(rows, keys, view):
         (q, q_dot), (k, v, k_dot, v_dot) = rows, keys
-        return tiles.dual(q, k, v, q_dot, k_dot, v_dot, visible), ()
+        return tiles.dual(q, k, v, q_dot, k_dot, v_dot, view), ()
 
     H = v.shape[-1]
     (o, lse, o_dot, lse_dot), _ = _sweep(
@@ -55,9 +55,9 @@ def dual(q, k, v, num_empty, q_dot, k_dot, v_dot, *, window):
 def reverse(q, k, v, num_empty, o, lse, o_bar, lse_bar, *, window, num_keys):
     """Gradients of q and of the last `num_keys` of k and v."""
 
-    def tile(rows, keys, visible):
+    def tile(rows, keys, view):
         (q, *rows), (k, v) = rows, keys
-        q_bar, k_bar, v_bar = tiles.reverse(q, k, v, *rows, visible, min(num_keys, k.shape[-2]))
+        q_bar, k_bar, v_bar = tiles.reverse(q, k, v, *rows, view, min(num_keys, k.shape[-2]))
         return (q_bar,), (k_bar, v_bar)
 
     rows = (q, lse[..., None], o_bar, lse_bar[..., None])
@@ -72,10 +72,10 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
     `bars` are the cotangents of (o_dot, lse_dot) and, where these have any, of (o, lse).
     """
 
-    def tile(rows, keys, visible):
+    def tile(rows, keys, view):
         (q, lse, q_dot, lse_dot, *bars), (k, v, k_dot, v_dot) = rows, keys
         q_bar, k_bar, v_bar, q_dot_bar, k_dot_bar, v_dot_bar = tiles.second_reverse(
-            q, k, v, lse, q_dot, k_dot, v_dot, lse_dot, bars, visible, min(num_keys, k.shape[-2])
+            q, k, v, lse, q_dot, k_dot, v_dot, lse_dot, bars, view, min(num_keys, k.shape[-2])
         )
         return (q_bar, q_dot_bar), (k_bar, v_bar, k_dot_bar, v_dot_bar)
 
@@ -94,7 +94,7 @@ def _sweep(tile, rows, keys, num_empty, window, *, outputs=(), sums=()):
     """Calls `tile` for every block of queries, with the keys that it can see.
 
     Args:
-      tile: (rows, keys, visible) -> (rows, keys): what it gives for its queries, and what it adds to its keys' sums.
+      tile: (rows, keys, `View`) -> (rows, keys): what it gives for its queries, and what it adds to its keys' sums.
       rows: arrays [..., R, T, any].
       keys: arrays [..., L, any] of the last L of the S keys; the first array has them all.
       num_empty: leading keys that no query sees.
@@ -128,7 +128,7 @@ def _sweep(tile, rows, keys, num_empty, window, *, outputs=(), sums=()):
 
         row_parts = [_slice(a, block * band.block, band.block) for a in rows]
         key_parts = [_slice(a, start(a, length), min(num_keys, length)) for a, length in zip(keys, lengths)]
-        new, more = tile(row_parts, key_parts, _visible(band, block, stop, num_keys, num_empty))
+        new, more = tile(row_parts, key_parts, _view(band, block, stop, num_keys, num_empty))
         outputs = [_update(a, part.astype(dtype), block * band.block) for a, part in zip(outputs, new)]
         starts = [start(a, length) for a, length in zip(sums, sum_lengths)]
         sums = [_update(a, _slice(a, i, part.shape[-2]) + part, i) for a, i, part in zip(sums, starts, more)]
@@ -141,11 +141,14 @@ def _sweep(tile, rows, keys, num_empty, window, *, outputs=(), sums=()):
     return [a[..., :T, :] for a in outputs], [a[..., -length:, :] for a, length in zip(sums, sum_lengths)]
 
 
-def _visible(band, block, stop, num_keys, num_empty):
-    """Which of the `num_keys` keys before position `stop` the queries of a block see: [..., 1, 1, t, W]."""
-    query = band.end(block - 1) + jnp.arange(band.block)[:, None]
+def _view(band, block, stop, num_keys, num_empty) -> tiles.View:
+    """What the queries of a block see of the `num_keys` keys before position `stop`."""
+    query_t = band.end(block - 1) + jnp.arange(band.block)
     key = stop - num_keys + jnp.arange(num_keys)
-    return (key <= query) & (key > query - band.window) & (key >= num_empty[..., None, None, None, None])
+    query = query_t[:, None]
+    visible = (key <= query) & (key > query - band.window) & (key >= num_empty[..., None, None, None, None])
+    own_t = jnp.minimum(query_t, stop - 1) - (stop - num_keys)  # of padded queries, any
+    return tiles.View(visible, own_t)
 
 
 def _pad(a, before, after):
