@@ -82,6 +82,13 @@ def test_exact_equals_the_reference(name, policy, reference):
     assert_equal(gradients(inner, **network["model"]), reference(name))
 
 
+def test_block_by_block_with_windows_that_alternate():
+    """A period of two windows: the reverse under "block" walks back through periods, and in them through blocks."""
+    model = {"mixer": "window,attention", "num_fast_blocks": 4, "num_hidden_layers": 6, "tie_word_embeddings": True}
+    ours = gradients({"clip_norm": 0.5, "remat": "block", "trajectory": "segment", "segment_length": 2}, **model)
+    assert_equal(ours, gradients({"clip_norm": 0.5, "gradient": "reference"}, **model))
+
+
 @pytest.mark.parametrize("change", ({"gradient": "first_order"}, {"truncate": 2}))
 def test_cut_gradients_are_the_reference_with_constants_in_place(change, reference, monkeypatch):
     """First order: the inner gradient is a constant. Truncated: every second mini-batch's fast weights are."""

@@ -23,14 +23,14 @@ def walk(inner: InnerConfig):
         next_fast, saved = trajectory.take_step(inner, fast, gradient, RATE)
         return (next_fast,), (fast, (saved, ()))
 
-    def reverse_step(carry, fast, update, known, gradient):
-        return carry, (fast, update)
+    def reverse_step(carry, taken, known, gradient):
+        return carry, taken.weights()
 
     def replay_step(fast, gradient):
         return fast - RATE * gradient, ()
 
     (final,), (forward_M, saved) = trajectory.scan(inner, inner_step, (start,), gradients_M)
-    _, (rebuilt_M, updates_M) = trajectory.reverse_scan(inner, reverse_step, replay_step, (), final, saved, gradients_M)
+    _, (rebuilt_M, updates_M) = trajectory.reverse_scan(inner, reverse_step, replay_step, (), saved, gradients_M)
     np.testing.assert_allclose(updates_M, forward_M - jnp.concatenate([forward_M[1:], final[None]]), atol=1e-6)
     return forward_M, rebuilt_M
 

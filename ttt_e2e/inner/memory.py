@@ -68,6 +68,8 @@ def held_bytes(inner: InnerConfig, graphdef, fast, slow, tokens) -> int:
         return prefix
     # Carried or made anew by each step: W_i, W_bar, g, u and the update; gradients of slow weights, and their sum.
     carried = 5 * size["fast"] + 2 * size["slow"]
+    if inner.remat == "block":  # of u and the gradients no more than a block's
+        carried = 3 * size["fast"] + size["slow"]
     if inner.trajectory == "segment":
         length = trajectory.segment_length(inner, tokens.shape[1] // inner.mini_batch_size)
         carried += length * (size["fast"] + size["kept"])

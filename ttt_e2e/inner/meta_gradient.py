@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_e2e.config import InnerConfig
-from ttt_e2e.inner import trajectory
+from ttt_e2e.inner import by_block, trajectory
 from ttt_e2e.inner.step import MiniBatch, clip_scale, is_cut, sgd_update, target_weights
 from ttt_e2e.model import KeyValues
 from ttt_e2e.model.dual_loss import HeadPass, dual_nll, head_pass
@@ -41,7 +41,6 @@ class Residuals(NamedTuple):
     stream_BLSGH: KeyValues  # K empty positions, then all keys and values; window caches are slices of it
     scale_MB: jax.Array  # clip scales
     trajectory: Any  # what rebuilds W_i, and what else is known of each mini-batch
-    final_fast: Any  # W_M
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -86,13 +85,13 @@ def forward_scan(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniB
     stream = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), empty, new)
     nll_BMb = nll_MBb.swapaxes(0, 1)
     loss_BM = jnp.sum(target_weights(mini_batches.is_target_b, nll_BMb.dtype) * nll_BMb, axis=-1)
-    residuals = Residuals(slow, mini_batches_M, learning_rate, stream, scale_MB, saved, final)
+    residuals = Residuals(slow, mini_batches_M, learning_rate, stream, scale_MB, saved)
     return (loss_BM, nll_BMb, final), residuals
 
 
 def _reverse(suffix_def, inner: InnerConfig, residuals: Residuals, cotangents):
     loss_bar_BM, nll_bar_BMb, final_bar = cotangents
-    slow, mini_batches_M, learning_rate, stream, scale_MB, saved, final = residuals
+    slow, mini_batches_M, learning_rate, stream, scale_MB, saved = residuals
     M, _, b, _ = mini_batches_M.x_bD.shape
     K = stream.k.shape[2] - M * b
 
@@ -102,28 +101,39 @@ def _reverse(suffix_def, inner: InnerConfig, residuals: Residuals, cotangents):
         gradient, head, _, kept = inner_gradient(suffix_def, inner, fast, slow, seen, mini_batch)
         return jax.vmap(sgd_update)(fast, gradient, learning_rate * scale_B), (head, kept)
 
-    def reverse_step(carry, fast, update, known, step):
-        fast_bar, cache_bar, slow_bar = carry
+    def reverse_step(carry, taken, known, step):
+        fast_bar, slow_bar, cache_bar = carry
         mini_batch, i, scale_B, loss_bar_B, nll_bar_Bb = step
         weight_Bb = target_weights(mini_batch.is_target_b, nll_bar_Bb.dtype)
-        seeds = (nll_bar_Bb + loss_bar_B[:, None] * weight_Bb, cache_bar)
-        cache, num_empty = window_cache(stream, i, b, K)
-        direction = jax.vmap(_update_cotangent)(fast_bar, update, learning_rate * scale_B, scale_B < 1)
-        program = reverse_program(suffix_def, inner, direction, mini_batch, num_empty, *known)
-        if inner.gradient != "first_order":
-            seeds = (*seeds, weight_Bb)
-        _, pull_back = jax.vjp(program, fast, cache, slow, mini_batch.x_bD)
-        fast_bar_i, cache_bar, slow_bar_i, x_bar_BbD = pull_back(seeds)
-        fast_bar = jax.tree.map(jnp.add, fast_bar, fast_bar_i)
+        seeds = nll_bar_Bb + loss_bar_B[:, None] * weight_Bb, weight_Bb
+        fast, update = taken.weights()
+        rate_B = learning_rate * scale_B
+        parallel_B = jax.vmap(_parallel_part)(fast_bar, update, scale_B < 1)
+        if inner.remat == "block" and inner.gradient != "first_order":
+
+            def of_block(block, fast_bar):
+                fast, update = taken.weights(block)
+                cache = jax.tree.map(lambda s: _block_of_cache(s, block, i * b, K), stream)
+                return fast, jax.vmap(_update_cotangent)(fast_bar, update, rate_B, parallel_B), cache
+
+            sums, num_empty, head = by_block.Sums(*carry), jnp.maximum(K - i * b, 0), known[0]
+            sums, x_bar_BbD = by_block.pull_back(suffix_def, sums, slow, of_block, num_empty, mini_batch, head, seeds)
+            fast_bar, slow_bar, cache_bar = sums
+        else:
+            cache, num_empty = window_cache(stream, i, b, K)
+            direction = jax.vmap(_update_cotangent)(fast_bar, update, rate_B, parallel_B)
+            program = reverse_program(suffix_def, inner, direction, mini_batch, num_empty, *known)
+            seeds = (seeds[0], cache_bar, *(() if inner.gradient == "first_order" else seeds[1:]))
+            _, pull_back = jax.vjp(program, fast, cache, slow, mini_batch.x_bD)
+            fast_bar_i, cache_bar, slow_bar_i, x_bar_BbD = pull_back(seeds)
+            fast_bar, slow_bar = jax.tree.map(jnp.add, (fast_bar, slow_bar), (fast_bar_i, slow_bar_i))
         if inner.truncate:
             fast_bar = jax.tree.map(lambda w: jnp.where(is_cut(inner, i), 0, w), fast_bar)
-        return (fast_bar, cache_bar, jax.tree.map(jnp.add, slow_bar, slow_bar_i)), x_bar_BbD
+        return (fast_bar, slow_bar, cache_bar), x_bar_BbD
 
     steps = (mini_batches_M, jnp.arange(M), scale_MB, loss_bar_BM.T, nll_bar_BMb.swapaxes(0, 1))
-    carry = (final_bar, *jax.tree.map(jnp.zeros_like, (window_cache(stream, 0, b, K)[0], slow)))
-    (fast_bar, _, slow_bar), x_bar_M = trajectory.reverse_scan(
-        inner, reverse_step, replay_step, carry, final, saved, steps
-    )
+    carry = (final_bar, *jax.tree.map(jnp.zeros_like, (slow, window_cache(stream, 0, b, K)[0])))
+    (fast_bar, slow_bar, _), x_bar_M = trajectory.reverse_scan(inner, reverse_step, replay_step, carry, saved, steps)
     return fast_bar, slow_bar, MiniBatch(x_bar_M.swapaxes(0, 1), None, None), None
 
 
@@ -194,16 +204,26 @@ def window_cache(stream_BLSGH: KeyValues, i, b: int, K: int):
     return cache, jnp.maximum(K - i * b, 0)
 
 
-def _update_cotangent(fast_bar, update, rate, is_clipped):
-    """u: the cotangent of g in W_{i+1} = W_i - eta s(g) g, given that of W_{i+1}; `rate` is eta s.
+def _block_of_cache(stream_BLSGH, block, start, K: int):
+    """[B, K, G, H]: `window_cache` of one block, in one slice."""
+    B, _, _, G, H = stream_BLSGH.shape
+    return jax.lax.dynamic_slice(stream_BLSGH, (0, block, start, 0, 0), (B, 1, K, G, H))[:, 0]
 
-    `update` is D = W_i - W_{i+1}, parallel to g: where the gradient was clipped, s(g) g has a constant norm, and what
-    is parallel to g drops out. Nothing is divided by eta, which may be 0.
+
+def _update_cotangent(fast_bar, update, rate, parallel):
+    """u: the cotangent of g in W_{i+1} = W_i - eta s(g) g, given that of W_{i+1}; `rate` is eta s."""
+    return jax.tree.map(lambda w_bar, d: -(rate * (w_bar - parallel * d)).astype(w_bar.dtype), fast_bar, update)
+
+
+def _parallel_part(fast_bar, update, is_clipped):
+    """<D, W_bar> / |D|^2, or 0: how much of D = W_i - W_{i+1} to take out of the cotangent of W_{i+1}.
+
+    D is parallel to g: where the gradient was clipped, s(g) g has a constant norm, and what is parallel to g drops out.
+    Nothing is divided by eta, which may be 0.
     """
     squared_norm = _inner_product(update, update)
     is_clipped &= squared_norm > 0
-    parallel = jnp.where(is_clipped, _inner_product(update, fast_bar) / jnp.where(is_clipped, squared_norm, 1), 0)
-    return jax.tree.map(lambda w_bar, d: -(rate * (w_bar - parallel * d)).astype(w_bar.dtype), fast_bar, update)
+    return jnp.where(is_clipped, _inner_product(update, fast_bar) / jnp.where(is_clipped, squared_norm, 1), 0)
 
 
 def _inner_product(a, b):

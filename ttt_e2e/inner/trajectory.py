@@ -13,6 +13,8 @@ Shapes: `M` mini-batches of the sequence, `n` of a segment.
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +23,41 @@ from ttt_e2e.config import InnerConfig
 from ttt_e2e.inner.step import sgd_update
 
 
+class Step(NamedTuple):
+    """Where the weights before and after a step are: its own arrays are slices of these, made where they are used."""
+
+    first: Any  # W of the first step of all those in `next_n`
+    next_n: Any  # W after each of them
+    i: jax.Array  # which of them this is
+
+    def weights(self, block=None):
+        """(W_i, W_i - W_{i+1}); of one block of stacks [B, L, ...] where `block`, its index, is given."""
+        first = self.first if block is None else jax.tree.map(partial(_entry, i=block, axis=1), self.first)
+        next_fast, before = (jax.tree.map(partial(_entry, i=i, block=block), self.next_n) for i in (self.i, self.i - 1))
+        fast = jax.tree.map(partial(jnp.where, self.i == 0), first, before)
+        return fast, jax.tree.map(jnp.subtract, fast, next_fast)
+
+
+class RoundedStep(NamedTuple):
+    """As `Step`, where the update is what is known."""
+
+    next_fast: Any
+    update: Any
+
+    def weights(self, block=None):
+        """As of `Step`."""
+        next_fast, update = self
+        if block is not None:
+            next_fast, update = jax.tree.map(partial(_entry, i=block, axis=1), (next_fast, update))
+        update = jax.tree.map(lambda d, w: d.astype(w.dtype), update, next_fast)
+        return jax.tree.map(jnp.add, next_fast, update), update
+
+
 def take_step(inner: InnerConfig, fast, gradient, rate):
     """(W_{i+1}, what is saved of step i; segments save nothing of a single step)."""
     if inner.trajectory != "delta":
-        return sgd_update(fast, gradient, rate), fast if inner.trajectory == "store" else None
+        next_fast = sgd_update(fast, gradient, rate)
+        return next_fast, next_fast if inner.trajectory == "store" else None
     update = jax.tree.map(lambda g: (rate * g).astype(jnp.bfloat16), gradient)
     return jax.tree.map(lambda w, d: w - d.astype(w.dtype), fast, update), update
 
@@ -37,8 +70,10 @@ def scan(inner: InnerConfig, inner_step: Callable, carry, steps):
     Returns:
       The final carry, and (outputs, what is saved for `reverse_scan`).
     """
+    first = carry[0]
     if inner.trajectory != "segment":
-        return jax.lax.scan(inner_step, carry, steps)
+        carry, (outputs, (saved_M, known_M)) = jax.lax.scan(inner_step, carry, steps)
+        return carry, (outputs, (carry[0] if inner.trajectory == "delta" else first, saved_M, known_M))
 
     def run_segment(carry, segment):
         start = carry[0]
@@ -49,49 +84,54 @@ def scan(inner: InnerConfig, inner_step: Callable, carry, steps):
     return carry, (jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs), starts)
 
 
-def reverse_scan(inner: InnerConfig, reverse_step: Callable, replay_step: Callable, carry, final, saved, steps):
+def reverse_scan(inner: InnerConfig, reverse_step: Callable, replay_step: Callable, carry, saved, steps):
     """`jax.lax.scan` of the backward pass, from the last step to the first.
 
     Args:
-      reverse_step: (carry, W_i, W_i - W_{i+1}, known, step) -> (carry, outputs).
+      reverse_step: (carry, `Step` or `RoundedStep`, known, step) -> (carry, outputs).
       replay_step: (W_i, step) -> (W_{i+1}, known), as in the forward pass.
       carry: of the last step.
-      final: W_M.
       saved: what `scan` saved.
       steps: what each step reads; leading axis M.
 
     Returns:
       The first step's carry, and the outputs stacked.
     """
+    if inner.trajectory == "delta":
+        final, update_M, known_M = saved
 
-    def undo(next_fast_and_carry, saved_and_step):
-        next_fast, carry = next_fast_and_carry
-        (saved, known), step = saved_and_step
-        if inner.trajectory == "delta":
-            update = jax.tree.map(lambda d, w: d.astype(w.dtype), saved, next_fast)
-            fast = jax.tree.map(jnp.add, next_fast, update)
-        else:
-            fast = saved
-            update = jax.tree.map(jnp.subtract, fast, next_fast)
-        carry, outputs = reverse_step(carry, fast, update, known, step)
-        return (fast, carry), outputs
+        def undo_rounded(carry, step):
+            next_fast, carry = carry
+            update, known, step = step
+            taken = RoundedStep(next_fast, update)
+            carry, outputs = reverse_step(carry, taken, known, step)
+            return (taken.weights()[0], carry), outputs
 
-    if inner.trajectory != "segment":
-        (_, carry), outputs = jax.lax.scan(undo, (final, carry), (saved, steps), reverse=True)
+        (_, carry), outputs = jax.lax.scan(undo_rounded, (final, carry), (update_M, known_M, steps), reverse=True)
         return carry, outputs
 
-    def undo_segment(next_fast_and_carry, start_and_segment):
+    def undo_all(carry, first, next_n, known_n, steps):
+        def undo(carry, step):
+            i, known, step = step
+            return reverse_step(carry, Step(first, next_n, i), known, step)
+
+        places = jnp.arange(len(jax.tree.leaves(steps)[0]))
+        return jax.lax.scan(undo, carry, (places, known_n, steps), reverse=True)
+
+    if inner.trajectory == "store":
+        return undo_all(carry, *saved, steps)
+
+    def undo_segment(carry, start_and_segment):
         start, segment = start_and_segment
 
         def redo(fast, step):
             next_fast, known = replay_step(fast, step)
-            return next_fast, (fast, known)
+            return next_fast, (next_fast, known)
 
-        _, saved = jax.lax.scan(redo, start, segment)
-        return jax.lax.scan(undo, next_fast_and_carry, (saved, segment), reverse=True)
+        _, (next_n, known_n) = jax.lax.scan(redo, start, segment)
+        return undo_all(carry, start, next_n, known_n, segment)
 
-    segments = _segments(inner, steps)
-    (_, carry), outputs = jax.lax.scan(undo_segment, (final, carry), (saved, segments), reverse=True)
+    carry, outputs = jax.lax.scan(undo_segment, carry, (saved, _segments(inner, steps)), reverse=True)
     return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
 
 
@@ -104,3 +144,16 @@ def segment_length(inner: InnerConfig, num_mini_batches: int) -> int:
 def _segments(inner: InnerConfig, steps):
     length = segment_length(inner, len(jax.tree.leaves(steps)[0]))
     return jax.tree.map(lambda a: a.reshape(-1, length, *a.shape[1:]), steps)
+
+
+def _entry(stacked, i, axis=0, block=None):
+    """Entry i along an axis; with `block`, of that the entry `block` along its second axis, in one slice of `stacked`.
+
+    Two slices, one after the other, would make XLA copy the whole entry for each block, or before all of them.
+    """
+    starts, sizes = [0] * stacked.ndim, list(stacked.shape)
+    for place, at in ((i, axis), (block, axis + 2)):
+        if place is not None:
+            starts[at], sizes[at] = jnp.maximum(place, 0), 1
+    taken = jax.lax.dynamic_slice(stacked, starts, sizes)
+    return jnp.squeeze(taken, axis if block is None else (axis, axis + 2))
