@@ -44,8 +44,8 @@ test: install  ## run the tests, but for the slow ones
 test-all: install  ## run all tests
 	$(PYTEST)
 
-test-parity: install  ## run the parity and gradient tests only
-	$(PYTEST) -m 'not slow' tests/parity tests/inner
+test-parity: install  ## run the parity, gradient and Hopper kernel tests only
+	$(PYTEST) -m 'not slow' tests/parity tests/inner tests/kernels/test_mosaic_gpu.py
 
 lint: install  ## check style and format
 	$(BIN)/ruff check .
