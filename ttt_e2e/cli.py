@@ -138,7 +138,7 @@ def generate(argv: list[str]) -> None:
         flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate; 0 = only read.", flag_values=values)
         sampling(values)
         flags.DEFINE_float("repetition_penalty", 1.0, "Weakens tokens that were there; 1 = off.", flag_values=values)
-        flags.DEFINE_multistring("stop", [], "Text to stop before; may be given repeatedly.", flag_values=values)
+        flags.DEFINE_multi_string("stop", [], "Text to stop before; may be given repeatedly.", flag_values=values)
         string(values, "learn", "Learn while reading from: all, prompt or none.", "all")
         string(values, "load_state", "Saved state to go on from.")
         string(values, "save_state", "Directory to save the state in afterwards.")
