@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from tests.kernels.cases import relative_error
+from ttt_e2e.bench.attention_check import PASSES, pass_operands
 from ttt_e2e.kernels import mosaic_gpu, xla
 
-PASSES = ("forward", "tangent", "dual", "reverse", "second_reverse")
 interpreted = pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="JAX interprets these kernels from 0.11.2 on")
 
 
@@ -66,15 +66,7 @@ def operands(p: Problem, dtype=None) -> dict:
     x = abs(rows()) if p.common else rows(), array(B, 1, p.S, p.H), array(B, 1, p.S, p.H), jnp.asarray(p.num_empty)
     y = rows(), array(B, 1, L, p.H, offset=p.common), array(B, 1, L, p.H)
     bars = rows(), statistics(), rows(), statistics()
-    out = xla.forward(*x, window=p.window)
-    out_dot = xla.tangent(*x, *out, *y, window=p.window)
-    return {
-        "forward": x,
-        "tangent": (*x, *out, *y),
-        "dual": (*x, *y),
-        "reverse": (*x, *out, *bars[:2]),
-        "second_reverse": (*x, *out, *y, *out_dot, *bars),
-    }
+    return pass_operands(x, y, bars, p.window)
 
 
 def run(module, name: str, p: Problem, dtype=None):

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from tests.kernels.cases import Case, nestings, relative_error, results, third_derivatives
+from ttt_e2e.bench.attention_check import pass_operands
 from ttt_e2e.kernels import bands, pallas_tpu, window_attention, xla
 
 
@@ -73,16 +74,9 @@ def operands(p: Problem, dtype, batch=()) -> dict:
     x = rows(p.H), keys(p.S, p.H), keys(p.S, p.value_width), num_empty
     y = rows(p.H), keys(L, p.H), keys(L, p.value_width)
     bars = rows(p.value_width), statistics(), rows(p.value_width), statistics()
-    out = xla.forward(*x, window=p.window)
-    out_dot = xla.tangent(*x, *out, *y, window=p.window)
-    return {
-        "forward": x,
-        "tangent": (*x, *out, *y),
-        "dual": (*x, *y),
-        "reverse": (*x, *out, *bars[:2]),
-        "second_reverse": (*x, *out, *y, *out_dot, *bars[:2]),
-        "second_reverse of all": (*x, *out, *y, *out_dot, *bars),
-    }
+    of_passes = pass_operands(x, y, bars, p.window)
+    of_tangent = of_passes["second_reverse"][: -len(bars[2:])]  # without cotangents of the output itself
+    return of_passes | {"second_reverse": of_tangent, "second_reverse of all": of_passes["second_reverse"]}
 
 
 def passes(kernels, p: Problem, arrays: dict, **options) -> dict:

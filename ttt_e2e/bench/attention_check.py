@@ -85,6 +85,11 @@ def _operands(shape, window: int, num_empty: int, dtype, wide) -> dict:
     x = rows(), array(B, 1, C + T, H), array(B, 1, C + T, H), num_empty
     y = rows(), array(B, 1, T, H), array(B, 1, T, H)
     bars = rows(), statistics(), rows(), statistics()
+    return pass_operands(x, y, bars, window)
+
+
+def pass_operands(x, y, bars, window: int) -> dict:
+    """Operands of every pass at the point x = (q, k, v, num_empty), with tangents y and four cotangents `bars`."""
     out = xla.forward(*x, window=window)
     out_dot = xla.tangent(*x, *out, *y, window=window)
     return {

@@ -16,8 +16,9 @@ import numpy as np
 
 from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
+from ttt_e2e.outer.metrics import read_metrics
 from ttt_e2e.outer.run_directory import load_config
-from ttt_e2e.outer.text_files import read_json, read_json_lines
+from ttt_e2e.outer.text_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def _expand(workdir: Path) -> list[Path]:
 
 def _has_begun(workdir: Path) -> bool:
     path = workdir / "metrics.jsonl"
-    return path.is_file() and any("loss" in line for line in read_json_lines(path))
+    return path.is_file() and any("loss" in line for line in read_metrics(path))
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -100,7 +101,7 @@ def _read_run(workdir: Path, name: str) -> Run:
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is no run directory: it has no config.json")
     config = load_config(workdir)
-    lines = read_json_lines(workdir / "metrics.jsonl")
+    lines = read_metrics(workdir / "metrics.jsonl")
     # A run that was killed and resumed logs the steps since its checkpoint again: the later line counts.
     training = {line["step"]: line for line in lines if "loss" in line}
     held_out = {line["step"]: line for line in lines if "eval_loss" in line}

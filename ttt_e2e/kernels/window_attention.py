@@ -19,7 +19,7 @@ from ttt_e2e.kernels import cudnn, primitives, reference, splash
 FIRST_ORDER = {"cudnn": cudnn.attend, "splash": splash.attend}
 BACKENDS = ("reference", *primitives.BACKENDS, *FIRST_ORDER)
 DERIVATIVES = ("any", "first_order", "reverse_of_tangent")
-KERNELS = {"pallas_tpu": "tpu", "mosaic_gpu": "gpu"}  # and the platform they are for; on CPUs they are interpreted
+KERNELS = {"pallas_tpu": "tpu", "mosaic_gpu": "gpu"}  # and the platform they are for
 
 
 class Faster(NamedTuple):

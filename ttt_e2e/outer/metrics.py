@@ -3,6 +3,7 @@
 `metrics.jsonl` is always written; TensorBoard and Weights & Biases are optional copies, never needed to resume.
 """
 
+import contextlib
 import json
 import math
 
@@ -11,7 +12,7 @@ from etils import epath
 
 from ttt_e2e.config import Config, ModelConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.outer.text_files import read_json_lines
+from ttt_e2e.outer.text_files import parse_json, read_text
 
 # Dense bfloat16 matrix FLOP/s of one device, by the name JAX gives it (vendors' data sheets).
 PEAK_FLOPS = {
@@ -58,8 +59,25 @@ class MetricsWriter:
 
 
 def read_metrics(path) -> list[dict]:
-    """Lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
-    return read_json_lines(path)
+    """The lines of a `metrics.jsonl`, each with its `step`.
+
+    Only a last line without its end may be broken, and is left out: a kill cuts it short.
+
+    Raises:
+      UserError: another line is no object with a step, or the file cannot be read.
+    """
+    *whole, rest = read_text(path).split("\n")
+    objects = [_metrics_line(path, number, line) for number, line in enumerate(whole, start=1) if line.strip()]
+    with contextlib.suppress(UserError):
+        objects += [_metrics_line(path, len(whole) + 1, rest)] if rest else []
+    return objects
+
+
+def _metrics_line(path, number: int, line: str) -> dict:
+    values = parse_json(line, f"{path}, line {number}")
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        raise UserError(f"{path}, line {number} is {line[:80]!r}, but it takes a JSON object with an integer 'step'")
+    return values
 
 
 def first_not_finite(metrics: dict) -> str | None:

@@ -105,8 +105,10 @@ class StepLog:
         }
 
     def _time_use(self) -> dict:
-        """Where the time went: goodput of all the run, and of the steps since the last line, the worst process's share
-        of waiting for data and how far processes are apart in what they do alone."""
+        """Where the time went: goodput of all the run; and, of the steps since the last line, two more.
+
+        They are the worst process's share of waiting for data, and how far processes are apart in what they do alone.
+        """
         seconds_SPF = np.stack(self._since_written)
         alone_SP = seconds_alone(seconds_SPF)
         wait_P = seconds_in(seconds_SPF, "input").sum(axis=0) / seconds_of_step(seconds_SPF).sum(axis=0)
