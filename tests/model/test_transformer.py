@@ -214,9 +214,9 @@ def test_program_grows_neither_with_depth_nor_with_the_sequence():
 
     Unrolled, the program would be four times as long. The tenth is for attention, which cuts the beginning of a
     sequence, where fewer keys are seen, into up to a fixed number of parts. (A suffix of one or two blocks is
-    unrolled.)
+    unrolled: hence the last line.)
     """
     size = program_size(num_blocks=16, seq_len=16)
     assert abs(program_size(num_blocks=64, seq_len=64) - size) < 0.1 * size
     assert abs(program_size(num_blocks=64, seq_len=16) - size) < 0.03 * size
-    assert program_size(num_blocks=8, seq_len=16) < 1.2 * size
+    assert program_size(num_blocks=8, seq_len=16) < 1.3 * size

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ttt_e2e.inner.step import MiniBatch
 from ttt_e2e.model import KeyValues
 from ttt_e2e.model.dual_loss import HeadPass, dual_nll
-from ttt_e2e.model.parameters import merge, split
+from ttt_e2e.model.parameters import Directed, merge, split
 from ttt_e2e.model.passes import DualPass
 
 
@@ -54,60 +54,58 @@ def pull_back(suffix_def, sums: Sums, slow, of_block, num_empty, mini_batch: Min
     windows = suffix.config.windows
     periods = jnp.arange(suffix.config.num_fast_blocks).reshape(-1, len(windows))
     top = {name: weights for name, weights in slow.items() if name != "blocks"}
-    x_BbD = mini_batch.x_bD
 
     def dual_block(window, block, sums):
         fast, u, cache = of_block(block, {"blocks": _take(sums.fast, block, axis=1)})
         run = partial(_dual_block, block_def, window, num_empty, u["blocks"])
         return run, (fast["blocks"], _take(slow["blocks"], block, axis=0), cache)
 
-    def dual_top(top, x_BbD, x_dot_BbD):
-        norm = jax.vmap(merge(suffix_def, sums.fast, slow | top).final_norm)
-        hidden_BbD, hidden_dot_BbD = jax.jvp(norm, (x_BbD,), (x_dot_BbD,))
+    def dual_top(top, x_B2bD):
+        norm = partial(DualPass().lift, merge(suffix_def, sums.fast, slow | top).final_norm)
+        hidden_B2bD = jax.vmap(norm)(x_B2bD)
         dual = jax.vmap(dual_nll, in_axes=(0, 0, None, 0, 0))
-        return dual(hidden_BbD, hidden_dot_BbD, top["head"], mini_batch.targets_b, head)
+        return dual(hidden_B2bD[:, 0], hidden_B2bD[:, 1], top["head"], mini_batch.targets_b, head)
 
-    def forward_period(hidden, blocks):
+    def forward_period(x_B2bD, blocks):
         entered = []
         for block, window in zip(blocks, windows, strict=True):
-            entered.append(hidden)
+            entered.append(x_B2bD)
             run, weights = dual_block(window, block, in_blocks)
-            hidden, _ = run(*weights, *hidden)
-        return hidden, entered
+            x_B2bD, _ = run(*weights, x_B2bD)
+        return x_B2bD, entered
 
     def reverse_period(carry, step):
-        for block, hidden, window in reversed(list(zip(*step, windows, strict=True))):
-            hidden_bar, sums = carry
+        for block, x_B2bD, window in reversed(list(zip(*step, windows, strict=True))):
+            x_bar_B2bD, sums = carry
             run, weights = dual_block(window, block, sums)
-            _, pull = jax.vjp(run, *weights, *hidden)
-            fast_bar, slow_bar, cache_bar, *hidden_bar = pull((hidden_bar, _take(sums.cache_BLKGH, block, axis=1)))
+            _, pull = jax.vjp(run, *weights, x_B2bD)
+            fast_bar, slow_bar, cache_bar, x_bar_B2bD = pull((x_bar_B2bD, _take(sums.cache_BLKGH, block, axis=1)))
             fast = _add(sums.fast, fast_bar, block, axis=1)
             slow = _add(sums.slow, slow_bar, block, axis=0)
-            carry = tuple(hidden_bar), Sums(fast, slow, _put(sums.cache_BLKGH, cache_bar, block, axis=1))
+            carry = x_bar_B2bD, Sums(fast, slow, _put(sums.cache_BLKGH, cache_bar, block, axis=1))
         return carry, None
 
     in_blocks = sums._replace(fast=sums.fast["blocks"], slow=sums.slow["blocks"])
-    hidden, entered = jax.lax.scan(forward_period, (x_BbD, jnp.zeros_like(x_BbD)), periods)
-    _, pull = jax.vjp(dual_top, top, *hidden)
-    top_bar, *hidden_bar = pull(seeds)
-    carry, _ = jax.lax.scan(reverse_period, (tuple(hidden_bar), in_blocks), (periods, entered), reverse=True)
-    (x_bar_BbD, _), in_blocks = carry
+    x_B2bD = jnp.stack([mini_batch.x_bD, jnp.zeros_like(mini_batch.x_bD)], axis=1)
+    x_B2bD, entered = jax.lax.scan(forward_period, x_B2bD, periods)
+    _, pull = jax.vjp(dual_top, top, x_B2bD)
+    top_bar, x_bar_B2bD = pull(seeds)
+    carry, _ = jax.lax.scan(reverse_period, (x_bar_B2bD, in_blocks), (periods, entered), reverse=True)
+    x_bar_B2bD, in_blocks = carry
     top_sum = jax.tree.map(jnp.add, {name: sums.slow[name] for name in top}, top_bar)
-    return Sums({"blocks": in_blocks.fast}, {"blocks": in_blocks.slow} | top_sum, in_blocks.cache_BLKGH), x_bar_BbD
+    sums = Sums({"blocks": in_blocks.fast}, {"blocks": in_blocks.slow} | top_sum, in_blocks.cache_BLKGH)
+    return sums, x_bar_B2bD[:, 0]
 
 
-def _dual_block(block_def, window: int, num_empty, u, fast, slow, cache: KeyValues, x_BbD, x_dot_BbD):
-    """((hidden states, their tangents) after a block, its window cache after the mini-batch)."""
+def _dual_block(block_def, window: int, num_empty, u, fast, slow, cache: KeyValues, x_B2bD):
+    """(Hidden states and their tangents after a block, its window cache after the mini-batch)."""
 
-    def run(fast, x_bD, cache):
-        x_bD, new = merge(block_def, fast, slow)(x_bD, DualPass(), window=window, cache=cache, num_empty=num_empty)
-        return x_bD, cache.append(new)
+    def run(directed, x_2bD, cache):
+        block = merge(block_def, directed, slow)
+        x_2bD, new = block(x_2bD, DualPass(), window=window, cache=cache, num_empty=num_empty)
+        return x_2bD, cache.append(new)
 
-    def run_all(fast, x_BbD):
-        return jax.vmap(run)(fast, x_BbD, cache)
-
-    (x_BbD, cache), (x_dot_BbD, _) = jax.jvp(run_all, (fast, x_BbD), (u, x_dot_BbD))
-    return (x_BbD, x_dot_BbD), cache
+    return jax.vmap(run)(jax.tree.map(Directed, fast, u), x_B2bD, cache)
 
 
 def _take(stacked, i, axis: int):

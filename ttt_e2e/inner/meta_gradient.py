@@ -25,10 +25,11 @@ from ttt_e2e.inner.step import MiniBatch, clip_scale, is_cut, sgd_update, target
 from ttt_e2e.model import KeyValues
 from ttt_e2e.model.dual_loss import HeadPass, dual_nll, head_pass
 from ttt_e2e.model.loss import token_nll
-from ttt_e2e.model.parameters import merge
+from ttt_e2e.model.parameters import Directed, merge
 from ttt_e2e.model.passes import DualPass, Pass, Recording
 
-# Suffix blocks: slicing so few out of stacked arrays, for each mini-batch anew, costs more than a longer program.
+# Suffix blocks: slicing so few out of stacked arrays, for each mini-batch anew, costs more than a longer program. And
+# where the first block has a program of its own, that spends nothing on tangents before its fast MLP: there are none.
 MAX_UNROLLED = 2
 
 
@@ -145,16 +146,18 @@ def reverse_program(suffix_def, inner: InnerConfig, direction, mini_batch: MiniB
     run = partial(_run_suffix, suffix_def, known=kept, num_empty=num_empty, remat=inner.remat == "block")
     if inner.gradient == "first_order":
         return partial(_first_order_program, run, mini_batch.targets_b)
-    return partial(_dual_program, partial(run, make_pass=DualPass), direction, mini_batch.targets_b, head)
+    return partial(_dual_program, run, direction, mini_batch.targets_b, head)
 
 
 def _run_suffix(suffix_def, fast, slow, cache: KeyValues, x_BbD, *, num_empty, make_pass=Pass, known=(), remat: bool):
-    """The suffix over a mini-batch of every sequence: normed hidden states [B, b, D], new keys and values, and what the
-    pass kept."""
+    """The suffix over a mini-batch of every sequence: normed hidden states [B, b, D], in a `DualPass` [B, 2, b, D], new
+    keys and values, and what the pass kept."""
 
     def run(fast, cache, x_bD, known):
         suffix = merge(suffix_def, fast, slow)
         unroll = suffix.config.num_fast_blocks <= MAX_UNROLLED and not remat
+        if make_pass is DualPass:  # what is read does not move, but what a scan carries must have a tangent
+            x_bD = x_bD[None] if unroll else jnp.stack([x_bD, jnp.zeros_like(x_bD)])
         return suffix(x_bD, cache, num_empty, make_pass=make_pass, known=known, remat=remat, unroll=unroll)
 
     return jax.vmap(run)(fast, cache, x_BbD, known)
@@ -182,14 +185,11 @@ def inner_gradient(suffix_def, inner: InnerConfig, fast, slow, seen, mini_batch:
 def _dual_program(run, direction, targets_Bb, head: HeadPass, fast, cache: KeyValues, slow, x_BbD):
     """(NLL, window cache after the mini-batch, derivative of the NLL along `direction` of the fast weights)."""
 
-    def primal(fast):
-        hidden_BbD, new, _ = run(fast, slow, cache, x_BbD)
-        return hidden_BbD, cache.append(new)
-
-    (hidden_BbD, cache), (hidden_dot_BbD, _) = jax.jvp(primal, (fast,), (direction,))
+    directed = jax.tree.map(Directed, fast, direction)
+    hidden_B2bD, new, _ = run(directed, slow, cache, x_BbD, make_pass=DualPass)
     dual = jax.vmap(dual_nll, in_axes=(0, 0, None, 0, 0))
-    nll_Bb, nll_dot_Bb = dual(hidden_BbD, hidden_dot_BbD, slow["head"], targets_Bb, head)
-    return nll_Bb, cache, nll_dot_Bb
+    nll_Bb, nll_dot_Bb = dual(hidden_B2bD[:, 0], hidden_B2bD[:, 1], slow["head"], targets_Bb, head)
+    return nll_Bb, cache.append(new), nll_dot_Bb
 
 
 def _first_order_program(run, targets_Bb, fast, cache: KeyValues, slow, x_BbD):

@@ -73,14 +73,15 @@ class Attention(nnx.Module):
         Returns:
           Output [T, D] and the new keys and values [T, G, H].
         """
-        T = x_TD.shape[0]
-        q_TNH, new = self._project(x_TD, compute)
+        T = x_TD.shape[-2]
+        q_TNH, k_TGH, v_TGH = self._project(x_TD, compute)
+        new = KeyValues(compute.value(k_TGH), compute.value(v_TGH))
         K = 0 if cache is None else cache.k.shape[0]
-        q_TNH, k_TGH = (self._rotated(a, jnp.arange(K, K + T)) for a in (q_TNH, new.k))
+        q_TNH, k_TGH = (self._rotated(a, jnp.arange(K, K + T)) for a in (q_TNH, k_TGH))
         # Cached keys and values go in apart: constants to the inner gradient, which then spends nothing on them.
         cached = {} if cache is None else {"cached_k": self._rotated(cache.k, jnp.arange(K)), "cached_v": cache.v}
-        out_TNH = compute.attention(q_TNH, k_TGH, new.v, window=window, num_empty=num_empty, **cached)
-        return compute.product(out_TNH.reshape(T, -1), self.wo[...]), new
+        out_TNH = compute.attention(q_TNH, k_TGH, v_TGH, window=window, num_empty=num_empty, **cached)
+        return compute.product(out_TNH.reshape(*out_TNH.shape[:-2], -1), self.wo[...]), new
 
     def decode(self, x_1D, compute: Pass, *, window: int, before: Unfinished, num_empty, count):
         """As `__call__`, for one position of an unfinished mini-batch, without copying what precedes it.
@@ -96,7 +97,7 @@ class Attention(nnx.Module):
         Returns:
           Output [1, D], and the position's key, *rotated*, and value [1, G, H].
         """
-        q_1NH, (k_1GH, v_1GH) = self._project(x_1D, compute)
+        q_1NH, k_1GH, v_1GH = self._project(x_1D, compute)
         K, b = before.cached_GKH.k.shape[1], before.recent_GbH.k.shape[1]
         q_1NH, k_1GH = (self._rotated(a, K + count + jnp.arange(1)) for a in (q_1NH, k_1GH))
         reach = window or K + b + 1
@@ -115,11 +116,11 @@ class Attention(nnx.Module):
         """Queries [T, N, H], and keys and values [T, G, H]: normed, unrotated."""
         q_TNH, k_TGH, v_TGH = (self._heads(compute.product(x_TD, w[...])) for w in (self.wq, self.wk, self.wv))
         if self.config.qk_norm:
-            q_TNH, k_TGH = self.q_norm(q_TNH), self.k_norm(k_TGH)
-        return q_TNH, KeyValues(k_TGH, v_TGH)
+            q_TNH, k_TGH = compute.lift(self.q_norm, q_TNH), compute.lift(self.k_norm, k_TGH)
+        return q_TNH, k_TGH, v_TGH
 
     def _rotated(self, x_TNH, positions_T):
         return rotate(x_TNH, positions_T, theta=self.config.rope_theta, style=self.config.rope_style)
 
     def _heads(self, x_T):
-        return x_T.reshape(x_T.shape[0], -1, self.config.head_dim)
+        return x_T.reshape(*x_T.shape[:-1], -1, self.config.head_dim)

@@ -1,5 +1,6 @@
 """One block of the Transformer. Shapes: `T` positions, `D` model width."""
 
+import jax.numpy as jnp
 from flax import nnx
 
 from ttt_e2e.model.attention import Attention
@@ -33,11 +34,12 @@ class Block(nnx.Module):
 
         `context` is as of `Attention`: of its `decode`, or of its `__call__`.
         """
+        lift = compute.lift
         attend = self.attention.decode if decode else self.attention
-        y_TD, new = attend(self.attention_norm(x_TD), compute, **context)
-        x_TD = x_TD + (self.attention_post_norm(y_TD) if self.post_norm else y_TD)
+        y_TD, new = attend(lift(self.attention_norm, x_TD), compute, **context)
+        x_TD = lift(jnp.add, x_TD, lift(self.attention_post_norm, y_TD) if self.post_norm else y_TD)
         if self.fast:
-            y_TD = self.fast_mlp(self.fast_mlp_norm(x_TD), compute)
-            x_TD = x_TD + (self.fast_mlp_post_norm(y_TD) if self.post_norm else y_TD)
-        y_TD = self.mlp(self.mlp_norm(x_TD), compute)
-        return x_TD + (self.mlp_post_norm(y_TD) if self.post_norm else y_TD), new
+            y_TD = self.fast_mlp(lift(self.fast_mlp_norm, x_TD), compute)
+            x_TD = lift(jnp.add, x_TD, lift(self.fast_mlp_post_norm, y_TD) if self.post_norm else y_TD)
+        y_TD = self.mlp(lift(self.mlp_norm, x_TD), compute)
+        return lift(jnp.add, x_TD, lift(self.mlp_post_norm, y_TD) if self.post_norm else y_TD), new

@@ -19,8 +19,8 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_TD, compute: Pass):
         """[T, D] to [T, D]; the products are computed in the dtype of `x_TD`."""
-        gate_TF, up_TF = (compute.product(x_TD, w[...]) for w in (self.w1, self.w3))
-        return compute.product(_gated(gate_TF, up_TF), self.w2[...])
+        gate_TF, up_TF = (compute.product(x_TD, w.get_value()) for w in (self.w1, self.w3))
+        return compute.product(compute.lift(_gated, gate_TF, up_TF), self.w2.get_value())
 
 
 @partial(jax.checkpoint, prevent_cse=False)

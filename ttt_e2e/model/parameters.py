@@ -1,5 +1,7 @@
 """Parameter types and initialisers. `FastParam` is the boundary between fast and slow weights."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,3 +31,10 @@ def split(model: nnx.Module):
 def merge(graphdef, fast, slow) -> nnx.Module:
     """The model whose weights are those of the nested dicts `fast` and `slow`: the inverse of `split`."""
     return nnx.merge(graphdef, nnx.State(fast), nnx.State(slow))
+
+
+class Directed(NamedTuple):
+    """What stands for a fast weight where its value moves along a direction: values then have tangents."""
+
+    weight: jax.Array
+    direction: jax.Array

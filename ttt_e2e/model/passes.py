@@ -1,19 +1,19 @@
-"""How a block computes its expensive results, its matrix products and its attention, in each pass over it.
+"""How a block computes its results in each kind of pass over it.
 
-A block is written once and run in several kinds of pass. A pass is used for one run of one block; it tells its results
-apart by their order.
+A block is written once and run in several kinds of pass: on values alone, or on values and their tangents at once. A
+pass is used for one run of one block; it tells its expensive results apart by their order.
 
-Shapes: `T` positions, `D` width in, `F` width out, `N` query heads, `H` head width.
+Shapes: `T` positions, `D` width in, `F` width out, `N` query heads, `H` head width; `P` = 2 for a value and its
+tangent, stacked, or 1 for a value that has none.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from ttt_e2e.kernels import window_attention
+from ttt_e2e.model.parameters import Directed
 
 
 class Pass:
@@ -25,6 +25,14 @@ class Pass:
     def __init__(self, known: tuple[Any, ...] = ()):
         """`known`: what a `Recording` pass over the same block kept."""
         self._known = iter(known) if known else None
+
+    def lift(self, function, *arrays):
+        """What becomes of a cheap function: applied to arrays, gives an array."""
+        return function(*arrays)
+
+    def value(self, array):
+        """An array without its tangent, where it has one."""
+        return array
 
     def product(self, x_TD, w_DF):
         """x w, [T, F], in the dtype of x."""
@@ -58,46 +66,53 @@ class Recording(Pass):
 
 
 class DualPass(Pass):
-    """Is run under `jax.jvp`, and that in reverse.
+    """Runs on values and their tangents: every array of a block has a leading axis P. Is differentiated once.
 
-    The products of a value and of its tangent with the same weight are one product over stacked rows. So is its
-    transpose, and the gradient of the weight is one over a stacked contraction: the weight is read once each time. What
-    is known is not computed again.
-
-    Hidden states must have a tangent under that jvp everywhere, which a scan over blocks sees to: where there is none,
-    the reverse would stack its own tangents with values, and JAX cannot linearise that.
+    Tangents come from those of the hidden states and from fast weights, which are `Directed`. Products of a value and
+    of its tangent with the same weight are one product over stacked rows. So is its transpose, and the gradient of the
+    weight is one over a stacked contraction: the weight is read once each time. What is known is not computed again.
     """
 
-    derivatives = "reverse_of_tangent"
+    def lift(self, function, *arrays_P):  # noqa: D102
+        parts = [_parts(a) for a in arrays_P]
+        values = [part[0] for part in parts]
+        if all(len(part) == 1 for part in parts):
+            return function(*values)[None]
+        tangents = [part[1] if len(part) == 2 else jnp.zeros_like(part[0]) for part in parts]
+        return jnp.stack(jax.jvp(function, values, tangents))
 
-    def product(self, x_TD, w_DF):  # noqa: D102
-        return _product(x_TD, w_DF.astype(x_TD.dtype), self._next_known())
+    def value(self, array_P):  # noqa: D102
+        return array_P[0]
+
+    def product(self, x_PTD, w_DF):  # noqa: D102
+        if not isinstance(w_DF, Directed):
+            return _dual_product(x_PTD, w_DF.astype(x_PTD.dtype), self._next_known())
+        w_DF, u_DF = (w.astype(x_PTD.dtype) for w in w_DF)
+        y_TF, *along_x_TF = _parts(_dual_product(x_PTD, w_DF, self._next_known()))
+        return jnp.stack([y_TF, sum(along_x_TF, self.value(x_PTD) @ u_DF)])
+
+    def attention(self, *arrays_P, **options):  # noqa: D102
+        has_tangent = len(arrays_P[0]) == 2
+        options |= {"derivatives": "reverse_of_tangent" if has_tangent else "first_order", "known": self._next_known()}
+        return self.lift(lambda *arrays: window_attention(*arrays, **options), *arrays_P)
 
 
-@jax.custom_jvp
-def _product(x_TD, w_DF, known_TF):
-    """x w, whose tangent shares its product; `known_TF` is its value or None."""
-    return _known_product(x_TD, w_DF, known_TF)
+def _parts(array_P):
+    """The value, and the tangent where there is one; split, as the transpose of slices would pad and add."""
+    return [jnp.squeeze(part, 0) for part in jnp.split(array_P, len(array_P))]
 
 
-@partial(_product.defjvp, symbolic_zeros=True)
-def _product_jvp(primals, tangents):
-    x_TD, w_DF, known_TF = primals
-    x_dot_TD, w_dot_DF, _ = tangents
-    y_dot_TF = 0
-    if isinstance(x_dot_TD, SymbolicZero):
-        y_TF = _known_product(x_TD, w_DF, known_TF)
-    else:
-        y_TF, y_dot_TF = _known_pair(jnp.stack([x_TD, x_dot_TD]), w_DF, known_TF)
-    if not isinstance(w_dot_DF, SymbolicZero):
-        y_dot_TF = x_TD @ w_dot_DF + y_dot_TF
-    return y_TF, y_dot_TF
+def _dual_product(x_PTD, w_DF, known_TF):
+    """x w of a value and its tangent; the value's product may be known."""
+    if known_TF is None:
+        return x_PTD @ w_DF
+    return _known_product(x_PTD, w_DF, jnp.concatenate([known_TF[None], x_PTD[1:] @ w_DF]))
 
 
 @jax.custom_jvp
 def _known_product(x, w_DF, known):
     """x w, not computed where its value is known; differentiated as if it were."""
-    return x @ w_DF if known is None else known
+    return known
 
 
 @_known_product.defjvp
@@ -105,18 +120,3 @@ def _known_product_jvp(primals, tangents):
     x, w_DF, known = primals
     x_dot, w_dot_DF, _ = tangents
     return _known_product(x, w_DF, known), x_dot @ w_DF + x @ w_dot_DF
-
-
-@jax.custom_jvp
-def _known_pair(x_2TD, w_DF, known_TF):
-    """x w of a value and its tangent, stacked; the value's product may be known."""
-    if known_TF is None:
-        return x_2TD @ w_DF
-    return jnp.stack([known_TF, x_2TD[1] @ w_DF])
-
-
-@_known_pair.defjvp
-def _known_pair_jvp(primals, tangents):
-    x_2TD, w_DF, known_TF = primals
-    x_dot_2TD, w_dot_DF, _ = tangents
-    return _known_pair(x_2TD, w_DF, known_TF), x_dot_2TD @ w_DF + x_2TD @ w_dot_DF

@@ -114,14 +114,15 @@ class Suffix(nnx.Module):
         """All suffix blocks and the final norm over one mini-batch.
 
         Args:
-          x_bD: the mini-batch's hidden states after the prefix.
+          x_bD: the mini-batch's hidden states after the prefix, as the pass takes them.
           cache_LKGH: the window caches of the blocks.
           num_empty: leading positions of the caches that hold nothing yet (may be traced).
           make_pass: what kind of pass this is: makes the `Pass` of each block, from what is known of it.
           known: the results that a `Recording` pass kept, for a pass that takes them; its leaves begin with L.
           remat: whether each block is rematerialised in the backward pass.
           unroll: whether the program repeats the block's, and slices nothing out of stacked arrays. Not with `remat`:
-            XLA would see that a block is computed twice, and keep what it has.
+            XLA would see that a block is computed twice, and keep what it has. What a scan carries keeps its shape:
+            without this, a `DualPass` must be given tangents to begin with.
 
         Returns:
           Normed hidden states [b, D], the mini-batch's own keys and values [L, b, G, H], and the results that the pass
@@ -138,7 +139,7 @@ class Suffix(nnx.Module):
             unroll=unroll,
             num_empty=num_empty,
         )
-        return self.final_norm(x_bD), new, kept
+        return make_pass().lift(self.final_norm, x_bD), new, kept
 
     def nll(self, x_bD, targets_b):
         """Negative log likelihood [b] of the targets, float32 nats, from what `__call__` returns."""
@@ -197,5 +198,11 @@ def _scan_blocks(
     # An array for each block of a period, not a slice of one: what a scan is given as it is, its reverse does not copy.
     blocks = (state, of_blocks, known)
     periods = [jax.tree.map(lambda a, i=i: a[i :: len(windows)], blocks) for i in range(len(windows))]
-    x_TD, outputs = jax.lax.scan(run_period, x_TD, periods, unroll=unroll)
+    if unroll:
+        outputs = []
+        for i in range(len(jax.tree.leaves(state)[0]) // len(windows)):
+            x_TD, output = run_period(x_TD, jax.tree.map(lambda a, i=i: a[i], periods))
+            outputs += output
+        return x_TD, *jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)
+    x_TD, outputs = jax.lax.scan(run_period, x_TD, periods)
     return x_TD, *jax.tree.map(lambda *arrays: jnp.stack(arrays, 1).reshape(-1, *arrays[0].shape[1:]), *outputs)
