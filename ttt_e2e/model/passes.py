@@ -1,7 +1,8 @@
 """How a block computes its results in each kind of pass over it.
 
-A block is written once and run in several kinds of pass: on values alone, or on values and their tangents at once. A
-pass is used for one run of one block; it tells its expensive results apart by their order.
+A block is written once and run in several kinds of pass: on values alone, by whose shapes its arrays are named, or on
+values and their tangents at once. A pass is used for one run of one block; it tells its expensive results apart by
+their order.
 
 Shapes: `T` positions, `D` width in, `F` width out, `N` query heads, `H` head width; `P` = 2 for a value and its
 tangent, stacked, or 1 for a value that has none.
