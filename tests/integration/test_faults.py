@@ -132,9 +132,10 @@ def test_another_token_store_is_refused(runs, undisturbed):
 
 @slow
 def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_saved(runs, undisturbed, tmp_path):
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", tmp_path], capture_output=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", tmp_path]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
     if mounted.returncode:
-        pytest.skip("no right to mount a tmpfs")
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
     try:
         workdir = tmp_path / "run"
         outcome = runs.launch(workdir, "--config.checkpoint.keep=100", "--config.checkpoint.every_steps=1")

@@ -66,7 +66,7 @@ def _reached(workdir, step: int) -> bool:
 
 
 # Enough steps to be killed in, some of which each start goes on for before it is.
-@pytest.mark.parametrize("kills, num_steps", ((3, 24), pytest.param(50, 250, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("kills, num_steps", ((5, 36), pytest.param(50, 250, marks=pytest.mark.slow)))
 def test_kills_change_nothing(kills, num_steps, runs):
     undisturbed, killed = (runs.root / f"{name}-by-{kills}-kills" for name in ("undisturbed", "killed"))
     overrides = (f"--config.train.num_steps={num_steps}",)

@@ -68,6 +68,19 @@ def test_a_wrong_pass_fails_the_check_and_is_in_the_table(tmp_path, monkeypatch)
     assert "| xla/reverse |" in (tmp_path / "results.md").read_text()
 
 
+def test_a_pass_that_does_not_compile_fails_the_check_and_is_logged_whole(tmp_path, monkeypatch, caplog):
+    def refused(*_, **__):
+        raise NotImplementedError("no such layout")
+
+    broken = types.SimpleNamespace(**{name: getattr(xla, name) for name in attention_check.PASSES} | {"dual": refused})
+    broken.can_interpret = lambda: True
+    monkeypatch.setattr(attention_check, "import_module", lambda name: broken)
+    with pytest.raises(UserError, match=r"wrong, see .*mosaic_gpu/dual \(bfloat16, head width 16\)$"):
+        attention_check.run(tmp_path, **SMALL, variants=("mosaic_gpu",))
+    assert "no such layout" in (tmp_path / "results.md").read_text()
+    assert "in refused" in caplog.text
+
+
 def test_rates_are_compared_with_cudnns_best():
     def row(variant, seq_len, rate, **sizes):
         sizes = {"head_dim": 64, "dtype": "bfloat16"} | sizes

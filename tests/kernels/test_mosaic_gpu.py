@@ -131,3 +131,7 @@ def test_obstacles_are_named():
         assert "bfloat16 or float16" in mosaic_gpu.obstacle(*arrays(jnp.float32))
         assert "up to 128, not 256" in mosaic_gpu.obstacle(*arrays(jnp.float16, 256))
         assert "as wide as queries" in mosaic_gpu.obstacle(*arrays(jnp.float16, 64, 32))
+
+
+def test_no_jax_that_interprets_them_skips_these_tests():
+    assert mosaic_gpu.can_interpret() == (jax.__version_info__ >= (0, 11, 2))

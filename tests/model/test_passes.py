@@ -104,4 +104,4 @@ def test_nothing_is_spent_on_tangents_before_there_are_any():
 
         return compiled.matmul_flops(jax.jit(pulled_back).lower(fast, slow, cache, x_PTD).compile().as_text())
 
-    assert flops(x_TD[None]) < 0.7 * flops(jnp.stack([x_TD, x_dot_TD]))
+    assert flops(x_TD[None]) < 2 / 3 * flops(jnp.stack([x_TD, x_dot_TD]))

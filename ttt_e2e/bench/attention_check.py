@@ -6,6 +6,7 @@ such device, kernels are interpreted, so that the check itself can be tried anyw
 Shapes: those of kernels/xla.py.
 """
 
+import logging
 from functools import partial
 from importlib import import_module
 
@@ -23,6 +24,8 @@ KERNELS = ("xla", "mosaic_gpu")  # modules of all five passes
 FIRST_ORDER = ("cudnn",)  # forward and reverse, where queries and keys are the same positions
 MAX_RATIO = 3  # of an error to that of `xla`, whose products are rounded likewise; more is a defect
 SMALLEST = 1e-5  # relative errors below it are none: statistics are float32
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -118,7 +121,9 @@ def _errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:
     for name in PASSES:
         try:
             ours = jax.block_until_ready(_run(module, name, operands[name], window))
-        except (RuntimeError, ValueError, NotImplementedError) as error:  # of the kernel's compiler: the others may do
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            # The kernel's compiler refused it: the check fails in the end, but the other passes may do.
+            logger.exception("%s/%s, %s, head width %d", variant, name, dtype, shape[-1])
             rows[name] = {"relative_error": float("inf"), "ratio": float("inf"), "failed": str(error)[:100]}
         else:
             theirs = ours if module is xla else _run(xla, name, operands[name], window)

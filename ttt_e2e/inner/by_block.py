@@ -86,7 +86,7 @@ def pull_back(suffix_def, sums: Sums, slow, of_block, num_empty, mini_batch: Min
         return carry, None
 
     in_blocks = sums._replace(fast=sums.fast["blocks"], slow=sums.slow["blocks"])
-    x_B2bD = jnp.stack([mini_batch.x_bD, jnp.zeros_like(mini_batch.x_bD)], axis=1)
+    x_B2bD = jax.vmap(partial(DualPass().begin, in_scan=True))(mini_batch.x_bD)
     x_B2bD, entered = jax.lax.scan(forward_period, x_B2bD, periods)
     _, pull = jax.vjp(dual_top, top, x_B2bD)
     top_bar, x_bar_B2bD = pull(seeds)

@@ -156,8 +156,6 @@ def _run_suffix(suffix_def, fast, slow, cache: KeyValues, x_BbD, *, num_empty, m
     def run(fast, cache, x_bD, known):
         suffix = merge(suffix_def, fast, slow)
         unroll = suffix.config.num_fast_blocks <= MAX_UNROLLED and not remat
-        if make_pass is DualPass:  # what is read does not move, but what a scan carries must have a tangent
-            x_bD = x_bD[None] if unroll else jnp.stack([x_bD, jnp.zeros_like(x_bD)])
         return suffix(x_bD, cache, num_empty, make_pass=make_pass, known=known, remat=remat, unroll=unroll)
 
     return jax.vmap(run)(fast, cache, x_BbD, known)

@@ -27,6 +27,10 @@ class Pass:
         """`known`: what a `Recording` pass over the same block kept."""
         self._known = iter(known) if known else None
 
+    def begin(self, x_TD, *, in_scan: bool):
+        """What enters the first block. `in_scan`: it keeps its shape from block to block, as a scan's carry must."""
+        return x_TD
+
     def lift(self, function, *arrays):
         """What becomes of a cheap function: applied to arrays, gives an array."""
         return function(*arrays)
@@ -74,6 +78,10 @@ class DualPass(Pass):
     weight is one over a stacked contraction: the weight is read once each time. What is known is not computed again.
     """
 
+    def begin(self, x_TD, *, in_scan: bool):
+        """Hidden states before any fast MLP have no tangents, or in a scan tangents of 0."""
+        return jnp.stack([x_TD, jnp.zeros_like(x_TD)]) if in_scan else x_TD[None]
+
     def lift(self, function, *arrays_P):  # noqa: D102
         parts = [_parts(a) for a in arrays_P]
         values = [part[0] for part in parts]
@@ -112,7 +120,7 @@ def _dual_product(x_PTD, w_DF, known_TF):
 
 @jax.custom_jvp
 def _known_product(x, w_DF, known):
-    """x w, not computed where its value is known; differentiated as if it were."""
+    """x w, which is known: not computed, but differentiated as if it were."""
     return known
 
 

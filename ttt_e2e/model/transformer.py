@@ -114,20 +114,21 @@ class Suffix(nnx.Module):
         """All suffix blocks and the final norm over one mini-batch.
 
         Args:
-          x_bD: the mini-batch's hidden states after the prefix, as the pass takes them.
+          x_bD: the mini-batch's hidden states after the prefix.
           cache_LKGH: the window caches of the blocks.
           num_empty: leading positions of the caches that hold nothing yet (may be traced).
           make_pass: what kind of pass this is: makes the `Pass` of each block, from what is known of it.
           known: the results that a `Recording` pass kept, for a pass that takes them; its leaves begin with L.
           remat: whether each block is rematerialised in the backward pass.
           unroll: whether the program repeats the block's, and slices nothing out of stacked arrays. Not with `remat`:
-            XLA would see that a block is computed twice, and keep what it has. What a scan carries keeps its shape:
-            without this, a `DualPass` must be given tangents to begin with.
+            XLA would see that a block is computed twice, and keep what it has.
 
         Returns:
-          Normed hidden states [b, D], the mini-batch's own keys and values [L, b, G, H], and the results that the pass
-          kept.
+          Normed hidden states [b, D], of a `DualPass` with their tangents [2, b, D]; the mini-batch's own keys and
+          values [L, b, G, H]; and the results that the pass kept.
         """
+        compute = make_pass()
+        x_bD = compute.begin(x_bD, in_scan=not unroll)
         x_bD, new, kept = _scan_blocks(
             self.blocks,
             self.config.windows,
@@ -139,7 +140,7 @@ class Suffix(nnx.Module):
             unroll=unroll,
             num_empty=num_empty,
         )
-        return make_pass().lift(self.final_norm, x_bD), new, kept
+        return compute.lift(self.final_norm, x_bD), new, kept
 
     def nll(self, x_bD, targets_b):
         """Negative log likelihood [b] of the targets, float32 nats, from what `__call__` returns."""
