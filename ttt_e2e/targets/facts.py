@@ -1,0 +1,43 @@
+"""What a program is compiled for: the facts of one accelerator, which need not be at hand."""
+
+from dataclasses import dataclass
+
+import jax
+
+
+@dataclass(frozen=True)
+class Target:
+    """One device of an accelerator. A fact that is not known is 0."""
+
+    platform: str  # "cpu", "gpu" or "tpu"
+    kind: str  # as JAX names the device
+    memory_bytes: int = 0
+    peak_flops: float = 0.0  # dense bfloat16 matrix products, a second
+    memory_bandwidth: float = 0.0  # bytes a second
+    devices_per_host: int = 0  # that the fast links connect; 0 = all of a slice
+    fast_link: float = 0.0  # bytes a second that a device receives from others of its host, or of its slice
+    slow_link: float = 0.0  # bytes a second that a device receives from other hosts
+
+
+GIB = 2**30
+_FACTS = (
+    Target("gpu", "NVIDIA H100 80GB HBM3", 80 * GIB, 989e12, 3.35e12, 8, 450e9, 50e9),
+    Target("gpu", "NVIDIA H200", 141 * 10**9, 989e12, 4.8e12, 8, 450e9, 50e9),
+    Target("gpu", "NVIDIA A100-SXM4-80GB", 80 * GIB, 312e12, 2.04e12, 8, 300e9, 25e9),
+    Target("tpu", "TPU v4", 32 * GIB, 275e12, 1.23e12),
+    Target("tpu", "TPU v5 lite", 16 * GIB, 197e12, 0.82e12),
+    Target("tpu", "TPU v5", 95 * GIB, 459e12, 2.77e12),
+    Target("tpu", "TPU v6 lite", 32 * GIB, 918e12, 1.64e12),
+)
+FACTS = {target.kind: target for target in _FACTS}
+
+
+def of_device(device) -> Target:
+    """The target that a device is, or an abstract one of a mesh; of a kind without facts, its platform and kind."""
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    return FACTS.get(device.device_kind, Target(platform, device.device_kind))
+
+
+def current() -> Target:
+    """What the program that is being traced is for: the device of its mesh, which need not be at hand, or the first."""
+    return of_device(jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0])
