@@ -20,6 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 MIXERS = ("window", "attention")
 TRAJECTORIES = ("auto", "store", "delta", "segment")
 REMATS = ("auto", "keep", "mini_batch", "block")
+PREFIXES = ("auto", "sequence", "matrices")
 # No size or number of steps is larger: JAX counts them in 32 bits, and products of two fit 64.
 LARGEST = 2**31 - 1
 LARGEST_OF = {"seed": 2**32 - 1, "memory_budget_bytes": 2**63 - 1}
@@ -133,6 +134,9 @@ class MeshConfig:
 
     data: int = 0  # 0 = all devices that `model` leaves
     model: int = 1
+    prefix: str = (
+        "auto"  # what `model` divides in the prefix: the "sequence" or the "matrices"; "auto" = what moves less
+    )
 
 
 @dataclass(frozen=True)
@@ -387,6 +391,13 @@ def _check_run(config: Config) -> None:
     )
     _at_least(config.mesh, "config.mesh", 0, "data")
     _at_least(config.mesh, "config.mesh", 1, "model")
+    _one_of(config.mesh, "config.mesh", "prefix", PREFIXES)
+    _require(
+        config.mesh.prefix != "sequence" or config.train.seq_len % config.mesh.model == 0,
+        "config.mesh.prefix",
+        config.mesh.prefix,
+        f"'matrices' or 'auto' where config.mesh.model {config.mesh.model} does not divide train.seq_len {train.seq_len}",
+    )
     _at_least(config.checkpoint, "config.checkpoint", 0, "every_steps", "keep_every")
     _at_least(config.checkpoint, "config.checkpoint", 1, "keep")
     _at_least(config.log, "config.log", 1, "every_steps")

@@ -63,8 +63,9 @@ def pull_back(suffix_def, sums: Sums, slow, of_block, num_empty, mini_batch: Min
     def dual_top(top, x_B2bD):
         norm = partial(DualPass().lift, merge(suffix_def, sums.fast, slow | top).final_norm)
         hidden_B2bD = jax.vmap(norm)(x_B2bD)
-        dual = jax.vmap(dual_nll, in_axes=(0, 0, None, 0, 0))
-        return dual(hidden_B2bD[:, 0], hidden_B2bD[:, 1], top["head"], mini_batch.targets_b, head)
+        vocab_size = suffix.config.vocab_size
+        targets_Bb = mini_batch.targets_b
+        return dual_nll(hidden_B2bD[:, 0], hidden_B2bD[:, 1], top["head"], targets_Bb, head, vocab_size)
 
     def forward_period(x_B2bD, blocks):
         entered = []

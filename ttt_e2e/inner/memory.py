@@ -15,53 +15,57 @@ import jax.numpy as jnp
 
 from ttt_e2e.config import InnerConfig
 from ttt_e2e.inner import meta_gradient, trajectory
-from ttt_e2e.inner.loop import make_mini_batches
-from ttt_e2e.model.parameters import merge, split
+from ttt_e2e.inner.division import UNDIVIDED, Division, fetch
+from ttt_e2e.inner.loop import make_mini_batches, suffix_weights
+from ttt_e2e.model.parameters import at_least_float32, merge, split
 
 # (trajectory, remat) by the matrix products that they take. Those of a slow suffix weight, in forward passes of it:
-# 7 where activations are kept, 8, 9 (segments redone, activations kept), 10, 10 and 12.
+# 7 where activations are kept, 8, 9 (segments redone, activations kept), 10, 10 and 12. "delta" rounds what the forward
+# pass applies: it changes results, and is taken by name only.
 FASTEST_FIRST = (
     ("store", "keep"),
-    ("delta", "keep"),
     ("store", "mini_batch"),
-    ("delta", "mini_batch"),
     ("segment", "keep"),
     ("store", "block"),
-    ("delta", "block"),
     ("segment", "mini_batch"),
     ("segment", "block"),
 )
 
 
-def choose(inner: InnerConfig, graphdef, fast, slow, tokens, budget: int) -> tuple[InnerConfig, int]:
+def choose(
+    inner: InnerConfig, graphdef, fast, slow, tokens, budget: int, division: Division = UNDIVIDED
+) -> tuple[InnerConfig, int]:
     """Replaces "auto" in `trajectory` and `remat` by the fastest pair that fits, or else by the smallest.
 
     Args:
       inner: the inner loop's configuration.
       graphdef: static structure of the `Transformer`.
-      fast: shapes of its fast weights.
-      slow: shapes of its slow weights.
+      fast: shapes of its fast weights, as a device stores them.
+      slow: shapes of its slow weights, likewise.
       tokens: shape [B, T + 1] of the sequences that one device reads at once.
       budget: bytes that `held_bytes` may reach.
+      division: how devices share the work; then this is called inside of the `jax.shard_map` in which they do.
 
     Returns:
       The configuration and the bytes estimated for it.
     """
     estimates = {}
-    for policies in FASTEST_FIRST:
+    remats = [remat for trajectory, remat in FASTEST_FIRST if trajectory == "store"]
+    by_name = [("delta", remat) for remat in remats] if inner.trajectory == "delta" else []
+    for policies in (*FASTEST_FIRST, *by_name):
         if any(wanted not in ("auto", policy) for wanted, policy in zip((inner.trajectory, inner.remat), policies)):
             continue
         candidate = dataclasses.replace(inner, trajectory=policies[0], remat=policies[1])
-        estimates[candidate] = held_bytes(candidate, graphdef, fast, slow, tokens)
+        estimates[candidate] = held_bytes(candidate, graphdef, fast, slow, tokens, division)
         if estimates[candidate] <= budget:
             return candidate, estimates[candidate]
     smallest = min(estimates, key=estimates.get)
     return smallest, estimates[smallest]
 
 
-def held_bytes(inner: InnerConfig, graphdef, fast, slow, tokens) -> int:
+def held_bytes(inner: InnerConfig, graphdef, fast, slow, tokens, division: Division = UNDIVIDED) -> int:
     """Peak bytes of the temporaries of one loss and meta-gradient; arguments as of `choose`, none of them "auto"."""
-    shapes = jax.eval_shape(partial(_held, inner, graphdef), fast, slow, tokens)
+    shapes = jax.eval_shape(partial(_held, inner, graphdef, division), fast, slow, tokens)
     size = {name: _bytes(arrays) for name, arrays in shapes.items()}
     prefix = size["prefix"] + size["prefix_block"]
     if "scan" not in shapes:
@@ -77,12 +81,14 @@ def held_bytes(inner: InnerConfig, graphdef, fast, slow, tokens) -> int:
     return max(prefix, suffix)
 
 
-def _held(inner: InnerConfig, graphdef, fast, slow, tokens) -> dict:
+def _held(inner: InnerConfig, graphdef, division: Division, fast, slow, tokens) -> dict:
     """The arrays that are held, by what holds them."""
+    fast = fetch(division.fast, fast)
     config = merge(graphdef, fast, slow).config
 
     def mini_batches(slow, remat):
-        return make_mini_batches(merge(graphdef, fast, slow), tokens, dataclasses.replace(inner, remat=remat), bos_id=0)
+        policies = dataclasses.replace(inner, remat=remat)
+        return make_mini_batches(merge(graphdef, fast, slow), tokens, policies, bos_id=0, division=division)
 
     def saved_by_prefix(remat):
         return jax.vjp(lambda slow: mini_batches(slow, remat).x_bD, slow)[1]
@@ -95,9 +101,11 @@ def _held(inner: InnerConfig, graphdef, fast, slow, tokens) -> dict:
 
     suffix_def, one_fast, slow_suffix = split(merge(graphdef, fast, slow).make_suffix())
     fast_B = jax.tree.map(lambda w: jnp.broadcast_to(w, (len(tokens), *w.shape)), one_fast)
+    weights = suffix_weights(division)
     _, scan = meta_gradient.forward_scan(
-        suffix_def, inner, fast_B, slow_suffix, mini_batches(slow, inner.remat), jnp.float32(1)
+        suffix_def, inner, weights, fast_B, slow_suffix, mini_batches(slow, inner.remat), jnp.float32(1)
     )
+    slow_suffix = scan.slow
     mini_batch = jax.tree.map(lambda a: a[0], scan.mini_batches_M)
     b, stream = mini_batch.targets_b.shape[1], scan.stream_BLSGH
     K = stream.k.shape[2] - len(scan.scale_MB) * b
@@ -110,7 +118,8 @@ def _held(inner: InnerConfig, graphdef, fast, slow, tokens) -> dict:
         program = meta_gradient.reverse_program(suffix_def, policies, fast_B, mini_batch, num_empty, head, kept)
         return jax.vjp(program, fast_B, cache, slow_suffix, mini_batch.x_bD)[1]
 
-    held |= {"fast": fast_B, "slow": slow_suffix, "scan": scan, "kept": (head, kept), "block": ()}
+    gradients = jax.tree.map(lambda w: jnp.zeros(w.shape, at_least_float32(w.dtype)), slow_suffix)
+    held |= {"fast": fast_B, "slow": gradients, "scan": scan, "kept": (head, kept), "block": ()}
     held["mini_batch"] = saved_by_reverse(inner.remat)
     if inner.remat == "block":
         held["block"] = _share(saved_by_reverse("mini_batch"), config.num_fast_blocks)

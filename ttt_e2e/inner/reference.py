@@ -38,7 +38,8 @@ def inner_loop(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBat
         (loss_i, (nll_b, new)), gradient = jax.value_and_grad(partial(mini_batch_loss, suffix_def), has_aux=True)(
             fast, slow, cache, jnp.maximum(K - i * b, 0), mini_batch
         )
-        fast = sgd_update(fast, gradient, learning_rate * clip_scale(gradient, inner.clip_norm))
+        rate = learning_rate * clip_scale(gradient, inner.clip_norm, suffix.divides_fast)
+        fast = sgd_update(fast, gradient, rate)
         return (fast, cache.append(new)), (loss_i, nll_b)
 
     return (fast, suffix.empty_cache(K)), (mini_batches, jnp.arange(M)), inner_step

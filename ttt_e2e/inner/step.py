@@ -12,6 +12,7 @@ from ttt_e2e.config import InnerConfig
 from ttt_e2e.model import KeyValues
 from ttt_e2e.model.loss import masked_mean
 from ttt_e2e.model.parameters import merge
+from ttt_e2e.model.parts import copy_to_all, sum_to_all
 
 
 class MiniBatch(NamedTuple):
@@ -44,14 +45,23 @@ def inner_learning_rate(inner: InnerConfig, step):
     return jnp.float32(inner.warmup_init + (inner.learning_rate - inner.warmup_init) * progress)
 
 
-def clip_scale(gradient, clip_norm: float):
-    """s = min(1, clip_norm / |gradient|) over all leaves; 1 where clip_norm is 0 (off).
+def inner_product(a, b, divided: bool = False):
+    """<a, b> over all leaves; `divided`: each device has its part of them, and all get the sum.
+
+    Not by `jnp.vdot`, which ravels: under a division by the compiler, a divided matrix would be put together for that.
+    """
+    terms = [jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+    return copy_to_all(sum_to_all(sum(terms), divided), divided)
+
+
+def clip_scale(gradient, clip_norm: float, divided: bool = False):
+    """s = min(1, clip_norm / |gradient|) over all leaves, as of `inner_product`; 1 where clip_norm is 0 (off).
 
     Both branches of the outer `where` must be finite for their derivatives to be: hence the inner one.
     """
     if clip_norm == 0:
         return jnp.ones((), jax.tree.leaves(gradient)[0].dtype)
-    squared_norm = sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient))
+    squared_norm = inner_product(gradient, gradient, divided)
     clipped = squared_norm > clip_norm**2
     return jnp.where(clipped, clip_norm * jax.lax.rsqrt(jnp.where(clipped, squared_norm, 1.0)), 1.0)
 

@@ -13,8 +13,10 @@ from flax import nnx
 from ttt_e2e.kernels.one_query import Keys, attend_one
 from ttt_e2e.model.norm import RMSNorm
 from ttt_e2e.model.parameters import matrix
+from ttt_e2e.model.parts import copy_to_all
 from ttt_e2e.model.passes import Pass
 from ttt_e2e.model.rope import rotate
+from ttt_e2e.model.sequence_parts import SequenceParts
 
 
 class KeyValues(NamedTuple):
@@ -59,7 +61,16 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(H, config)
         self.config = config
 
-    def __call__(self, x_TD, compute: Pass, *, window: int, cache: KeyValues | None = None, num_empty=0):
+    def __call__(
+        self,
+        x_TD,
+        compute: Pass,
+        *,
+        window: int,
+        cache: KeyValues | None = None,
+        num_empty=0,
+        parts: SequenceParts | None = None,
+    ):
         """Attends to the window of each position, which may reach back into the cache.
 
         Args:
@@ -69,6 +80,7 @@ class Attention(nnx.Module):
           cache: the K positions before x_TD, or None where x_TD begins the sequence. Positions count from the
             beginning of the cache: absolute float32 angles would be wrong by 0.06 rad at position 2M.
           num_empty: leading positions of the cache that hold nothing yet (may be traced).
+          parts: where x_TD is one device's part of a sequence: whose.
 
         Returns:
           Output [T, D] and the new keys and values [T, G, H].
@@ -77,11 +89,15 @@ class Attention(nnx.Module):
         q_TNH, k_TGH, v_TGH = self._project(x_TD, compute)
         new = KeyValues(compute.value(k_TGH), compute.value(v_TGH))
         K = 0 if cache is None else cache.k.shape[0]
-        q_TNH, k_TGH = (self._rotated(a, jnp.arange(K, K + T)) for a in (q_TNH, k_TGH))
+        positions_T = parts.positions(T) if parts else jnp.arange(K, K + T)
+        q_TNH, k_TGH = (self._rotated(a, positions_T) for a in (q_TNH, k_TGH))
+        if parts:
+            out_TNH = parts.attend(compute.attention, q_TNH, k_TGH, v_TGH, window=window)
+            return self._output(out_TNH, compute), new
         # Cached keys and values go in apart: constants to the inner gradient, which then spends nothing on them.
         cached = {} if cache is None else {"cached_k": self._rotated(cache.k, jnp.arange(K)), "cached_v": cache.v}
         out_TNH = compute.attention(q_TNH, k_TGH, v_TGH, window=window, num_empty=num_empty, **cached)
-        return compute.product(out_TNH.reshape(*out_TNH.shape[:-2], -1), self.wo[...]), new
+        return self._output(out_TNH, compute), new
 
     def decode(self, x_1D, compute: Pass, *, window: int, before: Unfinished, num_empty, count):
         """As `__call__`, for one position of an unfinished mini-batch, without copying what precedes it.
@@ -110,14 +126,24 @@ class Attention(nnx.Module):
             Keys(*before.recent_GbH, (place_b < count) & (place_b > count - reach)),
             Keys(k_1GH.swapaxes(0, 1), v_1GH.swapaxes(0, 1), jnp.ones(1, bool)),
         )
-        return compute.product(out_NH.reshape(1, -1), self.wo[...]), KeyValues(k_1GH, v_1GH)
+        return self._output(out_NH[None], compute), KeyValues(k_1GH, v_1GH)
 
     def _project(self, x_TD, compute: Pass):
         """Queries [T, N, H], and keys and values [T, G, H]: normed, unrotated."""
+        x_TD = copy_to_all(x_TD, self.is_divided)
         q_TNH, k_TGH, v_TGH = (self._heads(compute.product(x_TD, w[...])) for w in (self.wq, self.wk, self.wv))
         if self.config.qk_norm:
             q_TNH, k_TGH = compute.lift(self.q_norm, q_TNH), compute.lift(self.k_norm, k_TGH)
         return q_TNH, k_TGH, v_TGH
+
+    def _output(self, out_TNH, compute: Pass):
+        """[T, D]"""
+        return compute.product(out_TNH.reshape(*out_TNH.shape[:-2], -1), self.wo[...], divided=self.is_divided)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether the matrices are those of one device's heads (parts.py)."""
+        return self.wo[...].shape[-2] < self.config.num_attention_heads * self.config.head_dim
 
     def _rotated(self, x_TNH, positions_T):
         return rotate(x_TNH, positions_T, theta=self.config.rope_theta, style=self.config.rope_style)

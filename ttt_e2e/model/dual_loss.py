@@ -14,7 +14,11 @@ g is kept from the forward pass, so that second order costs 7 products with the 
 in reverse (l and l_dot as one product over stacked rows, W q, and W_bar as one product over a stacked contraction).
 The reference is `loss.token_nll` under autodiff.
 
-Shapes: `T` tokens, `D` model width, `V` vocabulary, `C` columns of a vocabulary block.
+The head may be one device's columns (loss.py). Products with it then give terms of sums over the devices, taken once.
+
+Shapes: `T` tokens, in the public functions of any number of sequences, [..., T], which are then one after another: the
+head's gradient is of all of them at once; `D` model width, `V` columns of the head at hand, `C` of a block of them,
+`R` = 2 T rows.
 """
 
 from functools import partial
@@ -24,7 +28,9 @@ import jax
 import jax.numpy as jnp
 
 from ttt_e2e.model import loss
+from ttt_e2e.model.loss import Columns, columns, join_softmax
 from ttt_e2e.model.parameters import at_least_float32
+from ttt_e2e.model.parts import sum_to_all
 
 
 class HeadPass(NamedTuple):
@@ -35,15 +41,17 @@ class HeadPass(NamedTuple):
     gradient_TD: jax.Array  # of each token's NLL at its own hidden state
 
 
-def head_pass(x_TD, head_DV, targets_T) -> HeadPass:
+def head_pass(x_TD, head_DV, targets_T, vocab_size: int = 0) -> HeadPass:
     """NLL of the targets and its gradient at the hidden states: two products with the head, one block at a time."""
+    shape, x_TD, targets_T = targets_T.shape, _rows(x_TD), targets_T.reshape(-1)
     T, D = x_TD.shape
     wide = at_least_float32(x_TD.dtype)
+    head = columns(head_DV, vocab_size)
 
     def add_block(carry, block, width):
         highest_T, total_T, mean_TD = carry
-        head_DC, _, is_new_C = _block(head_DV, block, width, x_TD.dtype)
-        logits_TC = jnp.where(is_new_C, _product(x_TD, head_DC), -jnp.inf)
+        head_DC, _, is_new_C = _block(head, block, width, x_TD.dtype)
+        logits_TC = jnp.where(is_new_C, _product(x_TD, head_DC), loss.MASKED_LOGIT)
         new_highest_T = jnp.maximum(highest_T, logits_TC.max(axis=-1))
         p_TC = jnp.exp(logits_TC - new_highest_T[:, None])
         shrink_T = jnp.exp(highest_T - new_highest_T)
@@ -52,43 +60,48 @@ def head_pass(x_TD, head_DV, targets_T) -> HeadPass:
 
     carry = (jnp.full(T, -jnp.inf, wide), jnp.zeros(T, wide), jnp.zeros((T, D), wide))
     (highest_T, total_T, mean_TD), _ = _scan_blocks(add_block, carry, T, head_DV.shape[1])
-    lse_T = highest_T + jnp.log(total_T)
-    target_head_TD = _target_rows(head_DV, targets_T, x_TD)
-    nll_T = lse_T - jnp.einsum("td,td->t", x_TD, target_head_TD, preferred_element_type=wide)
-    return HeadPass(nll_T, lse_T, (mean_TD / total_T[:, None] - target_head_TD).astype(x_TD.dtype))
+    target_head_TD = head.of_targets(targets_T, x_TD.dtype)
+    target_T = jnp.einsum("td,td->t", x_TD, target_head_TD, preferred_element_type=wide)
+    lse_T, target_T = join_softmax(head.divided, highest_T, total_T, target_T)
+    mean_TD = mean_TD * jnp.exp(highest_T - lse_T)[:, None] if head.divided else mean_TD / total_T[:, None]
+    gradient_TD = sum_to_all((mean_TD - target_head_TD).astype(x_TD.dtype), head.divided)
+    return HeadPass((lse_T - target_T).reshape(shape), lse_T.reshape(shape), gradient_TD.reshape(*shape, D))
 
 
-@jax.custom_vjp
-def dual_nll(x_TD, x_dot_TD, head_DV, targets_T, forward: HeadPass):
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def dual_nll(x_TD, x_dot_TD, head_DV, targets_T, forward: HeadPass, vocab_size: int = 0):
     """(nll [T], nll_dot [T]): the NLL, known from the forward pass, and its tangent along x_dot.
 
     Differentiable in x, x_dot and the head; the forward pass's results are constants that say what they are.
     """
     wide = at_least_float32(x_TD.dtype)
-    return forward.nll_T, jnp.einsum("td,td->t", forward.gradient_TD, x_dot_TD, preferred_element_type=wide)
+    return forward.nll_T, jnp.einsum("...td,...td->...t", forward.gradient_TD, x_dot_TD, preferred_element_type=wide)
 
 
-def _dual_nll_forward(x_TD, x_dot_TD, head_DV, targets_T, forward: HeadPass):
-    nll_T, nll_dot_T = dual_nll(x_TD, x_dot_TD, head_DV, targets_T, forward)
+def _dual_nll_forward(x_TD, x_dot_TD, head_DV, targets_T, forward: HeadPass, vocab_size: int):
+    nll_T, nll_dot_T = dual_nll(x_TD, x_dot_TD, head_DV, targets_T, forward, vocab_size)
     return (nll_T, nll_dot_T), (x_TD, x_dot_TD, head_DV, targets_T, forward, nll_dot_T)
 
 
-def _dual_nll_reverse(residuals, cotangents):
-    x_TD, x_dot_TD, head_DV, targets_T, forward, nll_dot_T = residuals
-    a_T1, b_T1 = (c[:, None] for c in cotangents)
+def _dual_nll_reverse(vocab_size: int, residuals, cotangents):
+    shape, head_DV = residuals[0].shape, residuals[2]
+    x_TD, x_dot_TD, gradient_TD = map(_rows, (*residuals[:2], residuals[4].gradient_TD))
+    targets_T, lse_T, nll_dot_T = (a.reshape(-1) for a in (residuals[3], residuals[4].lse_T, residuals[5]))
+    a_T1, b_T1 = (c.reshape(-1, 1) for c in cotangents)
     T, D = x_TD.shape
     dtype, wide = x_TD.dtype, at_least_float32(x_TD.dtype)
-    target_head_TD = _target_rows(head_DV, targets_T, x_TD)
-    mu_T = nll_dot_T + jnp.einsum("td,td->t", x_dot_TD, target_head_TD, preferred_element_type=wide)
-    stacked_RD = jnp.concatenate([x_TD, x_dot_TD])  # R = 2 T rows: the head is read once for both
+    head = columns(head_DV, vocab_size)
+    target_dot_T = jnp.einsum("td,td->t", x_dot_TD, head.of_targets(targets_T, dtype), preferred_element_type=wide)
+    mu_T = nll_dot_T + sum_to_all(target_dot_T, head.divided)
+    stacked_RD = jnp.concatenate([x_TD, x_dot_TD])  # the head is read once for both
 
     def add_block(carry, block, width):
         curvature_TD, head_bar_DV = carry
-        head_DC, columns_C, is_new_C = _block(head_DV, block, width, x_TD.dtype)
+        head_DC, ids_C, is_new_C = _block(head, block, width, dtype)
         logits_TC, logits_dot_TC = jnp.split(_product(stacked_RD, head_DC), 2)
-        p_TC = jnp.where(is_new_C, jnp.exp(logits_TC - forward.lse_T[:, None]), 0)
+        p_TC = jnp.where(is_new_C, jnp.exp(logits_TC - lse_T[:, None]), 0)
         q_TC = p_TC * (logits_dot_TC - mu_T[:, None])
-        p_minus_y_TC = p_TC - (is_new_C & (columns_C == targets_T[:, None]))
+        p_minus_y_TC = p_TC - (is_new_C & (ids_C == targets_T[:, None]))
         curvature_TD = curvature_TD + _product(q_TC.astype(dtype), head_DC.T)
         logits_bar_RC = jnp.concatenate([a_T1 * p_minus_y_TC + b_T1 * q_TC, b_T1 * p_minus_y_TC]).astype(dtype)
         head_bar_DC = _product(stacked_RD.T, logits_bar_RC).astype(head_DV.dtype)
@@ -98,11 +111,17 @@ def _dual_nll_reverse(residuals, cotangents):
 
     carry = (jnp.zeros((T, D), wide), jnp.zeros_like(head_DV))
     (curvature_TD, head_bar_DV), _ = _scan_blocks(add_block, carry, T, head_DV.shape[1])
-    x_bar_TD = (a_T1 * forward.gradient_TD + b_T1 * curvature_TD).astype(dtype)
-    return x_bar_TD, (b_T1 * forward.gradient_TD).astype(dtype), head_bar_DV, None, None
+    curvature_TD = sum_to_all(curvature_TD.astype(dtype) if head.divided else curvature_TD, head.divided)
+    x_bar_TD = (a_T1 * gradient_TD + b_T1 * curvature_TD).astype(dtype)
+    x_dot_bar_TD = (b_T1 * gradient_TD).astype(dtype)
+    return x_bar_TD.reshape(shape), x_dot_bar_TD.reshape(shape), head_bar_DV, None, None
 
 
 dual_nll.defvjp(_dual_nll_forward, _dual_nll_reverse)
+
+
+def _rows(a):
+    return a.reshape(-1, a.shape[-1])
 
 
 def _scan_blocks(add_block, carry, T: int, V: int):
@@ -121,17 +140,13 @@ def _scan_blocks(add_block, carry, T: int, V: int):
     return jax.lax.scan(add_block, carry, blocks)
 
 
-def _block(head_DV, block, width: int, dtype):
-    """(columns [D, C] of the head in `dtype`, their ids [C], which of them no block before had [C])."""
+def _block(head: Columns, block, width: int, dtype):
+    """(columns [D, C] in `dtype`, their ids [C], which of them mean something and were in no block before [C])."""
     start, first_new = block
-    columns_C = start + jnp.arange(width)
-    head_DC = jax.lax.dynamic_slice_in_dim(head_DV, start, width, axis=1)
-    return head_DC.astype(dtype), columns_C, columns_C >= first_new
-
-
-def _target_rows(head_DV, targets_T, x_TD):
-    """Head column of each target, [T, D], in the dtype of `x_TD`."""
-    return jnp.take(head_DV, targets_T, axis=1).T.astype(x_TD.dtype)
+    place_C = start + jnp.arange(width)
+    head_DC = jax.lax.dynamic_slice_in_dim(head.head_DC, start, width, axis=1)
+    ids_C = head.first + place_C
+    return head_DC.astype(dtype), ids_C, (place_C >= first_new) & (ids_C < head.vocab_size)
 
 
 def _product(a, b):

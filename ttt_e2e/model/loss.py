@@ -1,33 +1,152 @@
-"""Next-token loss. Shapes: `T` positions, `D` model width, `V` vocabulary."""
+"""Next-token loss.
+
+The head may be one device's columns of it (parts.py): the vocabulary, filled up with columns that mean nothing, is
+divided evenly among the devices, in order. `vocab_size` says how many columns mean something; 0 = all of the head's.
+
+Shapes: `T` positions, `R` rows (positions of several sequences), `r` rows of a block, `D` model width, `V` vocabulary,
+`C` columns of the head at hand.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ttt_e2e.model.parameters import at_least_float32
+from ttt_e2e.model.parts import AXIS, copy_to_all, sum_to_all
 
 # Logits held at once: 2^24 float32 values are 64 MiB.
 MAX_LOGITS = 2**24
+# Rows of a block of `nll_forward`, whatever the vocabulary: with fewer, an accelerator takes longer to read the head
+# and to add up its gradient than for the products.
+MIN_ROWS = 1024
+MASKED_LOGIT = -1e30  # finite: a device may have nothing but columns that mean nothing
 
 
-def token_nll(x_TD, head_DV, targets_T):
-    """Negative log likelihood [T] of each target, in nats and float32; logits of a few tokens exist at a time."""
-    T = x_TD.shape[0]
-    block = _block_size(T, head_DV.shape[1])
+class Columns(NamedTuple):
+    """The columns of the head that are at hand."""
+
+    head_DC: jax.Array
+    vocab_size: int  # V
+    divided: bool  # whether other devices have the others
+    first: jax.Array | int  # id of the first column
+
+    def targets(self, targets_R):
+        """(Which column of these is each target, whether it is one of these at all): both [R]."""
+        place_R = targets_R - self.first
+        count = self.head_DC.shape[1]
+        return jnp.clip(place_R, 0, count - 1), (place_R >= 0) & (place_R < count)
+
+    def of_targets(self, targets_R, dtype):
+        """The column of each target, [R, D]; zeros where another device has it."""
+        if not self.divided:
+            return jnp.take(self.head_DC, targets_R, axis=1).T.astype(dtype)
+        place_R, is_here_R = self.targets(targets_R)
+        return jnp.where(is_here_R[:, None], jnp.take(self.head_DC, place_R, axis=1).T.astype(dtype), 0)
+
+    def masked(self, logits_RC, ids_C=None):
+        """Logits, with those of columns that mean nothing far below all others."""
+        if not self.divided:
+            return logits_RC
+        ids_C = self.first + jnp.arange(self.head_DC.shape[1]) if ids_C is None else ids_C
+        return jnp.where(ids_C < self.vocab_size, logits_RC, MASKED_LOGIT)
+
+
+def columns(head_DC, vocab_size: int = 0) -> Columns:
+    """The head's columns; one device's, where there are fewer than `vocab_size`."""
+    count = head_DC.shape[1]
+    divided = count < vocab_size
+    return Columns(head_DC, vocab_size or count, divided, jax.lax.axis_index(AXIS) * count if divided else 0)
+
+
+def join_softmax(divided: bool, highest_R, total_R, target_R):
+    """(lse, logit of the target) of each row, from each device's largest logit, sum of exponentials relative to it, and
+    the target's logit, or 0 where another device has it; not differentiated."""
+    if divided:
+        over_all_R = jax.lax.pmax(highest_R, AXIS)
+        total_R = jax.lax.psum(total_R * jnp.exp(highest_R - over_all_R), AXIS)
+        highest_R, target_R = over_all_R, jax.lax.psum(target_R, AXIS)
+    return highest_R + jnp.log(total_R), target_R
+
+
+def token_nll(x_TD, head_DC, targets_T, vocab_size: int = 0):
+    """Negative log likelihood [T] of each target, in nats and float32; logits of a few tokens exist at a time.
+
+    Differentiable any number of times; `x_TD` is alike on all devices, and so are its cotangents.
+    """
+    divided = columns(head_DC, vocab_size).divided
+    x_TD, T = copy_to_all(x_TD, divided), x_TD.shape[0]
+    block = _block_size(T, max(1, MAX_LOGITS // head_DC.shape[1]))
     if block == T:
-        return _block_nll(x_TD, head_DV, targets_T)
+        return _block_nll(x_TD, head_DC, targets_T, vocab_size)
 
     @jax.checkpoint
     def one_block(args):
-        return _block_nll(args[0], head_DV, args[1])
+        return _block_nll(args[0], head_DC, args[1], vocab_size)
 
     blocks = (x_TD.reshape(T // block, block, -1), targets_T.reshape(T // block, block))
     return jax.lax.map(one_block, blocks).reshape(T)
 
 
+class Softmax(NamedTuple):
+    """What `nll_forward` leaves for `nll_reverse`."""
+
+    lse_R: jax.Array  # log of the softmax's denominator
+    logits_RC: jax.Array | None  # where all of them are one block
+
+
+def nll_forward(x_RD, head_DC, targets_R, vocab_size: int = 0):
+    """NLL [R] of the targets in float32, and a `Softmax`: `token_nll` with a reverse of its own."""
+    head = columns(head_DC, vocab_size)
+
+    def one_block(args):
+        x_rD, targets_r = args
+        logits_rC = head.masked(logits(x_rD, head_DC))
+        highest_r = logits_rC.max(axis=-1)
+        total_r = jnp.exp(logits_rC - highest_r[:, None]).sum(axis=-1)
+        place_r, is_here_r = head.targets(targets_r)
+        target_r = jnp.where(is_here_r, jnp.take_along_axis(logits_rC, place_r[:, None], axis=-1)[:, 0], 0)
+        return (highest_r, total_r, target_r), logits_rC
+
+    block = _rows_at_once(len(x_RD), head_DC.shape[1])
+    if block == len(x_RD):
+        of_rows, kept = one_block((x_RD, targets_R))
+    else:
+        of_rows, kept = jax.lax.map(lambda args: one_block(args)[0], _blocks((x_RD, targets_R), block)), None
+        of_rows = jax.tree.map(lambda a: a.reshape(-1), of_rows)
+    lse_R, target_R = join_softmax(head.divided, *of_rows)
+    return lse_R - target_R, Softmax(lse_R, kept)
+
+
+def nll_reverse(x_RD, head_DC, targets_R, softmax: Softmax, nll_bar_R, vocab_size: int = 0):
+    """Cotangents of the hidden states [R, D], of which each device has its own term, and of the head [D, C], float32."""
+    head, dtype = columns(head_DC, vocab_size), x_RD.dtype
+
+    def one_block(head_bar_DC, args, logits_rC=None):
+        x_rD, targets_r, lse_r, nll_bar_r = args
+        if logits_rC is None:
+            logits_rC = head.masked(logits(x_rD, head_DC))
+        place_r, is_here_r = head.targets(targets_r)
+        is_target_rC = is_here_r[:, None] & (jnp.arange(head_DC.shape[1]) == place_r[:, None])
+        p_minus_y_rC = jnp.exp(logits_rC - lse_r[:, None]) - is_target_rC
+        logits_bar_rC = (nll_bar_r[:, None] * p_minus_y_rC).astype(dtype)
+        head_bar_DC += _product(x_rD.T, logits_bar_rC)
+        return head_bar_DC, _product(logits_bar_rC, head_DC.T.astype(dtype)).astype(dtype)
+
+    args = (x_RD, targets_R, softmax.lse_R, nll_bar_R)
+    none_yet = jnp.zeros(head_DC.shape, at_least_float32(dtype))
+    block = _rows_at_once(len(x_RD), head_DC.shape[1])
+    if block == len(x_RD):
+        head_bar_DC, x_bar_RD = one_block(none_yet, args, softmax.logits_RC)
+    else:
+        head_bar_DC, x_bar_nrD = jax.lax.scan(one_block, none_yet, _blocks(args, block))
+        x_bar_RD = x_bar_nrD.reshape(x_RD.shape)
+    return x_bar_RD, head_bar_DC
+
+
 def logits(x_TD, head_DV):
     """[T, V], float32, whatever the dtype of the normed hidden states."""
-    wide = at_least_float32(x_TD.dtype)
-    return jnp.einsum("td,dv->tv", x_TD, head_DV.astype(x_TD.dtype), preferred_element_type=wide)
+    return _product(x_TD, head_DV.astype(x_TD.dtype))
 
 
 def masked_mean(nll, is_target):
@@ -36,13 +155,31 @@ def masked_mean(nll, is_target):
     return total / jnp.maximum(jnp.sum(is_target, axis=-1), 1)
 
 
-def _block_size(T: int, V: int) -> int:
-    """The largest divisor of T whose logits fit."""
-    limit = max(1, MAX_LOGITS // V)
+def _product(a, b):
+    return jnp.matmul(a, b, preferred_element_type=at_least_float32(a.dtype))
+
+
+def _block_size(T: int, limit: int) -> int:
+    """The largest divisor of T up to a limit."""
     return max(size for size in range(1, T + 1) if T % size == 0 and size <= limit)
 
 
-def _block_nll(x_TD, head_DV, targets_T):
-    logits_TV = logits(x_TD, head_DV)
-    target_logit_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
-    return jax.nn.logsumexp(logits_TV, axis=-1) - target_logit_T
+def _rows_at_once(R: int, C: int) -> int:
+    return _block_size(R, max(MIN_ROWS, MAX_LOGITS // C))
+
+
+def _blocks(arrays, block: int):
+    return jax.tree.map(lambda a: a.reshape(-1, block, *a.shape[1:]), arrays)
+
+
+def _block_nll(x_TD, head_DC, targets_T, vocab_size: int):
+    head = columns(head_DC, vocab_size)
+    logits_TC = head.masked(logits(x_TD, head_DC))
+    if not head.divided:
+        target_logit_T = jnp.take_along_axis(logits_TC, targets_T[:, None], axis=-1)[:, 0]
+        return jax.nn.logsumexp(logits_TC, axis=-1) - target_logit_T
+    highest_T = jax.lax.stop_gradient(jax.lax.pmax(jax.lax.stop_gradient(logits_TC.max(axis=-1)), AXIS))
+    total_T = sum_to_all(jnp.exp(logits_TC - highest_T[:, None]).sum(axis=-1), True)
+    place_T, is_here_T = head.targets(targets_T)
+    target_T = jnp.where(is_here_T, jnp.take_along_axis(logits_TC, place_T[:, None], axis=-1)[:, 0], 0)
+    return highest_T + jnp.log(total_T) - sum_to_all(target_T, True)

@@ -5,7 +5,8 @@ from functools import partial
 import jax
 from flax import nnx
 
-from ttt_e2e.model.parameters import matrix
+from ttt_e2e.model.parameters import Directed, matrix
+from ttt_e2e.model.parts import copy_to_all
 from ttt_e2e.model.passes import Pass
 
 
@@ -16,11 +17,20 @@ class SwiGLU(nnx.Module):
         self.w1 = matrix(rngs, (config.hidden_size, width), config, kind)
         self.w2 = matrix(rngs, (width, config.hidden_size), config, kind)
         self.w3 = matrix(rngs, (config.hidden_size, width), config, kind)
+        self.width = width
 
     def __call__(self, x_TD, compute: Pass):
-        """[T, D] to [T, D]; the products are computed in the dtype of `x_TD`."""
+        """[T, D] to [T, D]; the products are computed in the dtype of `x_TD`. Matrices may be a device's part (parts.py)."""
+        x_TD = copy_to_all(x_TD, self.is_divided)
         gate_TF, up_TF = (compute.product(x_TD, w.get_value()) for w in (self.w1, self.w3))
-        return compute.product(compute.lift(_gated, gate_TF, up_TF), self.w2.get_value())
+        gated_TF = compute.lift(_gated, gate_TF, up_TF)
+        return compute.product(gated_TF, self.w2.get_value(), divided=self.is_divided)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether the matrices are one device's part of the width."""
+        w2 = self.w2.get_value()
+        return (w2.weight if isinstance(w2, Directed) else w2).shape[-2] < self.width
 
 
 @partial(jax.checkpoint, prevent_cse=False)

@@ -8,6 +8,7 @@ Shapes: `T` positions, `D` width in, `F` width out, `N` query heads, `H` head wi
 tangent, stacked, or 1 for a value that has none.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from ttt_e2e.kernels import window_attention
 from ttt_e2e.model.parameters import Directed
+from ttt_e2e.model.parts import sum_to_all
 
 
 class Pass:
@@ -39,10 +41,11 @@ class Pass:
         """An array without its tangent, where it has one."""
         return array
 
-    def product(self, x_TD, w_DF):
-        """x w, [T, F], in the dtype of x."""
-        known_TF, w_DF = self._next_known(), w_DF.astype(x_TD.dtype)
-        return x_TD @ w_DF if known_TF is None else _known_product(x_TD, w_DF, known_TF)
+    def product(self, x_TD, w_DF, *, divided: bool = False):
+        """x w, [T, F], in the dtype of x. `divided`: both are one device's part of D; the result is the sum over all."""
+        known_TF, operands = self._next_known(), (x_TD, w_DF.astype(x_TD.dtype))
+        product = partial(_product, divided)
+        return product(*operands) if known_TF is None else _known(product, operands, known_TF)
 
     def attention(self, *arrays, **options):
         """`window_attention` of the same arguments."""
@@ -61,8 +64,8 @@ class FirstOrderPass(Pass):
 class Recording(Pass):
     """Keeps the results, in order."""
 
-    def product(self, x_TD, w_DF):  # noqa: D102 (as of `Pass`)
-        self.kept += (super().product(x_TD, w_DF),)
+    def product(self, x_TD, w_DF, *, divided: bool = False):  # noqa: D102 (as of `Pass`)
+        self.kept += (super().product(x_TD, w_DF, divided=divided),)
         return self.kept[-1]
 
     def attention(self, *arrays, **options):  # noqa: D102
@@ -93,12 +96,13 @@ class DualPass(Pass):
     def value(self, array_P):  # noqa: D102
         return array_P[0]
 
-    def product(self, x_PTD, w_DF):  # noqa: D102
-        if not isinstance(w_DF, Directed):
-            return _dual_product(x_PTD, w_DF.astype(x_PTD.dtype), self._next_known())
-        w_DF, u_DF = (w.astype(x_PTD.dtype) for w in w_DF)
-        y_TF, *along_x_TF = _parts(_dual_product(x_PTD, w_DF, self._next_known()))
-        return jnp.stack([y_TF, sum(along_x_TF, self.value(x_PTD) @ u_DF)])
+    def product(self, x_PTD, w_DF, *, divided: bool = False):  # noqa: D102
+        weights = [w.astype(x_PTD.dtype) for w in (w_DF if isinstance(w_DF, Directed) else [w_DF])]
+        known_TF, product, operands = self._next_known(), partial(_dual_product, divided), (x_PTD, *weights)
+        if known_TF is None:
+            return product(*operands)
+        tangent = sum_to_all(_along(x_PTD, *weights), divided)
+        return _known(product, operands, jnp.concatenate([known_TF[None], tangent]))
 
     def attention(self, *arrays_P, **options):  # noqa: D102
         has_tangent = len(arrays_P[0]) == 2
@@ -111,21 +115,35 @@ def _parts(array_P):
     return [jnp.squeeze(part, 0) for part in jnp.split(array_P, len(array_P))]
 
 
-def _dual_product(x_PTD, w_DF, known_TF):
-    """x w of a value and its tangent; the value's product may be known."""
-    if known_TF is None:
-        return x_PTD @ w_DF
-    return _known_product(x_PTD, w_DF, jnp.concatenate([known_TF[None], x_PTD[1:] @ w_DF]))
+def _product(divided: bool, x_TD, w_DF):
+    return sum_to_all(x_TD @ w_DF, divided)
 
 
-@jax.custom_jvp
-def _known_product(x, w_DF, known):
-    """x w, which is known: not computed, but differentiated as if it were."""
-    return known
+def _dual_product(divided: bool, x_PTD, w_DF, u_DF=None):
+    """x w of a value and its tangent, where w has the tangent u, or none: [P, T, F]."""
+    y_PTF = x_PTD @ w_DF
+    if u_DF is not None:
+        y_TF, *along_x_TF = _parts(y_PTF)
+        y_PTF = jnp.stack([y_TF, sum(along_x_TF, x_PTD[0] @ u_DF)])
+    return sum_to_all(y_PTF, divided)
 
 
-@_known_product.defjvp
-def _known_product_jvp(primals, tangents):
-    x, w_DF, known = primals
-    x_dot, w_dot_DF, _ = tangents
-    return _known_product(x, w_DF, known), x_dot @ w_DF + x @ w_dot_DF
+def _along(x_PTD, w_DF, u_DF=None):
+    """The tangent of x w alone, [1, T, F]; of a value without one, [0, T, F]."""
+    along_x = x_PTD[1:] @ w_DF
+    if u_DF is None:
+        return along_x
+    along_w = (x_PTD[0] @ u_DF)[None]
+    return along_x + along_w if len(along_x) else along_w
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _known(function, operands, result):
+    """`function` of the operands, whose result is known: not computed, but differentiated as if it were."""
+    return result
+
+
+@_known.defjvp
+def _known_jvp(function, primals, tangents):
+    operands, result = primals
+    return _known(function, operands, result), jax.jvp(function, operands, tangents[0])[1]

@@ -14,6 +14,7 @@ from ttt_e2e.model.loss import logits, token_nll
 from ttt_e2e.model.norm import RMSNorm
 from ttt_e2e.model.parameters import matrix
 from ttt_e2e.model.passes import FirstOrderPass, Pass
+from ttt_e2e.model.sequence_parts import SequenceParts
 
 
 class Transformer(nnx.Module):
@@ -38,14 +39,19 @@ class Transformer(nnx.Module):
         """Token embeddings [T, D] in the compute dtype."""
         return self.embedding[...][tokens_T].astype(jnp.dtype(self.config.compute_dtype))
 
-    def run_prefix(self, x_TD, *, remat: bool = True):
+    def run_prefix(self, x_TD, *, remat: bool = True, fetch=lambda state: state, parts: SequenceParts | None = None):
         """All prefix blocks over a whole sequence [T, D] in parallel; may be differentiated once.
 
-        remat: whether each block is rematerialised in the backward pass.
+        Args:
+          x_TD: hidden states of the sequence, or of one device's part of it.
+          remat: whether each block is rematerialised in the backward pass.
+          fetch: the state of a block as it is stored -> as it is computed with; part of what is rematerialised.
+          parts: where x_TD is a part of the sequence: how that is divided.
         """
         if not self.config.num_prefix_blocks:
             return x_TD
-        return _scan_blocks(self.prefix, self.config.windows, FirstOrderPass, x_TD, {}, remat=remat)[0]
+        options = {"remat": remat, "fetch": fetch, "parts": parts}
+        return _scan_blocks(self.prefix, self.config.windows, FirstOrderPass, x_TD, {}, **options)[0]
 
     def run_cached(self, x_TD, caches: dict[str, KeyValues], num_empty):
         """Blocks over T positions that follow those of their window caches; may be differentiated once.
@@ -89,18 +95,19 @@ class Transformer(nnx.Module):
 
     def make_suffix(self) -> "Suffix":
         """The part of the model that reads mini-batch by mini-batch; it shares this model's weights."""
-        return Suffix(self.config, self.suffix, self.final_norm, nnx.Param(self._head()))
+        return Suffix(self.config, self.suffix, self.final_norm, nnx.Param(self.head_DV))
 
     def nll(self, x_TD, targets_T):
         """Negative log likelihood [T] of the targets, float32 nats, from the last block's hidden states."""
-        return token_nll(self.final_norm(x_TD), self._head(), targets_T)
+        return token_nll(self.final_norm(x_TD), self.head_DV, targets_T)
 
     def logits(self, x_TD):
         """What the next token is predicted from: [T, V], float32, from the last block's hidden states."""
-        return logits(self.final_norm(x_TD), self._head())
+        return logits(self.final_norm(x_TD), self.head_DV)
 
-    def _head(self):
-        """[D, V]"""
+    @property
+    def head_DV(self):
+        """What logits are hidden states times: [D, V]."""
         return self.embedding[...].T if self.config.tie_word_embeddings else self.head[...]
 
 
@@ -144,16 +151,22 @@ class Suffix(nnx.Module):
 
     def nll(self, x_bD, targets_b):
         """Negative log likelihood [b] of the targets, float32 nats, from what `__call__` returns."""
-        return token_nll(x_bD, self.head[...], targets_b)
+        return token_nll(x_bD, self.head[...], targets_b, self.config.vocab_size)
+
+    @property
+    def divides_fast(self) -> bool:
+        """Whether the fast weights are one device's part of them."""
+        return self.blocks.fast_mlp.is_divided
 
     def cache_size(self, seq_len: int) -> int:
         """K, the positions that the window caches must hold for a sequence of `seq_len` tokens."""
         return min(self.config.sliding_window, seq_len) if all(self.config.windows) else seq_len
 
     def empty_cache(self, size: int) -> KeyValues:
-        """Keys and values [L, size, G, H] of nothing."""
+        """Keys and values [L, size, G, H] of nothing; G are the heads at hand."""
         config = self.config
-        shape = (config.num_fast_blocks, size, config.num_key_value_heads, config.head_dim)
+        heads = self.blocks.attention.wk[...].shape[-1] // config.head_dim
+        shape = (config.num_fast_blocks, size, heads, config.head_dim)
         zeros = jnp.zeros(shape, jnp.dtype(config.compute_dtype))
         return KeyValues(zeros, zeros)
 
@@ -170,11 +183,22 @@ def _stack(config, rngs: nnx.Rngs, num_blocks: int, *, fast: bool) -> Block:
 
 
 def _scan_blocks(
-    stack: Block, windows, make_pass, x_TD, of_blocks: dict, known=(), *, remat: bool, unroll: bool = False, **context
+    stack: Block,
+    windows,
+    make_pass,
+    x_TD,
+    of_blocks: dict,
+    known=(),
+    *,
+    remat: bool,
+    unroll: bool = False,
+    fetch=lambda state: state,
+    **context,
 ):
     """Runs stacked blocks one after another; block i has window `windows[i % len(windows)]`.
 
-    `of_blocks` and `context` are arguments of `Block`; arrays of the former have a leading axis over blocks.
+    `of_blocks` and `context` are arguments of `Block`; arrays of the former have a leading axis over blocks. `fetch` is
+    as of `run_prefix`.
 
     Returns the hidden states, the new keys and values [L, T, G, H] where there are caches, and what the passes kept.
     """
@@ -182,7 +206,7 @@ def _scan_blocks(
 
     def run_block(x_TD, state, of_block, known, window):
         compute = make_pass(known)
-        block = nnx.merge(graphdef, state)
+        block = nnx.merge(graphdef, fetch(state))
         x_TD, new_TGH = block(x_TD, compute, window=window, **of_block, **context)
         return x_TD, (new_TGH if of_block else None, compute.kept)
 

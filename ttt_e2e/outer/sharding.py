@@ -1,19 +1,22 @@
 """Where every array lives: one table of rules over a mesh of two axes.
 
 Parameters and optimizer state are sharded over both axes (`data`: fully sharded data parallelism, `model`: tensor
-parallelism); sequences, and the fast weights that each of them changes, live along `data`.
+parallelism); sequences, and the fast weights that each of them changes, live along `data`. `divide` says what that
+means for the computation of a step (inner/division.py).
 """
 
 import math
 import re
+from functools import partial
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ttt_e2e.config import MeshConfig
+from ttt_e2e.config import Config, MeshConfig, ModelConfig
 from ttt_e2e.errors import UserError
+from ttt_e2e.inner.division import DATA, MODEL, Division, Leaf, Weights
 
 # End of a parameter's name -> mesh axes of its last dimensions. First match wins.
 RULES = (
@@ -56,27 +59,66 @@ def shardings(tree, mesh: Mesh):
 
     A dimension that its axis does not divide stays whole.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, _spec(path, x.shape, mesh)), tree)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh))
 
 
-def per_sequence(fast, num_sequences: int, mesh: Mesh):
-    """Fast weights with a leading axis over sequences, each living with its sequence.
+def specs(tree, mesh: Mesh):
+    """As `shardings`: a PartitionSpec for every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: _spec(path, x.shape, mesh), tree)
 
-    Raises where `fast` has leaves that no rule names, as `shardings` does.
+
+def divide(config: Config, params, mesh: Mesh, *, by_sequence: bool) -> Division:
+    """What each device of the mesh stores of the weights {"fast", "slow"}, and what it computes with.
+
+    by_sequence: whether the prefix divides positions over `model`, and not matrices.
     """
+    model, num_parts = config.model, mesh.shape[MODEL]
 
-    def replicate(path, w):
-        matrix_axes = [axis if axis == "model" else None for axis in _spec(path, w.shape, mesh)]
-        sharding = NamedSharding(mesh, P("data", *matrix_axes))
-        return jax.lax.with_sharding_constraint(jax.numpy.broadcast_to(w, (num_sequences, *w.shape)), sharding)
+    def leaf(path, x):
+        spec = P(*(axis if axis and mesh.shape[axis] > 1 else None for axis in _spec(path, x.shape, mesh)))
+        return _leaf(parameter_name(path), spec, model, num_parts, by_sequence)
 
-    return jax.tree_util.tree_map_with_path(replicate, fast)
+    leaves = jax.tree_util.tree_map_with_path(leaf, params)
+    head = leaves["slow"].get("head") or _transposed(leaves["slow"]["embedding"])
+    if num_parts > 1 and model.vocab_size % num_parts:
+        head = head._replace(columns=model.vocab_size)
+    weights = partial(Weights, num_parts=num_parts, compute_dtype=jax.numpy.dtype(model.compute_dtype))
+    return Division(
+        slow=weights(leaves["slow"]),
+        head=weights(head),
+        fast=Weights(leaves["fast"], num_parts),
+        num_parts=num_parts,
+        by_sequence=by_sequence,
+    )
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which rows of a global batch this process feeds."""
     indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
+def _leaf(name: str, spec: P, model: ModelConfig, num_parts: int, by_sequence: bool) -> Leaf:
+    """Of a weight that is stored as `spec` says."""
+    place = {axis: i - len(spec) for i, axis in enumerate(spec) if axis}
+    data, divided = place.get(DATA, 0), place.get(MODEL, 0)
+    leaf = Leaf(not name.endswith("norm.weight"), data, unsummed=() if data else (DATA,))
+    whole = leaf._replace(gathered=divided)
+    if by_sequence and name.startswith("slow.prefix."):  # each device has other positions: all cotangents are terms
+        return whole._replace(sums=True, unsummed=leaf.unsummed + (() if divided else (MODEL,)))
+    if by_sequence and not model.num_fast_blocks and name == "slow.final_norm.weight":
+        return leaf._replace(unsummed=(*leaf.unsummed, MODEL))
+    if num_parts > 1 and ".attention." in name:
+        if model.num_key_value_heads % num_parts:
+            return whole
+        if name.endswith((".q_norm.weight", ".k_norm.weight")):  # each device has other heads
+            return leaf._replace(unsummed=(*leaf.unsummed, MODEL))
+    return leaf
+
+
+def _transposed(leaf: Leaf) -> Leaf:
+    """Of a matrix of two dimensions, of its transpose."""
+    return leaf._replace(data=-3 - leaf.data if leaf.data else 0)
 
 
 def _spec(path, shape, mesh: Mesh) -> P:

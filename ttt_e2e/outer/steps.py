@@ -1,5 +1,8 @@
 """The compiled programs of the outer loop: one training step, one evaluation step.
 
+Losses and gradients are computed inside of a `jax.shard_map` over both axes of the mesh, where each device works on its
+own parts (inner/division.py) and every byte that travels is asked for by name; the compiler divides only the update.
+
 Shapes: `B` batch, `A` accumulation steps, `T` sequence.
 """
 
@@ -15,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from ttt_e2e.config import Config
 from ttt_e2e.inner import Reading, inner_learning_rate, read_batch
+from ttt_e2e.inner.division import DATA, Division, complete, fetch
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.parameters import split
 from ttt_e2e.outer import policies, sharding
@@ -42,26 +46,38 @@ def init_state(config: Config, optimizer: optax.GradientTransformation) -> Train
     return TrainState(params, optimizer.init(params), jnp.int32(0))
 
 
+class Policies(NamedTuple):
+    """What a step does where the configuration leaves it open, and how it is divided."""
+
+    config: Config  # without "auto" in its inner loop
+    division: Division
+
+    def record(self) -> dict[str, str]:
+        """What was taken, for the run directory: field -> value."""
+        prefix = "sequence" if self.division.by_sequence else "matrices"
+        inner = {f"inner.{name}": getattr(self.config.inner, name) for name in ("trajectory", "remat")}
+        return inner | {"mesh.prefix": prefix}
+
+
+def take_policies(config: Config, mesh: Mesh) -> Policies:
+    """Decides what "auto" means for a training step on a mesh."""
+    graphdef, params = abstract_model(config)
+    division = sharding.divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
+    return Policies(policies.for_training(config, graphdef, params, mesh, division), division)
+
+
 def make_train_step(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, state_shardings) -> Callable:
     """The compiled outer step: (state, tokens [B, T + 1]) -> (state, metrics). The state passed in is donated.
 
     metrics: scalars `loss`, `grad_norm` (before clipping), `learning_rate` and `inner_learning_rate` of this step.
     """
-    graphdef, params = abstract_model(config)
-    config = policies.for_training(config, graphdef, params, mesh)
-    read = _reader(config, graphdef, mesh)
+    taken = take_policies(config, mesh)
+    loss_and_gradient = make_gradient(taken.config, mesh, taken.division)
     rate_at = learning_rate_schedule(config.optimizer)
-
-    def loss(params, tokens, inner_rate):
-        return read(params, tokens, inner_rate).loss.mean()
 
     def train_step(state: TrainState, tokens):
         inner_rate = inner_learning_rate(config.inner, state.step)
-        mean_loss, gradient = _accumulate(
-            lambda part: jax.value_and_grad(loss)(state.params, part, inner_rate),
-            tokens,
-            config.train.accumulation_steps,
-        )
+        mean_loss, gradient = loss_and_gradient(state.params, tokens, inner_rate)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -80,41 +96,70 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, mes
     )
 
 
+def make_gradient(config: Config, mesh: Mesh, division: Division, mean_loss: Callable | None = None) -> Callable:
+    """(params, tokens [B, T + 1], inner learning rate) -> mean loss of the batch, and its gradient.
+
+    mean_loss: (params, tokens, inner learning rate) -> mean loss of a device's own sequences, if it is not to be what
+    `read_batch` gives.
+    """
+    graphdef, params = abstract_model(config)
+    specs = sharding.specs(params, mesh)
+    read = _reader(config, graphdef, division)
+    if mean_loss is None:
+
+        def mean_loss(params, tokens, inner_rate):
+            return read(params, tokens, inner_rate).loss.mean()
+
+    def on_a_device(params, tokens, inner_rate):
+        def share_of_loss(params, tokens):
+            return mean_loss(params, tokens, inner_rate) / mesh.shape[DATA]
+
+        share, gradient = _accumulate(
+            lambda part: jax.value_and_grad(share_of_loss)(params, part), tokens, config.train.accumulation_steps
+        )
+        return jax.lax.psum(share, DATA), complete(division, gradient)
+
+    return jax.shard_map(
+        on_a_device, mesh=mesh, in_specs=(specs, sharding.BATCH, P()), out_specs=(P(), specs), check_vma=False
+    )
+
+
 def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
     """The compiled evaluation: (params, tokens [B, T + 1], inner learning rate) -> (loss [B], token_nll [B, T])."""
-    read = _reader(policies.for_reading(config), abstract_model(config)[0], mesh)
+    config = policies.for_reading(config)
+    graphdef, params = abstract_model(config)
+    division = sharding.divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
+    read = _reader(config, graphdef, division)
 
-    def eval_step(params, tokens, inner_rate):
+    def on_a_device(params, tokens, inner_rate):
         reading = read(params, tokens, inner_rate)
         return reading.loss, reading.token_nll_T
 
+    specs = (sharding.specs(params, mesh), sharding.BATCH, P())
     return jax.jit(
-        eval_step,
+        jax.shard_map(on_a_device, mesh=mesh, in_specs=specs, out_specs=sharding.BATCH, check_vma=False),
         in_shardings=(params_shardings, NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())),
         out_shardings=NamedSharding(mesh, P()),
     )
 
 
-def _reader(config: Config, graphdef, mesh: Mesh) -> Callable[..., Reading]:
-    """(params, tokens [B, T + 1], inner learning rate) -> what reading them gives."""
+def _reader(config: Config, graphdef, division: Division) -> Callable[..., Reading]:
+    """(stored parts of params, a device's tokens [B, T + 1], inner learning rate) -> what reading them gives."""
 
     def read(params, tokens, inner_rate):
-        fast = sharding.per_sequence(params["fast"], tokens.shape[0], mesh)
+        fast = fetch(division.fast, params["fast"])
+        fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (len(tokens), *w.shape)), fast)
         options = {"inner": config.inner, "learning_rate": inner_rate, "bos_id": config.data.bos_id}
-        batch_sharding = NamedSharding(mesh, sharding.BATCH)
-        return read_batch(graphdef, fast, params["slow"], tokens, **options, batch_sharding=batch_sharding)
+        return read_batch(graphdef, fast, params["slow"], tokens, **options, division=division)
 
     return read
 
 
 def _accumulate(function, tokens, num_parts: int):
-    """Mean of `function` over `num_parts` parts of the batch, one after the other.
-
-    Part a takes every num_parts-th row, so that each part is spread over the `data` axis as the batch is.
-    """
+    """Mean of `function` over `num_parts` parts of a device's sequences [B, T + 1], one after the other."""
     if num_parts == 1:
         return function(tokens)
-    parts = jnp.moveaxis(tokens.reshape(-1, num_parts, tokens.shape[1]), 1, 0)
+    parts = tokens.reshape(num_parts, -1, tokens.shape[1])
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, parts[0]))
     total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), total, parts)
     return jax.tree.map(lambda x: x / num_parts, total)
