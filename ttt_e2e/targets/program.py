@@ -23,6 +23,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BODY = re.compile(r"body=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
@@ -58,7 +59,8 @@ class Instruction(NamedTuple):
     @property
     def operands(self) -> list[str]:
         """Names of the operands."""
-        return re.findall(r"%([\w.\-]+)", self.rest[: _closing(self.rest)])
+        parts = split("(" + self.rest[: _closing(self.rest)] + ")")
+        return [part.split()[-1].rpartition("/")[2].lstrip("%") for part in parts if part.strip()]
 
     @property
     def op_name(self) -> str:
@@ -108,23 +110,40 @@ class Program:
         if instruction.op in ("async-done", "async-update"):
             return []
         if instruction.op == "while":
-            trips = _TRIPS.search(rest)
-            self.unknown_trips += not trips
-            return [(_BODY.search(rest)[1], int(trips[1]) if trips else 1)]
+            return [(_BODY.search(rest)[1], self._trips(rest))]
         branches = [name.strip().lstrip("%") for found in _BRANCHES.findall(rest) for name in found.split(",")]
         return [(name, 1) for name in _CALLED.findall(rest) + branches]
+
+    def _trips(self, rest: str) -> int:
+        """How often a loop runs: as XLA knows, or in a program that it did not see yet, as far as JAX has it count."""
+        if trips := _TRIPS.search(rest):
+            return int(trips[1])
+        condition = self.computations[_CONDITION.search(rest)[1]]
+        limits = {i.name: i.rest.partition(")")[0] for i in condition if i.op == "constant"}
+        if condition[-1].op == "compare" and "direction=LT" in condition[-1].rest:
+            for operand in condition[-1].operands:
+                if operand in limits:
+                    return int(limits[operand])
+        self.unknown_trips += 1
+        return 1
 
 
 def collectives(text: str, mesh_shape) -> list[Collective]:
     """What devices exchange in one run of a program, loops multiplied out, what moves most first.
 
-    Received, as a ring does it among n devices: all-gather (n-1)/n of the result, reduce-scatter (n-1)/n of the
-    operand, all-reduce twice that, all-to-all (n-1)/n, a permutation all of it.
-
     mesh_shape: size of each axis by name, as of `Mesh.shape`; devices are numbered along the last axis first.
     """
+    return exchanged(Program(text), mesh_shape)
+
+
+def exchanged(program: Program, mesh_shape) -> list[Collective]:
+    """The same of a program that was read.
+
+    Received, as a ring does it among n devices: all-gather (n-1)/n of the result, reduce-scatter (n-1)/n of the
+    operand, all-reduce twice that, all-to-all (n-1)/n, a permutation all of it.
+    """
     found = []
-    for _, instruction, times in Program(text).instructions():
+    for _, instruction, times in program.instructions():
         kind = instruction.op.removesuffix("-start")
         if kind in COLLECTIVES:
             groups = _groups(instruction.rest, prod(mesh_shape.values()))
@@ -167,8 +186,8 @@ def _closing(text: str) -> int:
     return len(text)
 
 
-def _elements(result: str) -> list[str]:
-    """The types that a tuple's type holds, nested ones whole."""
+def split(result: str) -> list[str]:
+    """What commas separate in parentheses, nested ones whole."""
     found, depth, begin = [], 0, 1
     for i, c in enumerate(result):
         depth += (c in "([{") - (c in ")]}")
@@ -184,7 +203,7 @@ def _received(instruction: Instruction, kind: str, n: int) -> float:
     if (
         instruction.op.endswith("-start") and kind != "all-reduce"
     ):  # whose result is the operands, the results, and more
-        operand, result = _elements(instruction.result)[:2]
+        operand, result = split(instruction.result)[:2]
     size = sum(array.size for array in arrays(result))
     if kind == "collective-permute":
         return size
