@@ -200,8 +200,8 @@ def report(argv: list[str]) -> None:
 
 
 def bench(argv: list[str]) -> None:
-    """Measure time, FLOPs and memory: bench window_attention, attention_check, meta_gradient or latency."""
-    from ttt_e2e.bench import attention_check, latency, meta_gradient, window_attention
+    """Measure time, FLOPs and memory: bench window_attention, attention_check, meta_gradient, latency or target."""
+    from ttt_e2e.bench import attention_check, latency, meta_gradient, target, window_attention
     from ttt_e2e.bench import flags as bench_flags
 
     benchmarks = {
@@ -209,6 +209,7 @@ def bench(argv: list[str]) -> None:
         "attention_check": attention_check.run,
         "meta_gradient": meta_gradient.run,
         "latency": latency.run,
+        "target": target.run,
     }
     name = argv[0] if argv else ""
     if name not in benchmarks and name not in ("-h", "--help"):

@@ -1,16 +1,17 @@
 """Who computes it: the choice, its errors, and the fused kernels as far as a CPU can run them. Shapes: see cases.py."""
 
 import logging
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from tests.kernels.cases import Case, relative_error
 from ttt_e2e.errors import UserError
-from ttt_e2e.kernels import cudnn, reference, splash, window_attention
+from ttt_e2e.kernels import cudnn, first_order, splash, window_attention
 from ttt_e2e.kernels.window_attention import FASTER, Faster, _log_choice
 
 
@@ -19,26 +20,48 @@ def qkv(case: Case, dtype=jnp.float32):
     return x["q"], x["k"], x["v"]
 
 
+FUSED = {"splash": partial(splash.attend, interpret=True), "cudnn": partial(cudnn.attend, implementation="xla")}
+
+
+def value_and_gradients(attend, x: dict, **options):
+    def loss(x):
+        return jnp.sum(jnp.sin(attend(x, **options)))
+
+    return jax.jit(jax.value_and_grad(loss))(x)
+
+
+@pytest.fixture(params=FUSED)
+def fused(request, monkeypatch):
+    """The name of a backend that is made to run anywhere: interpreted, or with XLA behind cuDNN's entry point."""
+    monkeypatch.setitem(first_order.BACKENDS, request.param, FUSED[request.param])
+    monkeypatch.setattr(first_order, "obstacle", lambda *_: "")  # float32, so that errors are small
+    return request.param
+
+
 @pytest.mark.parametrize("window", [0, 37])
-@pytest.mark.parametrize("fused", ["splash", "cudnn"])
 def test_fused_kernels_are_given_the_right_band(fused, window):
-    """Splash attention in interpret mode; cuDNN's entry point with XLA behind it."""
     case = Case(T=150, N=4, G=2, H=80, window=window)
-    attend, off_device = {
-        "splash": (splash.attend, {"interpret": True}),
-        "cudnn": (cudnn.attend, {"implementation": "xla"}),
-    }[fused]
+    x = case.problem(dtype=jnp.float32)
+    expected = value_and_gradients(case.attend, x, backend="reference")
+    actual = value_and_gradients(case.attend, x, backend=fused, derivatives="first_order")
+    assert relative_error(actual, expected) < 1e-5
 
-    def dense(*x, **options):
-        return reference.attend(*x, **options)[0]
 
-    def value_and_gradients(attend, **options):
-        def loss(*x):
-            return jnp.sum(jnp.sin(attend(*x, window=window, **options)))
+@pytest.mark.parametrize("window", [0, 37])
+def test_fused_kernels_serve_queries_with_a_cache(fused, window):
+    """None of its keys empty, some, all."""
+    case = Case(T=100, C=30, N=4, G=2, H=16, window=window)
+    x = case.problem(dtype=jnp.float32)
 
-        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*qkv(case))
+    @partial(jax.jit, static_argnames=("backend", "derivatives"))
+    def results(num_empty, **options):
+        return value_and_gradients(case._replace(num_empty=num_empty).attend, x, **options)
 
-    assert relative_error(value_and_gradients(attend, **off_device), value_and_gradients(dense)) < 1e-5
+    expected = {n: results(n, backend="reference", derivatives="first_order") for n in (0, 10, 30)}
+    actual = {n: results(n, backend=fused, derivatives="first_order") for n in expected}
+    for n in expected:
+        assert relative_error(actual[n], expected[n]) < 1e-5
+    assert relative_error(actual[0], expected[10]) > 1e-3  # the bound notices another number of empty keys
 
 
 def test_splash_attention_lowers_for_tpus():
@@ -105,17 +128,32 @@ def test_auto_takes_no_kernel_where_arrays_may_be_divided_among_devices(faster, 
     assert chosen == ["xla", "pallas_tpu"]
 
 
-def test_auto_takes_splash_attention_on_one_tpu_alone(monkeypatch, caplog):
+def for_target(platform: str, kind: str, axis_type=AxisType.Manual):
+    """A context in which programs are traced for another accelerator."""
+    device = AbstractDevice(kind, None, platform)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((8,), ("data",), (axis_type,), abstract_device=device))
+
+
+H100, TPU = ("gpu", "NVIDIA H100 80GB HBM3"), ("tpu", "TPU v5")
+
+
+@pytest.mark.parametrize(
+    "target, case, chosen",
+    [
+        (H100, Case(T=128, H=64), "gpu: backend cudnn (first order)"),
+        (H100, Case(T=128, C=128, H=64, num_empty=9), "gpu: backend cudnn (first order)"),
+        (H100, Case(T=128, C=129, H=64), "gpu: backend xla"),  # most of cuDNN's work would be wasted
+        (TPU, Case(T=128, H=64), "tpu: backend splash (first order)"),
+    ],
+)
+def test_auto_takes_fused_kernels_where_a_device_has_arrays_of_its_own(target, case, chosen, monkeypatch, caplog):
+    monkeypatch.setitem(first_order.BACKENDS, "cudnn", FUSED["cudnn"])  # the true one looks for a GPU when it is traced
     caplog.set_level(logging.INFO)
     _log_choice.cache_clear()
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    for num_devices in (8, 1):
-        monkeypatch.setattr(jax, "device_count", lambda n=num_devices: n)
-        x = qkv(Case(T=128, H=64), jnp.bfloat16)
-        jax.eval_shape(lambda *x: window_attention(*x, window=64, derivatives="first_order"), *x)
-    messages = [r.getMessage() for r in caplog.records if "window_attention" in r.getMessage()]
-    prefix = "window_attention on tpu: backend "
-    assert messages == [prefix + "xla", prefix + "splash (first order)"]
+    x = case.problem(dtype=jnp.bfloat16)
+    with for_target(*target):
+        jax.eval_shape(lambda x: case.attend(x, "auto", derivatives="first_order"), x)
+    assert caplog.records[-1].getMessage() == f"window_attention on {chosen}"
 
 
 @pytest.mark.parametrize(
@@ -131,11 +169,11 @@ def test_what_the_kernels_for_tpus_cannot_take_is_named(x, message):
         Case(T=4, window=2).attend(x, "pallas_tpu")
 
 
-def test_kernels_for_tpus_refuse_float64_and_gpus(monkeypatch, float64):
+def test_kernels_for_tpus_refuse_float64_and_gpus(float64):
     with pytest.raises(UserError, match=r"'pallas_tpu' of window_attention takes .*, not float64: use auto, xla"):
         window_attention(*qkv(Case(T=4), jnp.float64), window=2, backend="pallas_tpu")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(UserError, match="'pallas_tpu' of window_attention is for tpus, not gpus: use auto, xla"):
+    message = "'pallas_tpu' of window_attention is for tpus, not gpus: use auto, xla"
+    with for_target(*H100), pytest.raises(UserError, match=message):
         window_attention(*qkv(Case(T=4)), window=2, backend="pallas_tpu")
 
 
@@ -144,7 +182,7 @@ def test_kernels_for_tpus_refuse_float64_and_gpus(monkeypatch, float64):
     [
         ("cudn", {}, "legal are auto, reference, xla, pallas_tpu, mosaic_gpu, cudnn, splash"),
         ("cudnn", {}, "derivatives='first_order'.*xla"),
-        ("splash", {"derivatives": "first_order", "num_empty": 3}, "none of them cached or empty.*xla"),
+        ("splash", {"derivatives": "first_order", "num_empty": 3}, "only among those before the queries.*xla"),
         ("cudnn", {"derivatives": "first_order"}, "bfloat16 or float16.*xla"),
         ("cudnn", {"derivatives": "first_order", "with_lse": True}, "neither returns lse.*xla"),
         ("xla", {"derivatives": "first"}, "legal are any, first_order, reverse_of_tangent"),

@@ -8,16 +8,16 @@ import jax
 from etils import epath
 
 
-def write(output, rows: list[dict], title: str, notes: str = "") -> str:
+def write(output, rows: list[dict], title: str, notes: str = "", shown: list[dict] | None = None) -> str:
     """Writes `results.json`, `environment.json` and `results.md` into a directory; returns the Markdown.
 
-    notes: what the rows say together, below their table.
+    notes: what the rows say together, below their table. shown: the table's rows, where they are others.
     """
     directory = epath.Path(output)
     directory.mkdir(parents=True, exist_ok=True)
     machine = environment()
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
-    text = "\n\n".join(filter(None, (f"# {title}", markdown(rows), notes, facts))) + "\n"
+    text = "\n\n".join(filter(None, (f"# {title}", markdown(shown or rows), notes, facts))) + "\n"
     (directory / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     (directory / "environment.json").write_text(json.dumps(machine, indent=2) + "\n")
     (directory / "results.md").write_text(text)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ttt_e2e import targets
 from ttt_e2e.kernels import mosaic_gpu_sweep as sweep
 from ttt_e2e.kernels import score_tiles
 from ttt_e2e.kernels.mosaic_gpu_sweep import Band, Operands, over_keys, over_rows, per_row
@@ -32,9 +33,9 @@ def obstacle(q, k, v) -> str:
         return f"takes bfloat16 or float16, all alike, not {', '.join(sorted(map(str, dtypes)))}"
     if v.shape[-1] != q.shape[-1] or q.shape[-1] > MAX_WIDTH:
         return f"takes values as wide as queries, and head widths up to {MAX_WIDTH}, not {q.shape[-1]}"
-    device = _device()
-    if not device.device_kind.startswith(HOPPER):
-        return f"needs an NVIDIA GPU of the Hopper generation, not {device.device_kind}"
+    kind = targets.current().kind
+    if not kind.startswith(HOPPER):
+        return f"needs an NVIDIA GPU of the Hopper generation, not {kind}"
     return ""
 
 
@@ -43,13 +44,8 @@ def can_interpret() -> bool:
     return hasattr(plgpu, "InterpretGPUParams")
 
 
-def _device():
-    """What the program that is being traced is for: the mesh's device where one is set, which need not be at hand."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-
-
 def _is_interpreted() -> bool:
-    return _device().platform not in ("gpu", "cuda")
+    return targets.current().platform != "gpu"
 
 
 # ---- the passes

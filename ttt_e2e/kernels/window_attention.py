@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from ttt_e2e import targets
 from ttt_e2e.errors import UserError
-from ttt_e2e.kernels import cudnn, primitives, reference, splash
+from ttt_e2e.kernels import first_order, primitives, reference
 
-# Differentiable once, and only where queries and keys are the same positions.
-FIRST_ORDER = {"cudnn": cudnn.attend, "splash": splash.attend}
-BACKENDS = ("reference", *primitives.BACKENDS, *FIRST_ORDER)
+BACKENDS = ("reference", *primitives.BACKENDS, *first_order.BACKENDS)
 DERIVATIVES = ("any", "first_order", "reverse_of_tangent")
 KERNELS = {"pallas_tpu": "tpu", "mosaic_gpu": "gpu"}  # and the platform they are for
 
@@ -89,19 +88,23 @@ def window_attention(
     T, N, _ = q_TNH.shape
     G = k_SGH.shape[1]
     operands = [a for a in (q_TNH, k_SGH, v_SGH, *cached) if a is not None]
-    first_order = derivatives == "first_order"
-    obstacle = _first_order_obstacle(q_TNH, k_SGH, cached_k, num_empty, first_order, known or with_lse)
+    num_cached = k_SGH.shape[0] - T + (0 if cached_k is None else cached_k.shape[0])
+    obstacle = first_order.obstacle(q_TNH, num_cached, num_empty, derivatives, known or with_lse)
     if backend == "auto":
-        num_keys = k_SGH.shape[0] + (0 if cached_k is None else cached_k.shape[0])
-        backend = _choose(operands, min(window or num_keys, num_keys), derivatives, fused=not obstacle)
-    elif backend in FIRST_ORDER or backend in KERNELS:
-        obstacle = obstacle if backend in FIRST_ORDER else _kernel_obstacle(backend, operands)
+        num_keys = num_cached + T
+        # With more cached keys than queries, more than half of the fused kernels' work would be wasted.
+        fused = not obstacle and num_cached <= T
+        backend = _choose(operands, min(window or num_keys, num_keys), derivatives, fused)
+    elif backend in first_order.BACKENDS or backend in KERNELS:
+        obstacle = obstacle if backend in first_order.BACKENDS else _kernel_obstacle(backend, operands)
         if obstacle:
             raise UserError(f"backend = {backend!r} of window_attention {obstacle}: use auto, xla or reference")
-    if backend in FIRST_ORDER:
-        return FIRST_ORDER[backend](q_TNH, k_SGH, v_SGH, window=window)
-    if backend == "reference":
+    if backend == "reference" or backend in first_order.BACKENDS:
         k_SGH, v_SGH = (a if c is None else jnp.concatenate([c, a]) for c, a in zip(cached, (k_SGH, v_SGH)))
+    if backend in first_order.BACKENDS:
+        attend = first_order.BACKENDS[backend]
+        return first_order.attend(attend, q_TNH, k_SGH, v_SGH, window=window, num_empty=num_empty)
+    if backend == "reference":
         out_TNH, lse_TN = reference.attend(q_TNH, k_SGH, v_SGH, window=window, num_empty=num_empty)
         return (out_TNH, lse_TN) if with_lse else out_TNH
     if cached_k is None:  # an empty cache; its tangent is known to be zero
@@ -128,7 +131,8 @@ def window_attention(
 
 def _choose(operands, num_visible: int, derivatives: str, fused: bool) -> str:
     """What `auto` means; `fused`: whether the fused kernels of others can do it."""
-    platform, kind = jax.default_backend(), jax.devices()[0].device_kind
+    target = targets.current()
+    platform, kind = target.platform, target.kind
     undivided = _is_undivided()
     backend = {"gpu": "cudnn", "tpu": "splash" if undivided else "xla"}.get(platform, "xla") if fused else "xla"
     for faster in FASTER.get(kind, ()) if undivided else ():
@@ -154,7 +158,7 @@ def _log_choice(platform: str, backend: str, first_order: bool) -> None:
 
 def _kernel_obstacle(backend: str, operands) -> str:
     """Why a kernel for accelerators cannot do it; empty where it can."""
-    platform = jax.default_backend()
+    platform = targets.current().platform
     if platform not in (KERNELS[backend], "cpu"):
         return f"is for {KERNELS[backend]}s, not {platform}s"
     try:
@@ -167,22 +171,6 @@ def _kernel_obstacle(backend: str, operands) -> str:
     if len(dtypes) > 1:
         return f"takes arrays of one dtype, not of {' and '.join(sorted(map(str, dtypes)))}"
     return kernels.obstacle(*operands[:3])
-
-
-def _first_order_obstacle(q_TNH, k_SGH, cached_k, num_empty, first_order: bool, needs_lse) -> str:
-    """Why the fused kernels cannot do it; empty where they can."""
-    T, _, H = q_TNH.shape
-    if not first_order:
-        return "can be differentiated only once, which the caller must allow by derivatives='first_order'"
-    if needs_lse:
-        return "neither returns lse nor takes what is known"
-    if k_SGH.shape[0] != T or cached_k is not None or not isinstance(num_empty, int) or num_empty:
-        return "needs as many keys as queries, none of them cached or empty"
-    if q_TNH.dtype.itemsize != 2 or H % 8 or H > 128:
-        return (
-            f"takes bfloat16 or float16 and a head width that is a multiple of 8 up to 128, not {q_TNH.dtype} and {H}"
-        )
-    return ""
 
 
 def _check_one_of(name: str, value: str, legal: tuple[str, ...]) -> None:

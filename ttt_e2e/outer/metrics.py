@@ -10,20 +10,10 @@ import math
 import jax
 from etils import epath
 
+from ttt_e2e import targets
 from ttt_e2e.config import Config, ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.outer.text_files import parse_json, read_text
-
-# Dense bfloat16 matrix FLOP/s of one device, by the name JAX gives it (vendors' data sheets).
-PEAK_FLOPS = {
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 class MetricsWriter:
@@ -86,9 +76,8 @@ def first_not_finite(metrics: dict) -> str | None:
 
 
 def peak_flops() -> float | None:
-    """Peak FLOP/s of all devices together, or None where the device is not in the table."""
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    return peak * jax.device_count() if peak else None
+    """Peak FLOP/s of all devices together, or None where it is not known."""
+    return targets.of_device(jax.devices()[0]).peak_flops * jax.device_count() or None
 
 
 def model_flops_per_token(config: Config) -> float:

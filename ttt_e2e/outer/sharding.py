@@ -31,22 +31,22 @@ RULES = (
 BATCH = P("data")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """Mesh with axes (data, model); `data=0` takes all devices that `model` leaves.
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """Mesh with axes (data, model) of the devices here, or others; `data=0` takes all that `model` leaves.
 
     Raises:
-      UserError: there are not as many devices as the mesh asks for.
+      UserError: there are not as many devices as the mesh asks for, or some of several processes' would be left out.
     """
-    count = jax.device_count()
-    data = config.data or count // config.model
+    devices = jax.devices() if devices is None else devices
+    data = config.data or len(devices) // config.model
     size = data * config.model
-    if not 0 < size <= count or (jax.process_count() > 1 and size != count):
+    of_several = len({device.process_index for device in devices}) > 1
+    if not 0 < size <= len(devices) or (of_several and size != len(devices)):
         raise UserError(
-            f"config.mesh is data={config.data} x model={config.model}, which does not fit the {count} device(s) here"
+            f"config.mesh is data={config.data} x model={config.model}, which does not fit {len(devices)} device(s)"
         )
-    return jax.make_mesh(
-        (data, config.model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:size]
-    )
+    shape = (data, config.model)
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:size])
 
 
 def parameter_name(path) -> str:

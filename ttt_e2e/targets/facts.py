@@ -1,4 +1,7 @@
-"""What a program is compiled for: the facts of one accelerator, which need not be at hand."""
+"""What a program is compiled for: the facts of one accelerator, which need not be at hand.
+
+Sources of the figures: docs/targets.md.
+"""
 
 from dataclasses import dataclass
 
@@ -21,13 +24,14 @@ class Target:
 
 GIB = 2**30
 _FACTS = (
-    Target("gpu", "NVIDIA H100 80GB HBM3", 80 * GIB, 989e12, 3.35e12, 8, 450e9, 50e9),
-    Target("gpu", "NVIDIA H200", 141 * 10**9, 989e12, 4.8e12, 8, 450e9, 50e9),
-    Target("gpu", "NVIDIA A100-SXM4-80GB", 80 * GIB, 312e12, 2.04e12, 8, 300e9, 25e9),
-    Target("tpu", "TPU v4", 32 * GIB, 275e12, 1.23e12),
-    Target("tpu", "TPU v5 lite", 16 * GIB, 197e12, 0.82e12),
-    Target("tpu", "TPU v5", 95 * GIB, 459e12, 2.77e12),
-    Target("tpu", "TPU v6 lite", 32 * GIB, 918e12, 1.64e12),
+    Target("gpu", "NVIDIA A100-SXM4-80GB", 85_100_068_864, 312e12, 2.039e12, 8, 300e9, 25e9),
+    Target("gpu", "NVIDIA H100 80GB HBM3", 84_942_979_072, 989e12, 3.35e12, 8, 450e9, 50e9),
+    Target("gpu", "NVIDIA H200", 151_397_597_184, 989e12, 4.8e12, 8, 450e9, 50e9),
+    Target("gpu", "NVIDIA B200", 191_514_411_008, 2250e12, 7.7e12, 8, 900e9, 50e9),
+    Target("tpu", "TPU v4", 32 * GIB, 275e12, 1.2e12, 0, 300e9),
+    Target("tpu", "TPU v5 lite", 16 * GIB, 197e12, 0.8e12, 0, 200e9),
+    Target("tpu", "TPU v5", 95 * GIB, 459e12, 2.765e12, 0, 600e9),
+    Target("tpu", "TPU v6 lite", 32 * GIB, 918e12, 1.6e12, 0, 400e9),
 )
 FACTS = {target.kind: target for target in _FACTS}
 

@@ -1,0 +1,294 @@
+"""`ttt-e2e bench target`: the programs of a run, compiled for accelerators that need not be here, and what they say."""
+
+import gzip
+import logging
+import time
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ttt_e2e.bench import table
+from ttt_e2e.config import Config, suggestion
+from ttt_e2e.errors import UserError
+from ttt_e2e.inference import Reader
+from ttt_e2e.outer import policies, sharding
+from ttt_e2e.outer.batches import check_batch
+from ttt_e2e.outer.optimizer import make_optimizer
+from ttt_e2e.outer.steps import abstract_model, init_state, make_eval_step, make_train_step
+from ttt_e2e.targets import of_device, slices
+from ttt_e2e.targets.bound import SHARE, Bound, bound
+from ttt_e2e.targets.products import kernels, matmul_flops
+from ttt_e2e.targets.program import Collective, Program, exchanged
+
+# Of a GPU's memory; the driver, libraries and communication take the rest. (A TPU's compiler refuses by itself.)
+USABLE = 0.92
+SHOWN_COLLECTIVES = 12
+GIB = 2**30
+
+logger = logging.getLogger(__name__)
+
+
+class Task(NamedTuple):
+    """A program to compile: a jitted function, the shapes of its arguments, and the tokens that one run takes."""
+
+    function: jax.stages.Wrapped
+    arguments: tuple
+    num_tokens: int
+
+
+def run(output, config: Config | None = None, *, target: str = "", programs=("train",)) -> list[dict]:
+    """Compiles the programs of a run for a target, which need not be at hand; says what they hold, do and exchange.
+
+    `target` is h100:N, or a100, h200, b200, or v5e:AxB, v6e:AxB, v5p:AxBxC; `config.mesh` must take all of its devices.
+    `programs`, of train (the training step), read (the evaluation step) and decode (one generated token, after
+    `train.seq_len` others, on one device). The compilers come with the extras targets-cuda and targets-tpu.
+
+    Figures of a row, of one device: `fits`, or what the compiler `refused`; `needed_bytes` of its memory, and of these
+    `state_bytes` (parameters, optimizer, batch), `temp_bytes`, `code_bytes`; `flops` of matrix products, loops
+    multiplied out, and the share `useless_share` of all that several devices compute alike; `received_bytes` by all
+    collectives, over each axis of the mesh, and by each kind over each axis; `kernels` that are no code of XLA's, with
+    how often each runs (those of Pallas for GPUs do not say their FLOPs: `uncounted_kernels`); `bound_seconds`, which
+    no run of the program can be faster than, the seconds of products, memory and links that it is the greatest of,
+    and which `binds`; `tokens_per_second` and `device_hours` of the recipe at the bound and at a share of it.
+    """
+    if not target:
+        raise UserError("--target is missing: h100:8, v5p:2x2x2, ...")
+    for name in programs:
+        if name not in PROGRAMS:
+            raise UserError(f"--programs={name}: {suggestion(name, list(PROGRAMS))}")
+    slice_ = slices.parse(target)
+    if config is None:
+        raise UserError("--config is missing: bench target compiles the programs of a config file, FILE.py[:ARG]")
+    devices = slices.devices(slice_)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    if mesh.size != len(devices):
+        shape = f"data={mesh.shape['data']} x model={mesh.shape['model']}"
+        raise UserError(f"config.mesh is {shape}, which leaves some of the {len(devices)} devices of {target} out")
+    directory = epath.Path(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    rows, notes = [], []
+    for name in programs:
+        row, note = _examine(name, target, config, mesh, directory)
+        rows.append(row)
+        notes.append(note)
+    about = f"Of one device; bounds at {SHARE:.0%} are what a program that reaches so much of its bound would give."
+    text = table.write(output, rows, f"Compiled for {target}", "\n\n".join([about, *notes]), shown=_shown(rows))
+    print(text)
+    return rows
+
+
+def _examine(name: str, target: str, config: Config, mesh: Mesh, directory: epath.Path) -> tuple[dict, str]:
+    """The row of a program, and what its table does not hold."""
+    make = PROGRAMS[name]
+    if name == "decode":
+        mesh = _alone(mesh)
+    resolved = policies.for_training(config, *abstract_model(config), mesh) if name == "train" else config
+    facts = of_device(mesh.devices.flat[0])
+    row = {
+        "variant": name,
+        "target": target,
+        "mesh": f"{mesh.shape['data']}x{mesh.shape['model']}",
+        "batch": config.eval.batch_size if name == "read" else config.train.global_batch_size,
+        "accumulation_steps": config.train.accumulation_steps,
+        "seq_len": config.train.seq_len,
+        "device": facts.kind,
+        "device_memory_bytes": facts.memory_bytes,
+    }
+    if name == "decode":
+        row |= {"batch": 1, "accumulation_steps": 1}
+    if name == "train":
+        row |= {"trajectory": resolved.inner.trajectory, "remat": resolved.inner.remat}
+    logger.info("%s: tracing", name)
+    task = make(resolved, mesh)
+    start = time.perf_counter()
+    lowered = task.function.lower(*task.arguments)
+    row["trace_seconds"] = time.perf_counter() - start
+    logger.info("%s: compiling for %s", name, target)
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        refused = " ".join(str(error).split())[:400]
+        return row | {"fits": False, "refused": refused}, f"{name}: refused by the compiler: {refused}"
+    row["compile_seconds"] = time.perf_counter() - start
+    logger.info("%s: reading the program", name)
+    text = compiled.as_text()
+    directory.joinpath(f"program_{name}.txt.gz" if name != "train" else "program.txt.gz").write_bytes(
+        gzip.compress(text.encode(), mtime=0)
+    )
+    program = Program(text)
+    moved = exchanged(program, mesh.shape)
+    flops = matmul_flops(program)
+    used = kernels(program)
+    row |= _memory(compiled, facts.platform, facts.memory_bytes)
+    row |= {"flops": flops, "useless_share": _useless_share(flops, make, resolved, mesh)}
+    row |= _received(moved, mesh)
+    row |= {"kernels": used, "uncounted_kernels": [name for name in used if "mosaic_gpu" in name]}
+    row |= {"unknown_trips": program.unknown_trips}
+    least = bound(facts, flops, _touched(compiled), moved, mesh.shape)
+    row |= _times(least, task.num_tokens, mesh.size, config if name == "train" else None)
+    return row, _note(name, moved, used)
+
+
+def _train(config: Config, mesh: Mesh) -> Task:
+    """The training step, made as the trainer makes it."""
+    train = config.train
+    check_batch("config.train.global_batch_size", train.global_batch_size, mesh, train.accumulation_steps)
+    optimizer = make_optimizer(config.optimizer, abstract_model(config)[1])
+    state = jax.eval_shape(lambda: init_state(config, optimizer))
+    placed = sharding.shardings(state, mesh)
+    tokens = jax.ShapeDtypeStruct((train.global_batch_size, train.seq_len + 1), jnp.int32)
+    arguments = (_placed(state, placed), _placed(tokens, NamedSharding(mesh, sharding.BATCH)))
+    num_tokens = train.global_batch_size * train.seq_len
+    return Task(make_train_step(config, optimizer, mesh, placed), arguments, num_tokens)
+
+
+def _read(config: Config, mesh: Mesh) -> Task:
+    """The evaluation step: as many sequences read as are evaluated at once."""
+    batch = config.eval.batch_size
+    check_batch("config.eval.batch_size", batch, mesh)
+    params = abstract_model(config)[1]
+    placed = sharding.shardings(params, mesh)
+    tokens = jax.ShapeDtypeStruct((batch, config.train.seq_len + 1), jnp.int32)
+    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    arguments = (
+        _placed(params, placed),
+        _placed(tokens, NamedSharding(mesh, sharding.BATCH)),
+        _placed(rate, NamedSharding(mesh, P())),
+    )
+    return Task(make_eval_step(config, mesh, placed), arguments, batch * config.train.seq_len)
+
+
+def _decode(config: Config, mesh: Mesh) -> Task:
+    """One token after a context of `train.seq_len`, on one device."""
+    graphdef, params = abstract_model(config)
+    T = config.train.seq_len
+    reader = Reader(graphdef, params, config, max_length=T + config.inner.mini_batch_size)
+    state = jax.eval_shape(lambda: reader.start(config.data.bos_id))._replace(position=np.int64(T))
+    K = reader.cache_size(T)
+    longer = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*a.shape[:3], K, a.shape[4]), a.dtype), state.cache_LBGKH)
+    function, arguments = reader.programs(state._replace(cache_LBGKH=longer))["predict"]
+    return Task(function, _placed(arguments, NamedSharding(mesh, P())), 1)
+
+
+PROGRAMS = {"train": _train, "read": _read, "decode": _decode}
+
+
+def _placed(tree, placed):
+    """Shapes that say where their arrays live: each where `placed` has it, or all at the one place that it is."""
+    if isinstance(placed, NamedSharding):
+        placed = jax.tree.map(lambda _: placed, tree)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, sharding=s), tree, placed)
+
+
+def _alone(mesh: Mesh) -> Mesh:
+    """The first of a mesh's devices as a mesh."""
+    return Mesh(mesh.devices[:1, :1], mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def _useless_share(flops: int, make, config: Config, mesh: Mesh) -> float:
+    """Of the FLOPs of all devices together, what several compute alike.
+
+    It is what they compute more than one device would need for the same program, undivided. That program is counted as
+    JAX hands it to the compiler: compiling it would need a device that holds it, and XLA recomputes where memory lacks.
+    The two counts are of one program before and after XLA, which drops no matrix product that JAX left in a step (nor
+    adds one, divided or not): docs/targets.md has them side by side for one device. Policies are those of the divided
+    program, so that both recompute alike.
+    """
+    if mesh.size == 1:
+        return 0.0
+    task = make(config, _alone(mesh))
+    undivided = matmul_flops(task.function.lower(*task.arguments).as_text("hlo"))
+    return 1 - undivided / (mesh.size * flops) if flops else 0.0
+
+
+def _memory(compiled, platform: str, device_bytes: int) -> dict:
+    """What a program needs of each device's memory, and whether that is there."""
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    parts = {
+        "state_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+    }
+    needed = sum(parts.values()) + results
+    usable = device_bytes * (USABLE if platform == "gpu" else 1)
+    return {"fits": not usable or needed <= usable, "needed_bytes": needed, **parts}
+
+
+def _touched(compiled) -> int:
+    """Bytes that a run reads or writes once at least."""
+    memory = compiled.memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+def _received(moved: list[Collective], mesh: Mesh) -> dict:
+    """Bytes by all, by axis, and by kind and axis."""
+    axes, kinds = Counter(dict.fromkeys(mesh.axis_names, 0)), Counter()
+    for collective in moved:
+        axes[collective.axis] += collective.received_bytes
+        kinds[f"{collective.kind} over {collective.axis}"] += collective.received_bytes
+    return {
+        "received_bytes": sum(axes.values()),
+        "received_bytes_by_axis": dict(axes),
+        "received_bytes_by_kind": dict(kinds.most_common()),
+    }
+
+
+def _times(least: Bound, num_tokens: int, num_devices: int, recipe: Config | None) -> dict:
+    """Seconds, tokens a second, and for the training step what its recipe takes of devices' time."""
+    times = {f"{name}_seconds": getattr(least, name) for name in least._fields}
+    times |= {"bound_seconds": least.seconds, "binds": least.binds}
+    if not least.seconds:
+        return times
+    for name, seconds in (("bound", least.seconds), (f"{SHARE:.0%}_of_bound", least.seconds / SHARE)):
+        times[f"tokens_per_second_at_{name}"] = num_tokens / seconds
+        if recipe:
+            times[f"device_hours_at_{name}"] = recipe.train.num_steps * seconds * num_devices / 3600
+    return times
+
+
+def _note(name: str, moved: list[Collective], used: dict) -> str:
+    """Kernels by name, and the collectives that move most."""
+    lines = [
+        f"Kernels of {name}: " + (", ".join(f"{kernel} ({n} times)" for kernel, n in used.items()) or "none") + "."
+    ]
+    if moved:
+        lines += ["", "| received, GiB | times | each, MiB | kind | axis | of |", "|---|---|---|---|---|---|"]
+    for c in moved[:SHOWN_COLLECTIVES]:
+        each = c.received_bytes / c.times / 2**20
+        lines.append(
+            f"| {c.received_bytes / GIB:.2f} | {c.times} | {each:.2f} | {c.kind} | {c.axis} | `{c.op_name[-80:]}` |"
+        )
+    return "\n".join(lines)
+
+
+def _shown(rows: list[dict]) -> list[dict]:
+    """The rows as people read them: figures downwards, in units that suit them."""
+    flat = [_flat(row) for row in rows]
+    names = dict.fromkeys(name for row in flat for name in row if name != "variant")
+    return [{"": name} | {row["variant"]: row.get(name) for row in flat} for name in names]
+
+
+def _flat(row: dict) -> dict:
+    """Bytes as GiB, FLOPs as TFLOP, and what is a table itself a line for each of its entries."""
+    shown = {}
+    for name, value in row.items():
+        if name.endswith("_bytes"):
+            shown[name.removesuffix("_bytes").replace("_", " ") + ", GiB"] = value / GIB
+        elif name == "flops":
+            shown["TFLOP"] = value / 1e12
+        elif "_bytes_by_" in name:
+            shown |= {
+                f"received, {key}, GiB" if "kind" in name else f"received over {key}, GiB": v / GIB
+                for key, v in value.items()
+            }
+        elif name not in ("kernels", "uncounted_kernels"):
+            shown[name.replace("_", " ")] = value
+    return shown

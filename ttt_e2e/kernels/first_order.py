@@ -1,0 +1,50 @@
+"""The fused kernels of others, for callers that differentiate once: what they can do, and how they are given a cache.
+
+Shapes: `T` queries, `K` keys before them, `S` = K + T keys in view, `N` query heads, `G` key/value heads,
+`H` head width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ttt_e2e.kernels import cudnn, splash
+
+BACKENDS = {"cudnn": cudnn.attend, "splash": splash.attend}
+MAX_WIDTH = 128  # of heads
+
+
+def attend(attend_square, q_TNH, k_SGH, v_SGH, *, window: int, num_empty=0):
+    """Attention [T, N, H] of the last T of S positions by a kernel that takes as many queries as keys.
+
+    Queries stand at their own places among the keys. Empty keys, the first `num_empty` of the K, move behind the last
+    query, where none sees them. Of the work, the scores that the K places before the queries see are wasted.
+    """
+    T, S = q_TNH.shape[0], k_SGH.shape[0]
+    if S == T:
+        return attend_square(q_TNH, k_SGH, v_SGH, window=window)
+
+    def without_empty(a_SGH):
+        return jax.lax.dynamic_slice_in_dim(jnp.pad(a_SGH, ((0, S - T), (0, 0), (0, 0))), num_empty, S)
+
+    first = S - T - num_empty
+    q_SNH = jnp.zeros((S, *q_TNH.shape[1:]), q_TNH.dtype)
+    q_SNH = jax.lax.dynamic_update_slice_in_dim(q_SNH, q_TNH, first, 0)
+    out_SNH = attend_square(q_SNH, *map(without_empty, (k_SGH, v_SGH)), window=window)
+    return jax.lax.dynamic_slice_in_dim(out_SNH, first, T)
+
+
+def obstacle(q_TNH, num_cached: int, num_empty, derivatives: str, needs_lse) -> str:
+    """Why these kernels cannot do it; empty where they can."""
+    H = q_TNH.shape[-1]
+    if derivatives != "first_order":
+        return "can be differentiated only once, which the caller must allow by derivatives='first_order'"
+    if needs_lse:
+        return "neither returns lse nor takes what is known"
+    if num_empty > num_cached if isinstance(num_empty, int) else not num_cached:
+        return "takes empty keys only among those before the queries"
+    if q_TNH.dtype.itemsize != 2 or H % 8 or H > MAX_WIDTH:
+        return (
+            f"takes bfloat16 or float16 and a head width that is a multiple of 8 up to {MAX_WIDTH}, "
+            f"not {q_TNH.dtype} and {H}"
+        )
+    return ""

@@ -1,0 +1,134 @@
+"""FLOPs of a program's matrix products, by its text: as each platform's compiler writes them.
+
+CPU: `dot`. NVIDIA: `dot` in fusions, calls of cuBLAS, and cuDNN's attention. TPU: `convolution`, and Pallas kernels
+where they declare their cost. A multiplication and an addition are two.
+"""
+
+import re
+from functools import cache
+from math import prod
+
+import numpy as np
+
+from ttt_e2e.targets.program import Array, Instruction, Program, sizes
+
+GEMM = "__cublas"  # how the names of cuBLAS's calls begin
+ATTENTION_PRODUCTS = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}  # of the size of all scores
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_CONTRACTED = (
+    re.compile(r"lhs_contracting_dims=\{([\d,]*)\}"),
+    re.compile(r'"lhs_contracting_dimensions":\s*\[([\d," ]*)\]'),  # in a backend_config
+)
+_DECLARED = re.compile(r'"cost_estimate":\s*\{"flops":\s*"?(\d+)')
+
+
+def matmul_flops(program: Program | str) -> int:
+    """Of all matrix products in one run, loops multiplied out; one whose trip count is not known counts once.
+
+    Both branches of a condition count. Kernels that do not declare their cost count 0: `kernels` names them.
+    """
+    program = Program(program) if isinstance(program, str) else program
+    types, of, total = {}, None, 0
+    for computation, instruction, times in program.instructions():
+        if computation != of:  # they come one computation after the other, and operands before what takes them
+            types, of = {}, computation
+        types[instruction.name] = arrays = instruction.arrays
+        if count := _COUNTS.get(instruction.op):
+            operands = [types[name][0] for name in instruction.operands if types.get(name)]
+            total += times * count(instruction, arrays[0] if arrays else None, operands)
+    return total
+
+
+def kernels(program: Program) -> dict[str, int]:
+    """How often each kernel runs that is no code of XLA's own: libraries' and Pallas', by name."""
+    found = {}
+    for _, instruction, times in program.instructions():
+        target = call_target(instruction)
+        if target and not target.startswith(_NO_KERNELS):
+            name = _kernel_name(instruction, target)
+            found[name] = found.get(name, 0) + times
+    return dict(sorted(found.items()))
+
+
+def call_target(instruction: Instruction) -> str:
+    """What a call leads to outside the program; empty for other instructions."""
+    found = _TARGET.search(instruction.rest) if instruction.op == "custom-call" else None
+    return found[1] if found else ""
+
+
+def _dot(instruction: Instruction, result: Array, operands: list[Array]) -> int:
+    left = operands[0].shape
+    found = next(found for pattern in _CONTRACTED if (found := pattern.search(instruction.rest)))
+    contracted = sizes(found[1].replace('"', "").replace(" ", ""))
+    return 2 * prod(result.shape) * prod(left[i] for i in contracted)
+
+
+def _call(instruction: Instruction, result: Array, operands: list[Array]) -> int:
+    target = call_target(instruction)
+    if target.startswith(GEMM):
+        return _dot(instruction, result, operands)
+    if target in ATTENTION_PRODUCTS:
+        dims = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([\d," ]*)\]', instruction.rest)[1]
+        *heads, T, S = sizes(dims.replace('"', "").replace(" ", ""))
+        window = int((re.search(r'"sliding_window_length":\s*"?(\d+)', instruction.rest) or [0, 0])[1])
+        causal = '"CAUSAL"' in instruction.rest
+        width = operands[0].shape[-1]
+        return 2 * ATTENTION_PRODUCTS[target] * prod(heads) * width * _visible(T, S, window if causal else 0, causal)
+    declared = _DECLARED.search(instruction.rest)
+    return int(declared[1]) if declared else 0
+
+
+def _visible(T: int, S: int, window: int, causal: bool) -> int:
+    """Scores that the last T of S positions see, each the `window` most recent ones (0 = all)."""
+    if not causal:
+        return T * S
+    window = min(window or S, S)
+    full = max(0, T - max(0, window - (S - T)))  # queries that see a whole window
+    rest = T - full
+    return full * window + rest * (S - T) + rest * (rest + 1) // 2
+
+
+def _convolution(instruction: Instruction, result: Array, operands: list[Array]) -> int:
+    """As XLA counts: only the positions of the window that meet the input, which neither padding nor holes are."""
+    inputs, kernel, outputs = re.split("_|->", re.search(r"dim_labels=([\w>\-]+)", instruction.rest)[1])
+    window = dict(re.findall(r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.rest) or ["", ""])[1]))
+    spatial = [label for label in inputs if label.isdigit()]
+    left, right = operands[0].shape, operands[1].shape
+
+    def numbers(name: str, default: int) -> list[int]:
+        return [int(n) for n in window[name].split("x")] if name in window else [default] * len(spatial)
+
+    pads = [int(pair.split("_")[0]) for pair in window["pad"].split("x")] if "pad" in window else [0] * len(spatial)
+    positions = prod(
+        _meetings(left[inputs.index(label)], right[kernel.index(label)], result.shape[outputs.index(label)], *of)
+        for label, *of in zip(
+            spatial, numbers("stride", 1), pads, numbers("lhs_dilate", 1), numbers("rhs_dilate", 1), strict=True
+        )
+    )
+    batch_groups = int((re.search(r"batch_group_count=(\d+)", instruction.rest) or [0, 1])[1])
+    others = result.shape[outputs.index("b")] * result.shape[outputs.index("f")] // batch_groups
+    return 2 * positions * others * right[kernel.index("i")]
+
+
+@cache
+def _meetings(size: int, window: int, results: int, stride: int, pad: int, holes: int, step: int) -> int:
+    """Pairs of a result and a position of its window that meet an element of an input with `holes` - 1 between two."""
+    starts = np.arange(results) * stride - pad
+    total = 0
+    for k in range(window):
+        at = starts + k * step
+        total += np.count_nonzero((at >= 0) & (at % holes == 0) & (at < size * holes))
+    return int(total)
+
+
+def _kernel_name(instruction: Instruction, target: str) -> str:
+    """The call's target; of Pallas kernels, with the name that the program gives them."""
+    named = re.search(r'"?kernel_name"?\s*[:=]\s*"?([\w.\-]+)', instruction.rest)
+    if named:
+        return f"{target}:{named[1]}"
+    return target
+
+
+_COUNTS = {"dot": _dot, "custom-call": _call, "convolution": _convolution}
+# Calls that are marks of XLA's own or services of its, not kernels.
+_NO_KERNELS = ("Sharding", "SPMD", "annotate", "xla.", "AllocateBuffer", "Resize", "Slice", "X64", "TopK", "Sort")
