@@ -396,7 +396,7 @@ def _check_run(config: Config) -> None:
         config.mesh.prefix != "sequence" or config.train.seq_len % config.mesh.model == 0,
         "config.mesh.prefix",
         config.mesh.prefix,
-        f"'matrices' or 'auto' where config.mesh.model {config.mesh.model} does not divide train.seq_len {train.seq_len}",
+        f"'matrices' or 'auto', as config.mesh.model {config.mesh.model} does not divide train.seq_len {train.seq_len}",
     )
     _at_least(config.checkpoint, "config.checkpoint", 0, "every_steps", "keep_every")
     _at_least(config.checkpoint, "config.checkpoint", 1, "keep")

@@ -119,7 +119,7 @@ def nll_forward(x_RD, head_DC, targets_R, vocab_size: int = 0):
 
 
 def nll_reverse(x_RD, head_DC, targets_R, softmax: Softmax, nll_bar_R, vocab_size: int = 0):
-    """Cotangents of the hidden states [R, D], of which each device has its own term, and of the head [D, C], float32."""
+    """Cotangents of the hidden states [R, D], of which each device has a term, and of the head [D, C], in float32."""
     head, dtype = columns(head_DC, vocab_size), x_RD.dtype
 
     def one_block(head_bar_DC, args, logits_rC=None):

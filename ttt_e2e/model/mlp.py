@@ -20,7 +20,10 @@ class SwiGLU(nnx.Module):
         self.width = width
 
     def __call__(self, x_TD, compute: Pass):
-        """[T, D] to [T, D]; the products are computed in the dtype of `x_TD`. Matrices may be a device's part (parts.py)."""
+        """[T, D] to [T, D]; the products are computed in the dtype of `x_TD`.
+
+        The matrices may be one device's part of the width (parts.py).
+        """
         x_TD = copy_to_all(x_TD, self.is_divided)
         gate_TF, up_TF = (compute.product(x_TD, w.get_value()) for w in (self.w1, self.w3))
         gated_TF = compute.lift(_gated, gate_TF, up_TF)

@@ -42,7 +42,7 @@ class Pass:
         return array
 
     def product(self, x_TD, w_DF, *, divided: bool = False):
-        """x w, [T, F], in the dtype of x. `divided`: both are one device's part of D; the result is the sum over all."""
+        """x w, [T, F], in the dtype of x. `divided`: both are one device's part of D, and the result is summed."""
         known_TF, operands = self._next_known(), (x_TD, w_DF.astype(x_TD.dtype))
         product = partial(_product, divided)
         return product(*operands) if known_TF is None else _known(product, operands, known_TF)
