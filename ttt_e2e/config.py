@@ -130,13 +130,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Device mesh: sequences and parameter shards over `data`, matrices over `model`."""
+    """Device mesh: sequences and parameter shards over `data`, matrices over `model`.
+
+    In the prefix `model` divides the "sequence" or the "matrices"; "auto" takes what moves fewer bytes.
+    """
 
     data: int = 0  # 0 = all devices that `model` leaves
     model: int = 1
-    prefix: str = (
-        "auto"  # what `model` divides in the prefix: the "sequence" or the "matrices"; "auto" = what moves less
-    )
+    prefix: str = "auto"  # "sequence", "matrices"
 
 
 @dataclass(frozen=True)

@@ -106,17 +106,17 @@ def test_other_code_is_said(begun, caplog, monkeypatch):
     code = {"revision": "a1", "diff": "", "untracked": []}
     monkeypatch.setattr(run_directory, "_code", lambda *_: dict(code))
     for _ in range(2):
-        record_start(workdir, [])
+        record_start(workdir, [], {})
     assert not caplog.records
     code["revision"] = "b2"
-    record_start(workdir, [])
+    record_start(workdir, [], {})
     assert [record.getMessage() for record in caplog.records] == ["revision is b2 from here on; until now it was a1"]
     caplog.clear()
     (workdir / "starts" / "4.diff").write_text("+x = 1\n")
     code["diff"] = "starts/4.diff"
-    record_start(workdir, [])
+    record_start(workdir, [], {})
     assert "uncommitted changes are starts/4.diff from here on, not none" in caplog.text
     caplog.clear()
     (workdir / "starts.jsonl").write_text("not a start\n")  # a record, and nothing that a run needs
-    record_start(workdir, [])
+    record_start(workdir, [], {})
     assert not caplog.records

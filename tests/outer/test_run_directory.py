@@ -45,7 +45,7 @@ def test_each_start_keeps_its_revision_difference_and_config(checkout, token_sto
     workdir = tmp_path / "run"
     config = tiny_run(token_store)
     claim(workdir, config)
-    record_start(workdir, [])
+    record_start(workdir, [], {})
     revision = git(checkout, "rev-parse", "HEAD")
     first = last_start(workdir)
     assert (first["revision"], first["diff"], first["untracked"]) == (revision, "", [])
@@ -55,7 +55,7 @@ def test_each_start_keeps_its_revision_difference_and_config(checkout, token_sto
     (checkout / "ignored").write_text("x")
     changed = dataclasses.replace(config, log=dataclasses.replace(config.log, every_steps=7))
     claim(workdir, changed)
-    record_start(workdir, ["--config.log.every_steps=7"])
+    record_start(workdir, ["--config.log.every_steps=7"], {})
     second = last_start(workdir)
     assert (second["revision"], second["diff"], second["untracked"]) == (f"{revision}+", "starts/2.diff", ["new.py"])
     git(checkout, "checkout", "--quiet", ".")
@@ -71,7 +71,7 @@ def test_the_difference_is_bounded(checkout, tmp_path, monkeypatch):
     (checkout / "ttt_e2e" / "__init__.py").write_text("é = 1\n" * 1000)
     for i in range(5):
         (checkout / f"new{i}").touch()
-    record_start(tmp_path / "run", [])
+    record_start(tmp_path / "run", [], {})
     text = (tmp_path / "run" / "starts" / "1.diff").read_text()
     assert len(text.encode()) < 1100
     assert text.endswith("bytes in all]\n")
@@ -84,7 +84,7 @@ def test_outside_of_a_checkout_there_is_no_revision(inside_another, checkout, tm
     parent = checkout / "ignored" if inside_another else tmp_path
     shutil.copytree(checkout / "ttt_e2e", parent / "site" / "ttt_e2e")
     monkeypatch.setattr(run_directory, "__file__", str(parent / "site" / "ttt_e2e" / "outer" / "run_directory.py"))
-    record_start(tmp_path / "run", [])
+    record_start(tmp_path / "run", [], {})
     start = last_start(tmp_path / "run")
     assert (start["revision"], start["diff"], start["untracked"]) == ("", "", [])
     assert list((tmp_path / "run" / "starts").iterdir()) == []

@@ -15,15 +15,16 @@ from tqdm import tqdm
 from ttt_e2e.bench import compiled, table
 from ttt_e2e.config import REMATS, TRAJECTORIES, Config, from_config_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner import read_batch, reference, trajectory
-from ttt_e2e.inner.loop import make_mini_batches
+from ttt_e2e.inner import reference, trajectory
+from ttt_e2e.inner.division import Division, fetch
+from ttt_e2e.inner.loop import make_mini_batches, suffix_weights
 from ttt_e2e.inner.step import MiniBatch, mini_batch_loss
 from ttt_e2e.kernels import primitives
 from ttt_e2e.model import passes
 from ttt_e2e.model.parameters import merge, split
 from ttt_e2e.outer import policies, sharding
 from ttt_e2e.outer.batches import check_batch
-from ttt_e2e.outer.steps import abstract_model, init_state
+from ttt_e2e.outer.steps import abstract_model, init_state, make_gradient, take_policies
 
 RATIOS = ("flops", "temp_bytes", "step_seconds")
 EXACT = tuple(f"exact/{trajectory}/{remat}" for trajectory in TRAJECTORIES for remat in REMATS)
@@ -141,11 +142,12 @@ def _pretend_devices(count: int) -> None:
 
 def _measure(variant: str, config: Config, mesh: Mesh, repeats: int) -> dict:
     """Figures of one variant; it is not run where `repeats` is 0."""
-    graphdef, params = abstract_model(config)
+    _, params = abstract_model(config)
     tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.train.seq_len + 1), jnp.int32)
     placed = (sharding.shardings(params, mesh), NamedSharding(mesh, sharding.BATCH))
+    loss_and_gradient = _loss_and_gradient(variant, config, mesh)
     gradient = jax.jit(
-        jax.value_and_grad(_loss(variant, config, graphdef, mesh)),
+        lambda params, tokens: loss_and_gradient(params, tokens, jnp.float32(config.inner.learning_rate)),
         in_shardings=placed,
         out_shardings=(NamedSharding(mesh, P()), placed[0]),
     )
@@ -159,32 +161,28 @@ def _measure(variant: str, config: Config, mesh: Mesh, repeats: int) -> dict:
     return figures | {"step_seconds": compiled.seconds_per_call(measured.call, *arguments, repeats=repeats)}
 
 
-def _loss(variant: str, config: Config, graphdef, mesh: Mesh):
-    """({"fast", "slow"}, tokens [B, T + 1]) -> mean loss of the batch."""
+def _loss_and_gradient(variant: str, config: Config, mesh: Mesh):
+    """({"fast", "slow"}, tokens [B, T + 1], inner learning rate) -> mean loss of the batch, and its gradient."""
     if variant in ("plain", "nested_remat"):
         adapt = _without_inner_loop if variant == "plain" else _nested_remat
-        return partial(_loss_of_suffix, graphdef, config, mesh, partial(adapt, config))
+        graphdef, params = abstract_model(config)
+        division = sharding.divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
+        mean_loss = partial(_loss_of_suffix, graphdef, config, division, partial(adapt, config))
+        return make_gradient(config, mesh, division, mean_loss)
     gradient, *chosen = variant.split("/")
     rebuilt, remat = chosen or ("store", "mini_batch")
     inner = dataclasses.replace(config.inner, gradient=gradient, trajectory=rebuilt, remat=remat)
-    config = dataclasses.replace(config, inner=inner)
-    config = policies.for_training(config, *abstract_model(config), mesh)
-    options = {"inner": config.inner, "learning_rate": config.inner.learning_rate, "bos_id": config.data.bos_id}
-    options["batch_sharding"] = NamedSharding(mesh, sharding.BATCH)
-
-    def loss(params, tokens):
-        fast = sharding.per_sequence(params["fast"], len(tokens), mesh)
-        return read_batch(graphdef, fast, params["slow"], tokens, **options).loss.mean()
-
-    return loss
+    taken = take_policies(dataclasses.replace(config, inner=inner), mesh)
+    return make_gradient(taken.config, mesh, taken.division)
 
 
-def _loss_of_suffix(graphdef, config: Config, mesh: Mesh, adapt, params, tokens):
+def _loss_of_suffix(graphdef, config: Config, division: Division, adapt, params, tokens, inner_rate):
     """The loss where `adapt`, (suffix_def, fast, slow, mini_batches) -> losses, is none of the package's own."""
-    model = merge(graphdef, params["fast"], params["slow"])
+    model = merge(graphdef, fetch(division.fast, params["fast"]), params["slow"])
     suffix_def, fast, slow = split(model.make_suffix())
+    slow = fetch(suffix_weights(division), slow)
     inner = dataclasses.replace(config.inner, remat="mini_batch")
-    mini_batches = make_mini_batches(model, tokens, inner, 0, NamedSharding(mesh, sharding.BATCH))
+    mini_batches = make_mini_batches(model, tokens, inner, 0, division)
     return jax.vmap(partial(adapt, suffix_def, fast, slow))(mini_batches).mean()
 
 

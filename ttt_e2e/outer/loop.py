@@ -17,7 +17,14 @@ from ttt_e2e.outer.checkpoint import Checkpoints, check_position, load_params, p
 from ttt_e2e.outer.distributed import Exchange, watch_for_preemption
 from ttt_e2e.outer.optimizer import make_optimizer
 from ttt_e2e.outer.step_log import StepLog
-from ttt_e2e.outer.steps import TrainState, abstract_model, init_state, make_eval_step, make_train_step
+from ttt_e2e.outer.steps import (
+    TrainState,
+    abstract_model,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    take_policies,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +56,14 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
     eval_store = open_store(config, config.data.eval_split) if config.eval.every_steps else None
     optimizer = make_optimizer(config.optimizer, abstract_model(config)[1])
     run_directory.claim(workdir, config)
-    run_directory.record_start(workdir, overrides)
+    taken = take_policies(config, mesh)
+    run_directory.record_start(workdir, overrides, taken.record())
     checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", config.checkpoint)))
     preemption = stack.enter_context(watch_for_preemption())
     state, progress = restore_or_init(config, optimizer, mesh, checkpoints, train_store.fingerprint)
     first_step, next_batch = int(state.step), progress.get("next_batch", 0)
     placed = jax.tree.map(lambda x: x.sharding, state)
-    train_step = make_train_step(config, optimizer, mesh, placed)
+    train_step = make_train_step(config, optimizer, mesh, placed, taken)
     eval_step = make_eval_step(config, mesh, placed.params)
     batches = training_batches(
         train_store,

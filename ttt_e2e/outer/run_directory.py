@@ -93,8 +93,9 @@ def load_config(workdir) -> Config:
         raise UserError(f"{path}: {error}") from None
 
 
-def record_start(workdir, overrides: list[str]) -> None:
-    """Appends to `starts.jsonl`: when, with which overrides of the config, of which code, on what.
+def record_start(workdir, overrides: list[str], policies: dict[str, str]) -> None:
+    """Appends to `starts.jsonl`: when, with which overrides of the config, of which code, on what; and the policies
+    that it takes, where the config says "auto".
 
     Start N, counted from 1, has the resolved config in `starts/N.json` and, where the checkout has uncommitted changes,
     their difference in `starts/N.diff`, both named by its line.
@@ -114,6 +115,7 @@ def record_start(workdir, overrides: list[str]) -> None:
         **_code(directory, name),
         "jax": jax.__version__,
         "devices": devices,
+        "policies": policies,
     }
     if (directory / "config.json").exists():
         start["config"] = f"{name}.json"

@@ -66,12 +66,19 @@ def take_policies(config: Config, mesh: Mesh) -> Policies:
     return Policies(policies.for_training(config, graphdef, params, mesh, division), division)
 
 
-def make_train_step(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, state_shardings) -> Callable:
+def make_train_step(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    state_shardings,
+    taken: Policies | None = None,
+) -> Callable:
     """The compiled outer step: (state, tokens [B, T + 1]) -> (state, metrics). The state passed in is donated.
 
     metrics: scalars `loss`, `grad_norm` (before clipping), `learning_rate` and `inner_learning_rate` of this step.
+    `taken`: what `take_policies` said, where it was asked before.
     """
-    taken = take_policies(config, mesh)
+    taken = taken or take_policies(config, mesh)
     loss_and_gradient = make_gradient(taken.config, mesh, taken.division)
     rate_at = learning_rate_schedule(config.optimizer)
 
