@@ -19,6 +19,7 @@ from ttt_e2e.inner import read_batch, reference, trajectory
 from ttt_e2e.inner.loop import make_mini_batches
 from ttt_e2e.inner.step import MiniBatch, mini_batch_loss
 from ttt_e2e.kernels import primitives
+from ttt_e2e.kernels.precision import matmul_precision
 from ttt_e2e.model import passes
 from ttt_e2e.model.parameters import merge, split
 from ttt_e2e.outer import policies, sharding
@@ -145,7 +146,7 @@ def _measure(variant: str, config: Config, mesh: Mesh, repeats: int) -> dict:
     tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.train.seq_len + 1), jnp.int32)
     placed = (sharding.shardings(params, mesh), NamedSharding(mesh, sharding.BATCH))
     gradient = jax.jit(
-        jax.value_and_grad(_loss(variant, config, graphdef, mesh)),
+        matmul_precision(config.model.compute_dtype)(jax.value_and_grad(_loss(variant, config, graphdef, mesh))),
         in_shardings=placed,
         out_shardings=(NamedSharding(mesh, P()), placed[0]),
     )

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from ttt_e2e.config import Config
 from ttt_e2e.inner import Reading, inner_learning_rate, read_batch
+from ttt_e2e.kernels.precision import matmul_precision
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.parameters import split
 from ttt_e2e.outer import policies, sharding
@@ -81,17 +82,31 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, mes
 
 
 def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
-    """The compiled evaluation: (params, tokens [B, T + 1], inner learning rate) -> (loss [B], token_nll [B, T])."""
+    """The compiled evaluation: (params, tokens [B, T + 1], inner learning rate, n) -> (sums, token_nll [B, T]).
+
+    sums over the first n sequences: `loss`, and of their unmasked targets `token_nll` and the number, `num_tokens`.
+    Every process has them; the NLL of each token stays where its sequence was read.
+    """
     read = _reader(policies.for_reading(config), abstract_model(config)[0], mesh)
+    bos_id = config.data.bos_id
 
-    def eval_step(params, tokens, inner_rate):
+    @matmul_precision(config.model.compute_dtype)
+    def eval_step(params, tokens, inner_rate, num_sequences):
         reading = read(params, tokens, inner_rate)
-        return reading.loss, reading.token_nll_T
+        counts_B = jnp.arange(len(tokens)) < num_sequences
+        is_target = counts_B[:, None] & ((tokens[:, 1:] != bos_id) | (bos_id == 0))
+        sums = {
+            "loss": jnp.where(counts_B, reading.loss, 0).sum(),
+            "token_nll": jnp.where(is_target, reading.token_nll_T, 0).sum(),
+            "num_tokens": is_target.sum(),
+        }
+        return sums, reading.token_nll_T
 
+    batch, everywhere = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
     return jax.jit(
         eval_step,
-        in_shardings=(params_shardings, NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())),
-        out_shardings=NamedSharding(mesh, P()),
+        in_shardings=(params_shardings, batch, everywhere, everywhere),
+        out_shardings=(everywhere, batch),
     )
 
 
