@@ -1,11 +1,12 @@
 """However many processes make a run, it is the same run."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 
-from tests.integration.conftest import digests, evaluations, losses, steps
+from tests.integration.conftest import ROOT, digests, evaluations, losses, steps
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +66,21 @@ def test_two_runs_of_two_processes_are_equal_to_the_bit(runs, undisturbed):
     assert runs.launch(workdir).returncode == 0
     assert losses(workdir) == losses(undisturbed)
     assert digests(workdir) == digests(undisturbed)
+
+
+def test_two_processes_evaluate_as_one(runs, alone):
+    """Each reads its own sequences; the NLL of every token comes to the first, which writes."""
+    found = []
+    for name, launcher in (
+        ("one", ["-m", "ttt_e2e"]),
+        ("two", [str(ROOT / "launch/local.py"), "--num_processes=2", "--"]),
+    ):
+        output = runs.root / f"evaluated-by-{name}"
+        outcome = runs.finish(runs.start([*launcher, "evaluate", f"--workdir={alone}", f"--output={output}"]))
+        assert outcome.returncode == 0, outcome.stdout
+        found.append((json.loads((output / "metrics.json").read_text()), np.load(output / "token_nll.npy")))
+    (metrics_1, nll_1), (metrics_2, nll_2) = found
+    assert metrics_1.keys() == metrics_2.keys()
+    np.testing.assert_allclose(list(metrics_1.values()), list(metrics_2.values()), rtol=1e-6)
+    np.testing.assert_allclose(nll_1, nll_2, atol=1e-5)
+    assert nll_1.shape == (metrics_1["num_sequences"], metrics_1["seq_len"])

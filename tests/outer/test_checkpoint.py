@@ -14,10 +14,11 @@ from ttt_e2e.config import CheckpointConfig, Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.outer import sharding
 from ttt_e2e.outer.checkpoint import Checkpoints, DamagedError, find_step, load_params, progress_of, save_params
-from ttt_e2e.outer.digests import digests
+from ttt_e2e.outer.digests import _program, digests
 from ttt_e2e.outer.steps import TrainState
 
 MOMENTS = {"mu": jnp.ones(3)}  # Orbax takes no empty item
+OLD_DIGESTS = {"bfloat16": 2056287712, "bool": 1030387624, "float32": 1977614336, "int32": 2599122334}
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
@@ -166,6 +167,35 @@ def test_digests_depend_on_every_bit_and_place_but_not_on_the_mesh():
     assert digests({"w": array}) != digests({"w": array.at[3, 5].set(-29.0)})
     assert digests({"w": array}) != digests({"w": array.T})
     assert digests({"w": jnp.zeros(3)}) != digests({"w": jnp.asarray([0.0, -0.0, 0.0])})
+
+
+def test_digests_of_old_checkpoints_stay_what_they_were():
+    """Numbers as they stand in checkpoints that were saved before: of every dtype, and of more than one axis."""
+    ramp = np.arange(24).reshape(2, 3, 4)
+    dtypes = ("bfloat16", "float32", "int32", "bool")
+    found = digests({dtype: jnp.asarray(ramp % 7, dtype) for dtype in dtypes})
+    assert {name: digest for name, (_, digest) in found.items()} == OLD_DIGESTS
+
+
+@pytest.mark.parametrize("is_kept", (True, False))
+def test_digests_are_compiled_once_a_run(is_kept, tmp_path, monkeypatch, caplog):
+    """Over several saves and a restore, on a mesh; a program made anew each time would be seen."""
+    if is_kept:
+        _program.cache_clear()
+    else:
+        monkeypatch.setattr("ttt_e2e.outer.digests._program", _program.__wrapped__)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    placed = sharding.shardings(state(1), mesh)
+    wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state(1), placed)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for step in (1, 2, 3):
+            checkpoints.save_and_wait(jax.device_put(state(step), placed), progress(step))
+        restored, _ = checkpoints.restore_newest(wanted)
+        checkpoints.save_and_wait(restored._replace(step=restored.step + 1), progress(4))
+    assert restored.step == 3
+    compiled = sum(record.message.startswith("Compiling jit(digest_arrays)") for record in caplog.records)
+    assert compiled == (1 if is_kept else 5)
 
 
 def test_shapes_that_differ_are_named(saved):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ttt_e2e.bench import table
 from ttt_e2e.errors import UserError
 from ttt_e2e.kernels import window_attention, xla
+from ttt_e2e.kernels.precision import matmul_precision
 
 PASSES = ("forward", "tangent", "dual", "reverse", "second_reverse")
 KERNELS = ("xla", "mosaic_gpu")  # modules of all five passes
@@ -106,7 +107,8 @@ def pass_operands(x, y, bars, window: int) -> dict:
 
 def _run(module, name: str, operands, window: int):
     options = {"num_keys": operands[1].shape[-2]} if "reverse" in name else {}
-    return jax.jit(partial(getattr(module, name), window=window, **options))(*operands)
+    run = matmul_precision(operands[0].dtype)(getattr(module, name))
+    return jax.jit(partial(run, window=window, **options))(*operands)
 
 
 def _errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ttt_e2e.bench import compiled, table
 from ttt_e2e.errors import UserError
 from ttt_e2e.kernels import bands, window_attention
+from ttt_e2e.kernels.precision import matmul_precision
 
 # What is measured, and the matrix products a tile of scores needs for it at least (docs/kernels.md). Each includes the
 # passes before it: a gradient its forward, the reverse of the tangent both.
@@ -83,7 +84,7 @@ def _measure(variant: str, sizes: dict, repeats: int) -> list[dict]:
         if variant in FIRST_ORDER_VARIANTS and name not in FIRST_ORDER_PASSES:
             continue
         program = _passes(name, variant, window) if variant in KERNELS else _pass(name, variant, window)
-        measured = compiled.measure(program, *arrays)
+        measured = compiled.measure(matmul_precision(dtype)(program), *arrays)
         seconds = compiled.seconds_per_call(measured.call, *arrays, repeats=repeats)
         band_flops = 2 * PASSES[name] * visible * B * N * H
         figures = {

@@ -5,6 +5,8 @@ import json
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ttt_e2e.config import Config
 from ttt_e2e.outer import sharding
@@ -40,25 +42,31 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
     params = load_params(step_directory, abstract)
     eval_step = make_eval_step(config, mesh, placed)
 
-    def read(inner_rate, desc):
-        return held_out_loss(eval_step, params, store, config, mesh, inner_rate, desc, stop)
+    whole = jax.jit(lambda nll_BT: nll_BT, out_shardings=NamedSharding(mesh, P()))
+    nlls: dict[str, list[np.ndarray]] = {}  # by file, of each batch; process 0 alone keeps them
 
-    learning = read(config.inner.learning_rate, "evaluate")
+    def read(inner_rate, desc, name):
+        def take(nll_BT, num_sequences):
+            nll_BT = whole(nll_BT)
+            if jax.process_index() == 0:
+                nlls.setdefault(name, []).append(np.asarray(nll_BT)[:num_sequences])
+
+        return held_out_loss(eval_step, params, store, config, mesh, inner_rate, desc, stop, take)
+
+    learning = read(config.inner.learning_rate, "evaluate", "token_nll")
     metrics = {
         "step": load_progress(step_directory)["step"],
         "loss": learning.loss,
         "token_loss": learning.token_loss,
         "num_tokens": learning.num_tokens,
-        "num_sequences": learning.token_nll.shape[0],
-        "seq_len": learning.token_nll.shape[1],
+        "num_sequences": learning.num_sequences,
+        "seq_len": config.train.seq_len,
     }
-    arrays = {"token_nll": learning.token_nll}
     if config.model.num_fast_blocks:
-        static = read(0.0, "evaluate without learning")
+        static = read(0.0, "evaluate without learning", "token_nll_without_learning")
         metrics |= {"loss_without_learning": static.loss, "token_loss_without_learning": static.token_loss}
-        arrays["token_nll_without_learning"] = static.token_nll
     if jax.process_index() == 0:
-        _write(epath.Path(output), metrics, arrays)
+        _write(epath.Path(output), metrics, {name: np.concatenate(of) for name, of in nlls.items()})
     return metrics
 
 

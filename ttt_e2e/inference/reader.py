@@ -21,6 +21,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.inner import clip_scale
 from ttt_e2e.inner.step import target_weights
 from ttt_e2e.inner.trajectory import take_step
+from ttt_e2e.kernels.precision import matmul_precision
 from ttt_e2e.model.attention import KeyValues, Unfinished
 from ttt_e2e.model.dual_loss import head_pass
 from ttt_e2e.model.parameters import at_least_float32, merge, split
@@ -77,20 +78,21 @@ class Reader:
         self.max_length = max_length
         self.mini_batch_size = b if model.num_fast_blocks else min(b, MAX_STATIC_MINI_BATCH)
 
-        def batched(function, *in_axes, out_axes):
-            return jax.jit(jax.vmap(function, in_axes=in_axes, out_axes=out_axes))
+        def batched(function, *static, in_axes, out_axes):
+            precise = partial(matmul_precision(model.compute_dtype)(function), *static)
+            return jax.jit(jax.vmap(precise, in_axes=in_axes, out_axes=out_axes))
 
         some = {name: getattr(_BATCHED, name) for name in ("recent_LBGbH", "tokens_Bb")}
         most = some | {"cache_LBGKH": _BATCHED.cache_LBGKH}
-        self._extend = batched(partial(_extend, graphdef, model), None, _BATCHED, 0, None, out_axes=(some, 0))
-        self._finish = batched(partial(_finish, graphdef), None, _BATCHED, 0, out_axes=(most, 0))
+        part = (None, _BATCHED, 0)
+        self._extend = batched(_extend, graphdef, model, in_axes=(*part, None), out_axes=(some, 0))
+        self._finish = batched(_finish, graphdef, in_axes=part, out_axes=(most, 0))
         self._learn = self._finish
         if model.num_fast_blocks:
-            learn = partial(_learn, graphdef, config)
-            self._learn = batched(learn, None, _BATCHED, 0, out_axes=(most | {"fast": 0}, 0))
+            self._learn = batched(_learn, graphdef, config, in_axes=part, out_axes=(most | {"fast": 0}, 0))
         self._rotate = jax.jit(partial(_rotate, model))
-        self._predict = batched(partial(_predict, graphdef), None, _BATCHED, out_axes=(0, 1))
-        self._append = batched(_append, _BATCHED, 1, 0, 0, out_axes=(some, 0))
+        self._predict = batched(_predict, graphdef, in_axes=(None, _BATCHED), out_axes=(0, 1))
+        self._append = batched(_append, in_axes=(_BATCHED, 1, 0, 0), out_axes=(some, 0))
 
     def start(self, first, batch_size: int = 1) -> ReaderState:
         """The state of `batch_size` sequences that begin with the token `first`, or each with its own, [B].

@@ -35,6 +35,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from ttt_e2e.kernels import tiles, xla
+from ttt_e2e.kernels.precision import matmul_precision
 
 # Modules beside this one with the functions forward, tangent, dual, reverse and second_reverse of xla.py.
 BACKENDS = ("xla", "pallas_tpu", "mosaic_gpu")
@@ -287,7 +288,9 @@ def _batch(primitive, num_empty_at, operands, axes, **params):
 
 def _primitive(implementation, avals, num_empty_at=3) -> Primitive:
     def run(*operands, **params):
-        return list(implementation(*operands, **params))
+        # Traced when the program around it is lowered, where a context that the program was traced in is no more.
+        with matmul_precision(operands[0].dtype):
+            return list(implementation(*operands, **params))
 
     primitive = Primitive(f"window_attention{implementation.__name__}")
     primitive.multiple_results = True

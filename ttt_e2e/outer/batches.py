@@ -1,5 +1,6 @@
 """From token stores to arrays on the mesh, and the held-out loss. Shapes: `B` batch, `T` sequence."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ class HeldOut(NamedTuple):
     loss: float  # as in training: mean over sequences of the mean over mini-batches
     token_loss: float  # mean over unmasked targets
     num_tokens: int  # unmasked targets
-    token_nll: np.ndarray  # float32 [sequences, T], unmasked
+    num_sequences: int
 
 
 def open_store(config: Config, split: str) -> TokenStore:
@@ -70,8 +71,12 @@ def held_out_loss(
     inner_rate: float,
     desc: str = "",
     stop: Callable[[], bool] = lambda: False,
+    take: Callable[[jax.Array, int], None] = lambda nll_BT, num_sequences: None,
 ) -> HeldOut:
     """Reads the first `eval.num_sequences` sequences of the store (0 = all) with `eval_step` (`make_eval_step`).
+
+    Each process reads its own rows of every batch, and is told the sums of all. `take` is given each batch's NLL
+    [B, T], which lies on the devices, and how many rows of it count.
 
     Raises:
       PreemptedError: `stop`, which is asked after every batch, says so.
@@ -79,17 +84,22 @@ def held_out_loss(
     B, T = config.eval.batch_size, config.train.seq_len
     num_sequences = config.eval.num_sequences or store.num_sequences(T)
     batches = evaluation_batches(
-        store, seq_len=T, num_sequences=num_sequences, batch_size=B, vocab_size=config.model.vocab_size
+        store,
+        seq_len=T,
+        num_sequences=num_sequences,
+        batch_size=B,
+        rows=sharding.local_rows(mesh, B),
+        vocab_size=config.model.vocab_size,
     )
-    rows = sharding.local_rows(mesh, B)
-    losses, nlls, masks = [], [], []
+    loss, token_nll, num_tokens = 0.0, 0.0, 0
     for tokens, num_valid in tqdm(batches, total=-(-num_sequences // B), desc=desc, unit="batch", disable=not desc):
-        loss_B, nll_BT = eval_step(params, to_device(tokens[rows], mesh, B), inner_rate)
-        losses.append(np.asarray(loss_B)[:num_valid])
-        nlls.append(np.asarray(nll_BT)[:num_valid])
-        masks.append((tokens[:num_valid, 1:] != config.data.bos_id) | (config.data.bos_id == 0))
+        sums, nll_BT = eval_step(params, to_device(tokens, mesh, B), inner_rate, num_valid)
+        take(nll_BT, num_valid)
+        sums = jax.device_get(sums)
+        loss += float(sums["loss"])
+        token_nll += float(sums["token_nll"])
+        num_tokens += int(sums["num_tokens"])
         if stop():
             raise PreemptedError("preempted in an evaluation")
-    nll, is_target = np.concatenate(nlls), np.concatenate(masks)
-    token_loss = float(nll[is_target].mean(dtype=np.float64))
-    return HeldOut(float(np.concatenate(losses).mean(dtype=np.float64)), token_loss, int(is_target.sum()), nll)
+    token_loss = token_nll / num_tokens if num_tokens else math.nan
+    return HeldOut(loss / num_sequences, token_loss, num_tokens, num_sequences)

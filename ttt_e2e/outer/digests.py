@@ -5,6 +5,7 @@ A digest of the arrays themselves costs one pass on the device, no second read o
 """
 
 import math
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,18 @@ def digests(tree) -> dict[str, list]:
     shardings = [getattr(x, "sharding", None) for x in arrays.values()]  # NumPy's arrays have none
     meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
     everywhere = NamedSharding(meshes[0], P()) if meshes else None
-    sums = jax.jit(lambda xs: {name: _digest(x) for name, x in xs.items()}, out_shardings=everywhere)(arrays)
-    return {name: [list(arrays[name].shape), int(value)] for name, value in jax.device_get(sums).items()}
+    sums = jax.device_get(_program(everywhere)(arrays))
+    return {name: [list(arrays[name].shape), int(value)] for name, value in sums.items()}
+
+
+@lru_cache
+def _program(out_sharding):
+    """What digests the arrays of a tree: the same function at every save, so that a run compiles it once."""
+
+    def digest_arrays(arrays):
+        return {name: _digest(x) for name, x in arrays.items()}
+
+    return jax.jit(digest_arrays, out_shardings=out_sharding)
 
 
 def _digest(x):

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from ttt_e2e.config import Config
 from ttt_e2e.inner import Reading, inner_learning_rate, read_batch
 from ttt_e2e.inner.division import DATA, Division, complete, fetch
+from ttt_e2e.kernels.precision import matmul_precision
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.parameters import split
 from ttt_e2e.outer import policies, sharding
@@ -117,6 +118,7 @@ def make_gradient(config: Config, mesh: Mesh, division: Division, mean_loss: Cal
         def mean_loss(params, tokens, inner_rate):
             return read(params, tokens, inner_rate).loss.mean()
 
+    @matmul_precision(config.model.compute_dtype)
     def on_a_device(params, tokens, inner_rate):
         def share_of_loss(params, tokens):
             return mean_loss(params, tokens, inner_rate) / mesh.shape[DATA]
@@ -132,21 +134,41 @@ def make_gradient(config: Config, mesh: Mesh, division: Division, mean_loss: Cal
 
 
 def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
-    """The compiled evaluation: (params, tokens [B, T + 1], inner learning rate) -> (loss [B], token_nll [B, T])."""
+    """The compiled evaluation: (params, tokens [B, T + 1], inner learning rate, n) -> (sums, token_nll [B, T]).
+
+    sums over the first n sequences: `loss`, and of their unmasked targets `token_nll` and the number, `num_tokens`.
+    Every process has them; the NLL of each token stays where its sequence was read.
+    """
     config = policies.for_reading(config)
     graphdef, params = abstract_model(config)
     division = sharding.divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
     read = _reader(config, graphdef, division)
+    bos_id = config.data.bos_id
 
+    @matmul_precision(config.model.compute_dtype)
     def on_a_device(params, tokens, inner_rate):
         reading = read(params, tokens, inner_rate)
         return reading.loss, reading.token_nll_T
 
     specs = (sharding.specs(params, mesh), sharding.BATCH, P())
+    read_all = jax.shard_map(on_a_device, mesh=mesh, in_specs=specs, out_specs=sharding.BATCH, check_vma=False)
+
+    def eval_step(params, tokens, inner_rate, num_sequences):
+        loss_B, token_nll_BT = read_all(params, tokens, inner_rate)
+        counts_B = jnp.arange(len(tokens)) < num_sequences
+        is_target_BT = counts_B[:, None] & ((tokens[:, 1:] != bos_id) | (bos_id == 0))
+        sums = {
+            "loss": jnp.where(counts_B, loss_B, 0).sum(),
+            "token_nll": jnp.where(is_target_BT, token_nll_BT, 0).sum(),
+            "num_tokens": is_target_BT.sum(),
+        }
+        return sums, token_nll_BT
+
+    batch, everywhere = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
     return jax.jit(
-        jax.shard_map(on_a_device, mesh=mesh, in_specs=specs, out_specs=sharding.BATCH, check_vma=False),
-        in_shardings=(params_shardings, NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())),
-        out_shardings=NamedSharding(mesh, P()),
+        eval_step,
+        in_shardings=(params_shardings, batch, everywhere, everywhere),
+        out_shardings=(everywhere, batch),
     )
 
 
