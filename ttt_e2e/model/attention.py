@@ -80,7 +80,8 @@ class Attention(nnx.Module):
         q_TNH, k_TGH = (self._rotated(a, jnp.arange(K, K + T)) for a in (q_TNH, k_TGH))
         # Cached keys and values go in apart: constants to the inner gradient, which then spends nothing on them.
         cached = {} if cache is None else {"cached_k": self._rotated(cache.k, jnp.arange(K)), "cached_v": cache.v}
-        out_TNH = compute.attention(q_TNH, k_TGH, v_TGH, window=window, num_empty=num_empty, **cached)
+        options = {"window": window, "num_empty": num_empty, "backend": self.config.attention_backend}
+        out_TNH = compute.attention(q_TNH, k_TGH, v_TGH, **options, **cached)
         return compute.product(out_TNH.reshape(*out_TNH.shape[:-2], -1), self.wo[...]), new
 
     def decode(self, x_1D, compute: Pass, *, window: int, before: Unfinished, num_empty, count):
