@@ -19,6 +19,7 @@ from ttt_e2e.errors import UserError
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MIXERS = ("window", "attention")
 TRAJECTORIES = ("auto", "store", "delta", "segment")
+ATTENTION_BACKENDS = ("auto", "reference", "xla", "pallas_tpu", "mosaic_gpu", "cudnn", "splash")
 REMATS = ("auto", "keep", "mini_batch", "block")
 PREFIXES = ("auto", "sequence", "matrices")
 # No size or number of steps is larger: JAX counts them in 32 bits, and products of two fit 64.
@@ -49,6 +50,9 @@ class ModelConfig:
     fast_intermediate_size: int = 0  # 0 = intermediate_size
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
+    # Who computes attention. "auto": on CPUs "xla", on an accelerator what is found right and fastest there.
+    # "cudnn" and "splash" serve what is differentiated once, as the prefix is; "auto" takes the rest.
+    attention_backend: str = "auto"
     mixer: str = ""  # pattern such as "window,window,attention", repeated over the blocks; "" = by sliding_window
 
     @property
@@ -318,6 +322,7 @@ def _check_model(model: ModelConfig) -> None:
     _one_of(model, at, "rope_style", ("interleaved", "half"))
     _one_of(model, at, "compute_dtype", DTYPES)
     _one_of(model, at, "param_dtype", DTYPES)
+    _one_of(model, at, "attention_backend", ATTENTION_BACKENDS)
     _check_mixer(model)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from ttt_e2e.kernels import window_attention
 
@@ -92,3 +93,9 @@ def relative_error(actual, expected) -> float:
         error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-100) if a.size else 0.0
         errors.append(np.inf if np.isnan(error) else error)
     return max(errors)
+
+
+def for_target(platform: str, kind: str, axis_type=AxisType.Manual):
+    """A context in which programs are traced for another accelerator."""
+    device = AbstractDevice(kind, None, platform)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((8,), ("data",), (axis_type,), abstract_device=device))

@@ -19,12 +19,11 @@ from ttt_e2e.bench import table
 from ttt_e2e.errors import UserError
 from ttt_e2e.kernels import window_attention, xla
 from ttt_e2e.kernels.precision import matmul_precision
+from ttt_e2e.kernels.trials import MAX_RATIO, SMALLEST
 
 PASSES = ("forward", "tangent", "dual", "reverse", "second_reverse")
 KERNELS = ("xla", "mosaic_gpu")  # modules of all five passes
 FIRST_ORDER = ("cudnn",)  # forward and reverse, where queries and keys are the same positions
-MAX_RATIO = 3  # of an error to that of `xla`, whose products are rounded likewise; more is a defect
-SMALLEST = 1e-5  # relative errors below it are none: statistics are float32
 
 logger = logging.getLogger(__name__)
 

@@ -13,14 +13,12 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from ttt_e2e.bench import compiled, table
-from ttt_e2e.config import REMATS, TRAJECTORIES, Config, from_config_dict
+from ttt_e2e.config import ATTENTION_BACKENDS, REMATS, TRAJECTORIES, Config, from_config_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner import reference, trajectory
 from ttt_e2e.inner.division import Division, fetch
 from ttt_e2e.inner.loop import make_mini_batches, suffix_weights
 from ttt_e2e.inner.step import MiniBatch, mini_batch_loss
-from ttt_e2e.kernels import primitives
-from ttt_e2e.model import passes
 from ttt_e2e.model.parameters import merge, split
 from ttt_e2e.outer import policies, sharding
 from ttt_e2e.outer.batches import check_batch
@@ -29,7 +27,6 @@ from ttt_e2e.outer.steps import abstract_model, init_state, make_gradient, take_
 RATIOS = ("flops", "temp_bytes", "step_seconds")
 EXACT = tuple(f"exact/{trajectory}/{remat}" for trajectory in TRAJECTORIES for remat in REMATS)
 VARIANTS = ("plain", "reference", "nested_remat", *EXACT, "first_order")
-ATTENTION = ("auto", "reference", *primitives.BACKENDS)
 DEFAULT_VARIANTS = tuple(v for v in VARIANTS if "auto" not in v or v == "exact/auto/auto")
 
 
@@ -56,9 +53,8 @@ def run(
     """Measures every variant on the same network and tokens; writes the results to `output`, returns the rows.
 
     The network is that of `config`, where one is given, over its mesh and with its batch unless `batch` says otherwise;
-    else the other sizes describe it. `attention` is the backend of window attention where that is differentiated more
-    than once, as in the suffix; "auto" is what training takes. `abstract` compiles it for as many virtual CPU devices
-    as the mesh has, and runs nothing.
+    else the other sizes describe it. `attention` is `model.attention_backend`, where it is not "auto". `abstract`
+    compiles it for as many virtual CPU devices as the mesh has, and runs nothing.
 
     Figures of a row, per device: `flops` of the compiled program's matrix products, `temp_bytes` besides arguments and
     results, `trace_seconds`, `compile_seconds`, `step_seconds`; and the first two and the last also as a ratio to the
@@ -67,8 +63,8 @@ def run(
     for variant in variants:
         if variant not in VARIANTS:
             raise UserError(f"--variants={variant}: legal are {', '.join(VARIANTS)}")
-    if attention not in ATTENTION:
-        raise UserError(f"--attention={attention}: legal are {', '.join(ATTENTION)}")
+    if attention not in ATTENTION_BACKENDS:
+        raise UserError(f"--attention={attention}: legal are {', '.join(ATTENTION_BACKENDS)}")
     if config is None:
         model = {
             "vocab_size": vocab,
@@ -92,7 +88,9 @@ def run(
     check_batch("--batch", batch, mesh)
     # One part of the batch: "auto" is for what is measured here.
     train = dataclasses.replace(config.train, global_batch_size=batch, accumulation_steps=1)
-    config = dataclasses.replace(config, train=train)
+    attention = config.model.attention_backend if attention == "auto" else attention
+    model = dataclasses.replace(config.model, attention_backend=attention)
+    config = dataclasses.replace(config, train=train, model=model)
     case = {
         "seq_len": config.train.seq_len,
         "mini_batch": config.inner.mini_batch_size,
@@ -107,30 +105,13 @@ def run(
         "attention": attention,
     }
     rows = []
-    with _suffix_attention(attention):
-        for variant in tqdm(variants, desc="bench meta_gradient", unit="variant"):
-            rows.append({"variant": variant} | case | _measure(variant, config, mesh, 0 if abstract else repeats))
+    for variant in tqdm(variants, desc="bench meta_gradient", unit="variant"):
+        rows.append({"variant": variant} | case | _measure(variant, config, mesh, 0 if abstract else repeats))
     for plain in [row for row in rows if row["variant"] == "plain"]:
         for row in rows:
             row |= {f"{name}_ratio": row[name] / plain[name] for name in RATIOS if name in row}
     print(table.write(output, rows, "Meta-gradient"))
     return rows
-
-
-@contextlib.contextmanager
-def _suffix_attention(backend: str):
-    """Inside, blocks take this backend for attention that is differentiated more than once."""
-    choose = passes.window_attention
-
-    def attend(*arrays, derivatives, **options):
-        options |= {} if derivatives == "first_order" else {"backend": backend}
-        return choose(*arrays, derivatives=derivatives, **options)
-
-    passes.window_attention = attend
-    try:
-        yield
-    finally:
-        passes.window_attention = choose
 
 
 def _pretend_devices(count: int) -> None:

@@ -135,7 +135,7 @@ def _checksum(array):
 
 def _check_model(path, about: dict, reader: Reader) -> None:
     for field, ours in dataclasses.asdict(reader.config.model).items():
-        if (theirs := about["model"].get(field)) != ours:
+        if field != "attention_backend" and (theirs := about["model"].get(field)) != ours:
             raise UserError(f"state {path} belongs to a model whose model.{field} is {theirs!r}; here it is {ours!r}")
     if (digest := parameters_digest(reader.params)) != about["parameters"]:
         raise UserError(

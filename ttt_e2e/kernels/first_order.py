@@ -33,18 +33,19 @@ def attend(attend_square, q_TNH, k_SGH, v_SGH, *, window: int, num_empty=0):
     return jax.lax.dynamic_slice_in_dim(out_SNH, first, T)
 
 
-def obstacle(q_TNH, num_cached: int, num_empty, derivatives: str, needs_lse) -> str:
-    """Why these kernels cannot do it; empty where they can."""
-    H = q_TNH.shape[-1]
-    if derivatives != "first_order":
-        return "can be differentiated only once, which the caller must allow by derivatives='first_order'"
-    if needs_lse:
-        return "neither returns lse nor takes what is known"
-    if num_empty > num_cached if isinstance(num_empty, int) else not num_cached:
-        return "takes empty keys only among those before the queries"
-    if q_TNH.dtype.itemsize != 2 or H % 8 or H > MAX_WIDTH:
-        return (
-            f"takes bfloat16 or float16 and a head width that is a multiple of 8 up to {MAX_WIDTH}, "
-            f"not {q_TNH.dtype} and {H}"
-        )
-    return ""
+def serves(problem) -> bool:
+    """Whether the caller differentiates once, has no use for lse, and has no empty keys but cached ones."""
+    needs_lse = problem.with_lse or problem.is_known
+    has_place = problem.num_cached or not problem.may_be_empty
+    return problem.derivatives == "first_order" and not needs_lse and bool(has_place)
+
+
+def obstacle(problem) -> str:
+    """Why these kernels cannot take the arrays; empty where they can."""
+    [dtype] = problem.dtypes
+    if dtype in ("bfloat16", "float16") and problem.width % 8 == 0 and problem.width <= MAX_WIDTH:
+        return ""
+    return (
+        f"takes bfloat16 or float16 and a head width that is a multiple of 8 up to {MAX_WIDTH}, "
+        f"not {dtype} and {problem.width}"
+    )

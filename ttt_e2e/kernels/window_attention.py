@@ -4,38 +4,15 @@ Shapes: `T` queries, `C` cached keys, `S` keys in view, `N` query heads, `G` key
 `H` head width.
 """
 
-import logging
-from functools import lru_cache
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from ttt_e2e import targets
 from ttt_e2e.errors import UserError
-from ttt_e2e.kernels import first_order, primitives, reference
+from ttt_e2e.kernels import first_order, primitives, problems, reference
+from ttt_e2e.kernels.problems import BACKENDS, Problem
 
-BACKENDS = ("reference", *primitives.BACKENDS, *first_order.BACKENDS)
 DERIVATIVES = ("any", "first_order", "reverse_of_tangent")
-KERNELS = {"pallas_tpu": "tpu", "mosaic_gpu": "gpu"}  # and the platform they are for
-
-
-class Faster(NamedTuple):
-    """A kernel that was measured to be faster than what `auto` takes otherwise, and where."""
-
-    backend: str
-    derivatives: tuple[str, ...]  # that the caller takes
-    head_widths: tuple[int, ...]
-    min_window: int  # keys that a query sees; full attention sees all
-
-
-# Kind of device, as `jax.devices()[0].device_kind` names it -> what is faster there; the first that fits is taken.
-# Empty, as no kernel has been measured on hardware. An entry is made from the rows of `ttt-e2e bench window_attention`
-# on that device: forward and reverse count for "first_order", reverse_of_tangent for the other two.
-FASTER: dict[str, tuple[Faster, ...]] = {}
-
-logger = logging.getLogger(__name__)
 
 
 def window_attention(
@@ -73,7 +50,8 @@ def window_attention(
       known: the result of an earlier call with these queries, keys and values, `with_lse`; it is not computed again.
       with_lse: whether to return lse too, the log of the softmax's denominator.
       backend: "reference" (dense), "xla" (blocked, everywhere), "pallas_tpu" and "mosaic_gpu" (kernels for TPUs and
-        Hopper GPUs), "cudnn" and "splash" (first order only), or "auto": the fastest known.
+        Hopper GPUs), "cudnn" and "splash" (for callers of "first_order" without lse; others get "auto"), or "auto": the
+        fastest on the device, see docs/kernels.md.
 
     Returns:
       Attention output [T, N, H] in the dtype of the values; `with_lse`, (output, lse [T, N]).
@@ -87,18 +65,11 @@ def window_attention(
     _check_one_of("backend", backend, ("auto", *BACKENDS))
     T, N, _ = q_TNH.shape
     G = k_SGH.shape[1]
-    operands = [a for a in (q_TNH, k_SGH, v_SGH, *cached) if a is not None]
-    num_cached = k_SGH.shape[0] - T + (0 if cached_k is None else cached_k.shape[0])
-    obstacle = first_order.obstacle(q_TNH, num_cached, num_empty, derivatives, known or with_lse)
-    if backend == "auto":
-        num_keys = num_cached + T
-        # With more cached keys than queries, more than half of the fused kernels' work would be wasted.
-        fused = not obstacle and num_cached <= T
-        backend = _choose(operands, min(window or num_keys, num_keys), derivatives, fused)
-    elif backend in first_order.BACKENDS or backend in KERNELS:
-        obstacle = obstacle if backend in first_order.BACKENDS else _kernel_obstacle(backend, operands)
-        if obstacle:
-            raise UserError(f"backend = {backend!r} of window_attention {obstacle}: use auto, xla or reference")
+    problem = _problem(q_TNH, k_SGH, v_SGH, cached, window, num_empty, derivatives, with_lse, known is not None)
+    if backend == "auto" or not problems.serves(backend, problem):
+        backend = problems.choose(problem)
+    elif obstacle := problems.obstacle(backend, problem):
+        raise UserError(f"backend = {backend!r} of window_attention {obstacle}: use auto, xla or reference")
     if backend == "reference" or backend in first_order.BACKENDS:
         k_SGH, v_SGH = (a if c is None else jnp.concatenate([c, a]) for c, a in zip(cached, (k_SGH, v_SGH)))
     if backend in first_order.BACKENDS:
@@ -129,48 +100,23 @@ def window_attention(
     return (by_position(out_GRTH), by_position(lse_GRT)) if with_lse else by_position(out_GRTH)
 
 
-def _choose(operands, num_visible: int, derivatives: str, fused: bool) -> str:
-    """What `auto` means; `fused`: whether the fused kernels of others can do it."""
-    target = targets.current()
-    platform, kind = target.platform, target.kind
-    undivided = _is_undivided()
-    backend = {"gpu": "cudnn", "tpu": "splash" if undivided else "xla"}.get(platform, "xla") if fused else "xla"
-    for faster in FASTER.get(kind, ()) if undivided else ():
-        fits = derivatives in faster.derivatives and operands[0].shape[-1] in faster.head_widths
-        if fits and num_visible >= faster.min_window and not _kernel_obstacle(faster.backend, operands):
-            backend = faster.backend
-            break
-    _log_choice(platform, backend, derivatives == "first_order" and backend != "xla")
-    return backend
-
-
-def _is_undivided() -> bool:
-    """Whether the arrays here lie on one device for certain: XLA cannot divide Pallas kernels among several."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 or (not mesh.empty and set(mesh.axis_types) == {AxisType.Manual})
-
-
-@lru_cache
-def _log_choice(platform: str, backend: str, first_order: bool) -> None:
-    """Once for every answer."""
-    logger.info("window_attention on %s: backend %s%s", platform, backend, " (first order)" if first_order else "")
-
-
-def _kernel_obstacle(backend: str, operands) -> str:
-    """Why a kernel for accelerators cannot do it; empty where it can."""
-    platform = targets.current().platform
-    if platform not in (KERNELS[backend], "cpu"):
-        return f"is for {KERNELS[backend]}s, not {platform}s"
-    try:
-        kernels = primitives.passes(backend)
-    except ImportError as error:
-        return f"cannot be imported here ({error})"
-    if platform == "cpu" and not kernels.can_interpret():
-        return f"cannot be interpreted by JAX {jax.__version__}, and there is no {KERNELS[backend]}"
-    dtypes = {a.dtype for a in operands}
-    if len(dtypes) > 1:
-        return f"takes arrays of one dtype, not of {' and '.join(sorted(map(str, dtypes)))}"
-    return kernels.obstacle(*operands[:3])
+def _problem(q_TNH, k_SGH, v_SGH, cached, window, num_empty, derivatives, with_lse, is_known) -> Problem:
+    (T, N, H), (S, G, value_width) = q_TNH.shape, v_SGH.shape
+    return Problem(
+        kind=targets.current().kind,
+        num_queries=T,
+        num_cached=S - T + (0 if cached[0] is None else cached[0].shape[0]),
+        num_heads=N,
+        num_key_heads=G,
+        width=H,
+        value_width=value_width,
+        dtypes=tuple(sorted({str(a.dtype) for a in (q_TNH, k_SGH, v_SGH, *cached) if a is not None})),
+        window=window,
+        may_be_empty=not isinstance(num_empty, int) or num_empty > 0,
+        derivatives=derivatives,
+        with_lse=with_lse,
+        is_known=is_known,
+    )
 
 
 def _check_one_of(name: str, value: str, legal: tuple[str, ...]) -> None:

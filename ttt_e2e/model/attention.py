@@ -4,6 +4,7 @@ Shapes: `T` new positions, `K` cached positions, `b` inner mini-batch, `D` model
 heads, `H` head width.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -91,13 +92,14 @@ class Attention(nnx.Module):
         K = 0 if cache is None else cache.k.shape[0]
         positions_T = parts.positions(T) if parts else jnp.arange(K, K + T)
         q_TNH, k_TGH = (self._rotated(a, positions_T) for a in (q_TNH, k_TGH))
+        backend = self.config.attention_backend
         if parts:
-            out_TNH = parts.attend(compute.attention, q_TNH, k_TGH, v_TGH, window=window)
-            return self._output(out_TNH, compute), new
+            attention = partial(compute.attention, backend=backend)
+            return self._output(parts.attend(attention, q_TNH, k_TGH, v_TGH, window=window), compute), new
         # Cached keys and values go in apart: constants to the inner gradient, which then spends nothing on them.
         cached = {} if cache is None else {"cached_k": self._rotated(cache.k, jnp.arange(K)), "cached_v": cache.v}
-        out_TNH = compute.attention(q_TNH, k_TGH, v_TGH, window=window, num_empty=num_empty, **cached)
-        return self._output(out_TNH, compute), new
+        options = {"window": window, "num_empty": num_empty, "backend": backend}
+        return self._output(compute.attention(q_TNH, k_TGH, v_TGH, **options, **cached), compute), new
 
     def decode(self, x_1D, compute: Pass, *, window: int, before: Unfinished, num_empty, count):
         """As `__call__`, for one position of an unfinished mini-batch, without copying what precedes it.

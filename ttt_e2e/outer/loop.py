@@ -11,6 +11,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ttt_e2e.config import Config
 from ttt_e2e.data.pipeline import training_batches
 from ttt_e2e.errors import PreemptedError
+from ttt_e2e.kernels import choice
 from ttt_e2e.outer import run_directory, sharding
 from ttt_e2e.outer.batches import check_batch, held_out_loss, open_store, to_device
 from ttt_e2e.outer.checkpoint import Checkpoints, check_position, load_params, progress_of
@@ -50,6 +51,7 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
     # ---------------------------------------------------------------- set up
     batch_size, num_steps = config.train.global_batch_size, config.train.num_steps
     mesh = sharding.make_mesh(config.mesh)
+    choice.check(config.model)
     check_batch("config.train.global_batch_size", batch_size, mesh, config.train.accumulation_steps)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     train_store = open_store(config, config.data.train_split)
@@ -65,6 +67,7 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
     placed = jax.tree.map(lambda x: x.sharding, state)
     train_step = make_train_step(config, optimizer, mesh, placed, taken)
     eval_step = make_eval_step(config, mesh, placed.params)
+    choose_attention(config, train_step, eval_step, state)
     batches = training_batches(
         train_store,
         seq_len=config.train.seq_len,
@@ -136,6 +139,19 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
             log.restart_clock()
 
     return log.last
+
+
+def choose_attention(config: Config, train_step, eval_step, state: TrainState) -> None:
+    """On an accelerator, checks and times the backends of window attention for what the steps compute."""
+
+    def trace():
+        batches = (config.train.global_batch_size, config.eval.batch_size)
+        train_tokens, eval_tokens = (jax.ShapeDtypeStruct((B, config.train.seq_len + 1), np.int32) for B in batches)
+        jax.eval_shape(train_step, state, train_tokens)
+        if config.eval.every_steps:
+            jax.eval_shape(eval_step, state.params, eval_tokens, config.inner.learning_rate)
+
+    choice.measure(trace)
 
 
 def _due(step: int, every: int) -> bool:

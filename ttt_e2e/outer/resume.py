@@ -14,6 +14,7 @@ FREE = "free"  # nothing but rounding depends on it, or another check knows bett
 # A field that has no line of its own has its section's.
 RULES = {
     "model": REFUSED,
+    "model.attention_backend": FREE,
     "inner": REFUSED,
     "inner.warmup_steps": LOGGED,
     "inner.warmup_init": LOGGED,
