@@ -146,6 +146,11 @@ LINES = {
         "replica_groups={}",
         ("all-reduce", "data+model", 8 * 4 * 2 * 7 / 8),
     ),
+    "a mesh in another order": (
+        "(f32[], f32[128]{0}) all-reduce(%x, %y)",
+        "replica_groups=mesh['axis_0'=1,'axis_1'=2,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_2'}, to_apply=%add",
+        ("all-reduce", "data", 129 * 4 * 2 * 3 / 4),
+    ),
     "a part of an axis": (
         "f32[8]{0} all-gather(%x)",
         "replica_groups=mesh['a'=8] {'a':(4)2}, dimensions={0}",

@@ -27,6 +27,10 @@ _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BODY = re.compile(r"body=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+# "mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}": groups along a of a mesh of devices, numbered in another order
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}"
+)
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -223,8 +227,10 @@ def _groups(rest: str, num_devices: int) -> np.ndarray:
         return np.array([sizes(group) for group in re.findall(r"\{([\d,]+)\}", found[0])] or [range(num_devices)])
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         return _iota(sizes(found[2]), sizes(found[3] or "")).reshape(sizes(found[1]))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
-        return _mesh_groups(found[1], found[2])
+    if found := _MESH_GROUPS.search(rest):
+        axes, dims, order, over = found.groups()
+        positions = _mesh_groups(axes, over)
+        return _iota(sizes(dims), sizes(order or "")).ravel()[positions] if dims else positions
     raise ValueError(f"groups of devices in a form that is not known: {rest[:500]}")
 
 
