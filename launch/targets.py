@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,12 +103,18 @@ def make_case(name: str, target: str) -> Case | None:
     for factor in re.findall(r"\d+", target.partition(":")[2]):
         size *= int(factor)
     model_size, _, context = name.split("-")
-    batch = load_config_file(f"{PAPER}:{name}").train.global_batch_size
+    batch = batch_of(name)
     data = min(size, batch)
     if size // data > 8:
         return None
     at_once = min(AT_ONCE.get((context, model_size), 1), batch // data)
     return Case(name, target, data, size // data, batch // (data * at_once))
+
+
+@cache
+def batch_of(name: str) -> int:
+    """Sequences a step of a configuration."""
+    return load_config_file(f"{PAPER}:{name}").train.global_batch_size
 
 
 def climb(ladder: list[Case], output: Path, match: str = "") -> str:

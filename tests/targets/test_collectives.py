@@ -184,6 +184,23 @@ ENTRY %main (x: f32[8]) -> f32[2] {
     assert counted(text) == {("reduce-scatter", "data"): (8 * 4 * 3 / 4, 1)}
 
 
+def test_a_sum_of_which_each_keeps_a_part_is_a_reduce_scatter():
+    text = """HloModule m
+
+%all-reduce-scatter.1 (p: f32[8]) -> f32[2] {
+  %p = f32[8]{0} parameter(0)
+  %sum = f32[8]{0} all-reduce(%p), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  ROOT %part = f32[2]{0} dynamic-slice(%sum, %i), dynamic_slice_sizes={2}
+}
+
+ENTRY %main (x: f32[8]) -> f32[2] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %fused = f32[2]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    assert counted(text) == {("reduce-scatter", "data"): (8 * 4 * 3 / 4, 1)}
+
+
 def test_groups_in_an_unknown_form_are_no_zero():
     text = "ENTRY %main (x: f32[]) -> f32[] {\n  ROOT %y = f32[8]{0} all-gather(%x), replica_groups=somehow\n}\n"
     with pytest.raises(ValueError, match="form that is not known"):

@@ -119,7 +119,7 @@ class Program:
         return [(name, 1) for name in _CALLED.findall(rest) + branches]
 
     def _trips(self, rest: str) -> int:
-        """How often a loop runs: as XLA knows, or in a program that it did not see yet, as far as JAX has it count."""
+        """How often a loop runs: as XLA says, else (for TPUs, and before XLA) as far as the condition has it count."""
         if trips := _TRIPS.search(rest):
             return int(trips[1])
         condition = self.computations[_CONDITION.search(rest)[1]]
@@ -147,8 +147,10 @@ def exchanged(program: Program, mesh_shape) -> list[Collective]:
     operand, all-reduce twice that, all-to-all (n-1)/n, a permutation all of it.
     """
     found = []
-    for _, instruction, times in program.instructions():
+    for computation, instruction, times in program.instructions():
         kind = instruction.op.removesuffix("-start")
+        if computation.startswith("all-reduce-scatter"):  # the form that a reduce-scatter has on TPUs
+            kind = kind.replace("all-reduce", "reduce-scatter")
         if kind in COLLECTIVES:
             groups = _groups(instruction.rest, prod(mesh_shape.values()))
             received = times * _received(instruction, kind, groups.shape[1])
@@ -213,7 +215,7 @@ def _received(instruction: Instruction, kind: str, n: int) -> float:
         return size
     if kind == "collective-broadcast":
         return size if n > 1 else 0
-    if kind == "reduce-scatter":
+    if kind == "reduce-scatter" and "all-reduce" not in instruction.op:
         size = sum(array.size for array in arrays(operand)) if operand is not result else size * n
     return size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
 
