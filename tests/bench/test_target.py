@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ttt_e2e.bench import target
 from ttt_e2e.cli import main
 from ttt_e2e.config import MeshConfig
+from ttt_e2e.flags import load_config_file, override
 from ttt_e2e.outer import sharding
 from ttt_e2e.targets import Target, facts, slices
 from ttt_e2e.targets.products import matmul_flops
@@ -24,7 +25,7 @@ from ttt_e2e.config import default_config
 def get_config(arg=""):
     config = default_config()
     config.model.update(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
-    config.model.update(num_attention_heads=2, sliding_window=12, num_fast_blocks=1)
+    config.model.update(num_attention_heads=2, sliding_window=12)
     config.inner.update(mini_batch_size=8, trajectory="store", remat="mini_batch")
     config.train.update(seq_len=32, global_batch_size=8, num_steps=100)
     config.mesh.update(data=4, model=2)
@@ -103,16 +104,22 @@ def test_useless_is_what_devices_compute_alike(whole):
     assert (target._useless_share(once, make, None, mesh) == pytest.approx(share)) == (once == flops)
 
 
-def test_xla_drops_no_product_of_a_step_and_adds_none(results, tmp_path):
-    """What `useless_share` rests on: one device's step has the same products before and after XLA."""
-    from ttt_e2e.flags import load_config_file, override
+@pytest.mark.slow
+def test_xla_drops_no_product_of_a_step_and_adds_none(results):
+    """What `useless_share` rests on: one device's step has the same products before and after XLA.
 
+    But for those of vectors, of which XLA makes sums, and in loops of one trip, which it dissolves: few at these sizes.
+    """
     _, directory = results
-    config = override(load_config_file(str(directory / "config.py")), [])
-    mesh = sharding.make_mesh(MeshConfig(data=1))
-    lowered = (task := target._train(config, mesh)).function.lower(*task.arguments)
+    values = load_config_file(str(directory / "config.py"))
+    values.model.update(
+        num_hidden_layers=4, num_fast_blocks=2, hidden_size=32, intermediate_size=64, sliding_window=256
+    )
+    values.train.seq_len, values.inner.mini_batch_size = 1024, 256
+    config = override(values, [])
+    _, lowered = target._lower(target._train, config, sharding.make_mesh(MeshConfig(data=1)))
     before, after = matmul_flops(lowered.as_text("hlo")), matmul_flops(lowered.compile().as_text())
-    assert after == pytest.approx(before, rel=0.01)
+    assert after == pytest.approx(before, rel=1e-3)
 
 
 def test_what_the_compiler_refuses_is_an_answer(results, monkeypatch, tmp_path, capsys):

@@ -207,10 +207,10 @@ def _useless_share(flops: int, make, config: Config, mesh: Mesh) -> float:
     """Of the FLOPs of all devices together, what several compute alike.
 
     It is what they compute more than one device would need for the same program, undivided. That program is counted as
-    JAX hands it to the compiler: compiling it would need a device that holds it, and XLA recomputes where memory lacks.
-    The two counts are of one program before and after XLA, which drops no matrix product that JAX left in a step (nor
-    adds one, divided or not): docs/targets.md has them side by side for one device. Policies are those of the divided
-    program, so that both recompute alike.
+    JAX hands it to the compiler: a TPU's would refuse what one device does not hold, and a GPU's recompute where memory
+    lacks. JAX leaves no dead products, and XLA drops and adds none (a test compares; products of vectors excepted, of
+    which it makes sums, and what is recomputed in loops of one trip, which it finds), so that the counts before and
+    after it are one. Policies are those of the divided program: both recompute alike.
     """
     if mesh.size == 1:
         return 0.0
