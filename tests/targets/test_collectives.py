@@ -146,6 +146,11 @@ LINES = {
         "replica_groups={}",
         ("all-reduce", "data+model", 8 * 4 * 2 * 7 / 8),
     ),
+    "a mesh in another order": (
+        "(f32[], f32[128]{0}) all-reduce(%x, %y)",
+        "replica_groups=mesh['axis_0'=1,'axis_1'=2,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_2'}, to_apply=%add",
+        ("all-reduce", "data", 129 * 4 * 2 * 3 / 4),
+    ),
     "a part of an axis": (
         "f32[8]{0} all-gather(%x)",
         "replica_groups=mesh['a'=8] {'a':(4)2}, dimensions={0}",
@@ -174,6 +179,23 @@ ENTRY %main (x: f32[8]) -> f32[2] {
   %x = f32[8]{0} parameter(0)
   %start = ((f32[8]{0}), f32[2]{0}, u32[]) async-start(%x), calls=%wrapped
   ROOT %done = f32[2]{0} async-done(%start), calls=%wrapped
+}
+"""
+    assert counted(text) == {("reduce-scatter", "data"): (8 * 4 * 3 / 4, 1)}
+
+
+def test_a_sum_of_which_each_keeps_a_part_is_a_reduce_scatter():
+    text = """HloModule m
+
+%all-reduce-scatter.1 (p: f32[8]) -> f32[2] {
+  %p = f32[8]{0} parameter(0)
+  %sum = f32[8]{0} all-reduce(%p), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  ROOT %part = f32[2]{0} dynamic-slice(%sum, %i), dynamic_slice_sizes={2}
+}
+
+ENTRY %main (x: f32[8]) -> f32[2] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %fused = f32[2]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
     assert counted(text) == {("reduce-scatter", "data"): (8 * 4 * 3 / 4, 1)}

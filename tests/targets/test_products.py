@@ -57,12 +57,14 @@ FUSED = """
   ROOT %dot.565 = f32[2048,16032]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 """
-ATTENTION = """  %q = bf16[2,8192,6,64]{3,2,1,0} parameter(0)
-  %x = (bf16[2,6,8192,64]{3,1,2,0}, f32[2,6,8192]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), \
-custom_call_target="TARGET", api_version=API_VERSION_STATUS_RETURNING, backend_config={"cudnn_fmha_backend_config": {"fmha_scale": 0.125, \
-"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "6", "8192", "8192"], "tuple_shapes": []}, \
-"mask_type": "MASK", "bmm1_dot_dimension_numbers": {"lhs_contracting_dimensions": ["3"]}, \
-"sliding_window_length": WINDOW, "max_seg_per_batch": 1}}"""
+ATTENTION = (
+    "  %q = bf16[2,8192,6,64]{3,2,1,0} parameter(0)\n"
+    "  %x = (bf16[2,6,8192,64]{3,1,2,0}, f32[2,6,8192]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), "
+    'custom_call_target="TARGET", api_version=API_VERSION_STATUS_RETURNING, '
+    'backend_config={"cudnn_fmha_backend_config": {"fmha_scale": 0.125, "intermediate_tensor_shape": '
+    '{"element_type": "BF16", "dimensions": ["2", "6", "8192", "8192"], "tuple_shapes": []}, "mask_type": "MASK", '
+    '"bmm1_dot_dimension_numbers": {"lhs_contracting_dimensions": ["3"]}, "sliding_window_length": WINDOW}}'
+)
 
 
 def attention(target: str, mask: str, window: int) -> str:
@@ -75,8 +77,8 @@ WRITTEN = {
     "cuBLAS": (
         program(
             OPERANDS + "  %x = (bf16[8,1024,768]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b), "
-            'custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":{"lhs_contracting_dimensions":'
-            '["2"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}'
+            'custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":'
+            '{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"]}}}'
         ),
         2 * 8 * 1024 * 192 * 768,
     ),

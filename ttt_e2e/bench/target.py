@@ -105,9 +105,8 @@ def _examine(name: str, target: str, config: Config, mesh: Mesh, directory: epat
     if name == "train":
         row |= {"trajectory": resolved.inner.trajectory, "remat": resolved.inner.remat}
     logger.info("%s: tracing", name)
-    task = make(resolved, mesh)
     start = time.perf_counter()
-    lowered = task.function.lower(*task.arguments)
+    task, lowered = _lower(make, resolved, mesh)
     row["trace_seconds"] = time.perf_counter() - start
     logger.info("%s: compiling for %s", name, target)
     start = time.perf_counter()
@@ -134,6 +133,13 @@ def _examine(name: str, target: str, config: Config, mesh: Mesh, directory: epat
     least = bound(facts, flops, _touched(compiled), moved, mesh.shape)
     row |= _times(least, task.num_tokens, mesh.size, config if name == "train" else None)
     return row, _note(name, moved, used)
+
+
+def _lower(make, config: Config, mesh: Mesh) -> tuple[Task, jax.stages.Lowered]:
+    """A program, traced as where the mesh's devices are at hand: what asks for the target finds them."""
+    with jax.set_mesh(mesh):
+        task = make(config, mesh)
+        return task, task.function.lower(*task.arguments)
 
 
 def _train(config: Config, mesh: Mesh) -> Task:
@@ -169,8 +175,13 @@ def _decode(config: Config, mesh: Mesh) -> Task:
     """One token after a context of `train.seq_len`, on one device."""
     graphdef, params = abstract_model(config)
     T = config.train.seq_len
-    reader = Reader(graphdef, params, config, max_length=T + config.inner.mini_batch_size)
-    state = jax.eval_shape(lambda: reader.start(config.data.bos_id))._replace(position=np.int64(T))
+
+    def make_reader(params):
+        return Reader(graphdef, params, config, max_length=T + config.inner.mini_batch_size)
+
+    reader = make_reader(params)
+    state = jax.eval_shape(lambda params: make_reader(params).start(config.data.bos_id), params)
+    state = state._replace(position=np.int64(T))
     K = reader.cache_size(T)
     longer = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*a.shape[:3], K, a.shape[4]), a.dtype), state.cache_LBGKH)
     function, arguments = reader.programs(state._replace(cache_LBGKH=longer))["predict"]
@@ -196,15 +207,15 @@ def _useless_share(flops: int, make, config: Config, mesh: Mesh) -> float:
     """Of the FLOPs of all devices together, what several compute alike.
 
     It is what they compute more than one device would need for the same program, undivided. That program is counted as
-    JAX hands it to the compiler: compiling it would need a device that holds it, and XLA recomputes where memory lacks.
-    The two counts are of one program before and after XLA, which drops no matrix product that JAX left in a step (nor
-    adds one, divided or not): docs/targets.md has them side by side for one device. Policies are those of the divided
-    program, so that both recompute alike.
+    JAX hands it to the compiler: a TPU's would refuse what one device does not hold, and a GPU's recompute where memory
+    lacks. JAX leaves no dead products, and XLA drops and adds none (a test compares; products of vectors excepted, of
+    which it makes sums, and what is recomputed in loops of one trip, which it finds), so that the counts before and
+    after it are one. Policies are those of the divided program: both recompute alike.
     """
     if mesh.size == 1:
         return 0.0
-    task = make(config, _alone(mesh))
-    undivided = matmul_flops(task.function.lower(*task.arguments).as_text("hlo"))
+    _, lowered = _lower(make, config, _alone(mesh))
+    undivided = matmul_flops(lowered.as_text("hlo"))
     return 1 - undivided / (mesh.size * flops) if flops else 0.0
 
 

@@ -27,6 +27,10 @@ _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BODY = re.compile(r"body=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+# "mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}": groups along a of a mesh of devices, numbered in another order
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}"
+)
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -115,7 +119,7 @@ class Program:
         return [(name, 1) for name in _CALLED.findall(rest) + branches]
 
     def _trips(self, rest: str) -> int:
-        """How often a loop runs: as XLA knows, or in a program that it did not see yet, as far as JAX has it count."""
+        """How often a loop runs: as XLA says, else (for TPUs, and before XLA) as far as the condition has it count."""
         if trips := _TRIPS.search(rest):
             return int(trips[1])
         condition = self.computations[_CONDITION.search(rest)[1]]
@@ -143,8 +147,10 @@ def exchanged(program: Program, mesh_shape) -> list[Collective]:
     operand, all-reduce twice that, all-to-all (n-1)/n, a permutation all of it.
     """
     found = []
-    for _, instruction, times in program.instructions():
+    for computation, instruction, times in program.instructions():
         kind = instruction.op.removesuffix("-start")
+        if computation.startswith("all-reduce-scatter"):  # the form that a reduce-scatter has on TPUs
+            kind = kind.replace("all-reduce", "reduce-scatter")
         if kind in COLLECTIVES:
             groups = _groups(instruction.rest, prod(mesh_shape.values()))
             received = times * _received(instruction, kind, groups.shape[1])
@@ -209,7 +215,7 @@ def _received(instruction: Instruction, kind: str, n: int) -> float:
         return size
     if kind == "collective-broadcast":
         return size if n > 1 else 0
-    if kind == "reduce-scatter":
+    if kind == "reduce-scatter" and "all-reduce" not in instruction.op:
         size = sum(array.size for array in arrays(operand)) if operand is not result else size * n
     return size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
 
@@ -223,8 +229,10 @@ def _groups(rest: str, num_devices: int) -> np.ndarray:
         return np.array([sizes(group) for group in re.findall(r"\{([\d,]+)\}", found[0])] or [range(num_devices)])
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         return _iota(sizes(found[2]), sizes(found[3] or "")).reshape(sizes(found[1]))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
-        return _mesh_groups(found[1], found[2])
+    if found := _MESH_GROUPS.search(rest):
+        axes, dims, order, over = found.groups()
+        positions = _mesh_groups(axes, over)
+        return _iota(sizes(dims), sizes(order or "")).ravel()[positions] if dims else positions
     raise ValueError(f"groups of devices in a form that is not known: {rest[:500]}")
 
 
