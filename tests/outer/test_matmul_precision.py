@@ -54,9 +54,7 @@ def precisions(config: Config, make) -> set[str]:
 @pytest.mark.parametrize("make", (train_step, eval_step, reader))
 @pytest.mark.parametrize("kind", ("fast", "plain"))
 @pytest.mark.parametrize("dtype", PRECISION)
-def test_every_product_has_the_precision_of_the_compute_dtype(dtype, kind, make, token_store, request):
-    if make is train_step and dtype == "float32":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="make_train_step is not yet traced in this context"))
+def test_every_product_has_the_precision_of_the_compute_dtype(dtype, kind, make, token_store):
     config = tiny_run(token_store, model={"compute_dtype": dtype, "num_fast_blocks": int(kind == "fast")})
     assert precisions(config, make) == {PRECISION[dtype]}
 

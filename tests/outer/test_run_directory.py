@@ -95,9 +95,8 @@ def test_no_credential_reaches_the_run_directory(checkout, token_store, tmp_path
     monkeypatch.setenv("HARMLESS", "a value of the environment")
     (checkout / "ttt_e2e" / "__init__.py").write_text("key = '0123456789abcdef'  # https://me:hunter2@host/x\n")
     claim(tmp_path / "run", tiny_run(token_store))
-    record_start(
-        tmp_path / "run", ["--config.data.path=s3://me:hunter2@bucket/x", "--config.log.wandb=0123456789abcdef"]
-    )
+    overrides = ["--config.data.path=s3://me:hunter2@bucket/x", "--config.log.wandb=0123456789abcdef"]
+    record_start(tmp_path / "run", overrides, {})
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {"config.json", "starts.jsonl", "1.json", "1.diff"} == {path.name for path in files}
     everything = "".join(path.read_text() for path in files)

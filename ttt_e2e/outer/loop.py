@@ -149,7 +149,7 @@ def choose_attention(config: Config, train_step, eval_step, state: TrainState) -
         train_tokens, eval_tokens = (jax.ShapeDtypeStruct((B, config.train.seq_len + 1), np.int32) for B in batches)
         jax.eval_shape(train_step, state, train_tokens)
         if config.eval.every_steps:
-            jax.eval_shape(eval_step, state.params, eval_tokens, config.inner.learning_rate)
+            jax.eval_shape(eval_step, state.params, eval_tokens, config.inner.learning_rate, 0)
 
     choice.measure(trace)
 

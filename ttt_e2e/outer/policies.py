@@ -91,7 +91,7 @@ def prefix_by_sequence(config: Config, mesh: Mesh) -> bool:
 def prefix_bytes(config: Config, sequences: int, num_parts: int, divided: str) -> float:
     """Bytes that a device receives over the `model` axis for the prefix, in one step with `sequences` sequences.
 
-    Of the matrices: two sums of hidden states a block forwards, one when it is rematerialised, two in reverse. Of the
+    Of the matrices: two sums of hidden states a block forwards, when it is rematerialised, and in reverse. Of the
     sequence: a block's weights forwards and again in reverse, their gradient in float32, and in all three passes over
     attention what sequence_parts.py says.
     """
@@ -99,7 +99,7 @@ def prefix_bytes(config: Config, sequences: int, num_parts: int, divided: str) -
     size, share = jnp.dtype(model.compute_dtype).itemsize, (num_parts - 1) / num_parts
     D, N, G, H = model.hidden_size, model.num_attention_heads, model.num_key_value_heads, model.head_dim
     if divided == "matrices":
-        return model.num_prefix_blocks * 5 * 2 * share * sequences * T * D * size
+        return model.num_prefix_blocks * 6 * 2 * share * sequences * T * D * size
     weights = 2 * D * H * (N + G) + 3 * D * model.intermediate_size
     fetched = share * weights * (2 * size + jnp.dtype(model.param_dtype).itemsize)
     heads = [received_positions(window, T // num_parts, N, G, num_parts) for window in model.windows]
