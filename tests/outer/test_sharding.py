@@ -1,5 +1,7 @@
 """Any mesh computes what one device computes, and every array lives where the table says."""
 
+from functools import cache
+
 import jax
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ from ttt_e2e.outer.batches import check_batch
 from ttt_e2e.outer.optimizer import make_optimizer
 from ttt_e2e.outer.steps import abstract_model, init_state, make_train_step
 
-# Meshes, and what a device may compute, in eighths of all matrix products: the `model` axis does not divide 31 tokens.
-MESHES = ((8, 1, 1.01), (4, 2, 1.15), (2, 4, 1.35), (1, 8, 1.75))
+# Meshes, heads, and what a device may compute, in eighths of all matrix products: the vocabulary of 31 is filled up to
+# 32, and of two heads, four or eight devices compute the suffix's attention alike.
+MESHES = ((8, 1, 2, 1.01), (4, 2, 2, 1.05), (2, 4, 8, 1.05), (1, 8, 8, 1.05), (1, 8, 2, 2.1))
 
 
 def one_step(config, data: int, model: int):
@@ -38,14 +41,21 @@ def config(token_store):
 
 
 @pytest.fixture(scope="module")
-def single_device(config):
-    return one_step(config, 1, 1)
+def with_heads(token_store):
+    """Number of heads -> configuration, and `one_step` of it on a single device."""
+
+    @cache
+    def with_heads(heads: int):
+        config = tiny_run(token_store, model={"num_attention_heads": heads})
+        return config, one_step(config, 1, 1)
+
+    return with_heads
 
 
-@pytest.mark.parametrize(("data", "model", "eighths"), MESHES)
-def test_every_mesh_gives_the_single_device_step(data, model, eighths, config, single_device):
+@pytest.mark.parametrize(("data", "model", "heads", "eighths"), MESHES)
+def test_every_mesh_gives_the_single_device_step(data, model, heads, eighths, with_heads):
+    config, (step_1, metrics_1, params_1) = with_heads(heads)
     step, metrics, params = one_step(config, data, model)
-    step_1, metrics_1, params_1 = single_device
     # Float32, sums in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), metrics, metrics_1)
     # One AdamW step of 1.5e-3 is at most the sign of each gradient: where that is near 0 rounding decides.
