@@ -17,17 +17,16 @@ from ttt_e2e.bench import table
 from ttt_e2e.config import Config, suggestion
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference import Reader
+from ttt_e2e.kernels import choice
 from ttt_e2e.outer import policies, sharding
 from ttt_e2e.outer.batches import check_batch
 from ttt_e2e.outer.optimizer import make_optimizer
-from ttt_e2e.outer.steps import abstract_model, init_state, make_eval_step, make_train_step
+from ttt_e2e.outer.steps import abstract_model, init_state, make_eval_step, make_train_step, take_policies
 from ttt_e2e.targets import of_device, slices
 from ttt_e2e.targets.bound import SHARE, Bound, bound
 from ttt_e2e.targets.products import kernels, matmul_flops
 from ttt_e2e.targets.program import Collective, Program, exchanged
 
-# Of a GPU's memory; the driver, libraries and communication take the rest. (A TPU's compiler refuses by itself.)
-USABLE = 0.92
 SHOWN_COLLECTIVES = 12
 GIB = 2**30
 
@@ -70,6 +69,8 @@ def run(output, config: Config | None = None, *, target: str = "", programs=("tr
     if mesh.size != len(devices):
         shape = f"data={mesh.shape['data']} x model={mesh.shape['model']}"
         raise UserError(f"config.mesh is {shape}, which leaves some of the {len(devices)} devices of {target} out")
+    with jax.set_mesh(mesh):
+        choice.check(config.model)
     directory = epath.Path(output)
     directory.mkdir(parents=True, exist_ok=True)
     rows, notes = [], []
@@ -88,7 +89,8 @@ def _examine(name: str, target: str, config: Config, mesh: Mesh, directory: epat
     make = PROGRAMS[name]
     if name == "decode":
         mesh = _alone(mesh)
-    resolved = policies.for_training(config, *abstract_model(config), mesh) if name == "train" else config
+    taken = take_policies(config, mesh) if name == "train" else None
+    resolved = taken.config if taken else config
     facts = of_device(mesh.devices.flat[0])
     row = {
         "variant": name,
@@ -102,8 +104,8 @@ def _examine(name: str, target: str, config: Config, mesh: Mesh, directory: epat
     }
     if name == "decode":
         row |= {"batch": 1, "accumulation_steps": 1}
-    if name == "train":
-        row |= {"trajectory": resolved.inner.trajectory, "remat": resolved.inner.remat}
+    if taken:
+        row |= taken.record()
     logger.info("%s: tracing", name)
     start = time.perf_counter()
     task, lowered = _lower(make, resolved, mesh)
@@ -162,11 +164,11 @@ def _read(config: Config, mesh: Mesh) -> Task:
     params = abstract_model(config)[1]
     placed = sharding.shardings(params, mesh)
     tokens = jax.ShapeDtypeStruct((batch, config.train.seq_len + 1), jnp.int32)
-    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    rate, count = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
     arguments = (
         _placed(params, placed),
         _placed(tokens, NamedSharding(mesh, sharding.BATCH)),
-        _placed(rate, NamedSharding(mesh, P())),
+        *_placed((rate, count), NamedSharding(mesh, P())),
     )
     return Task(make_eval_step(config, mesh, placed), arguments, batch * config.train.seq_len)
 
@@ -229,7 +231,7 @@ def _memory(compiled, platform: str, device_bytes: int) -> dict:
         "code_bytes": memory.generated_code_size_in_bytes,
     }
     needed = sum(parts.values()) + results
-    usable = device_bytes * (USABLE if platform == "gpu" else 1)
+    usable = device_bytes * policies.USABLE.get(platform, 1)
     return {"fits": not usable or needed <= usable, "needed_bytes": needed, **parts}
 
 
