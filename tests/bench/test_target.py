@@ -59,7 +59,7 @@ def test_rows_have_their_figures(results):
         assert row["bound_seconds"] == max(row[f"{name}_seconds"] for name in ("products", "memory", "links"))
         assert row[f"{row['binds']}_seconds"] == row["bound_seconds"]
     train = rows["train"]
-    assert (train["mesh"], train["trajectory"], rows["decode"]["mesh"]) == ("4x2", "store", "1x1")
+    assert (train["mesh"], train["inner.trajectory"], rows["decode"]["mesh"]) == ("4x2", "store", "1x1")
     assert train["device_hours_at_bound"] == pytest.approx(100 * train["bound_seconds"] * 8 / 3600)
     text = (directory / "results.md").read_text()
     assert "Kernels of train: none." in text and "| needed, GiB |" in text
@@ -153,7 +153,7 @@ def test_what_needs_more_memory_does_not_fit(monkeypatch):
         "temp_bytes": 100,
         "code_bytes": 100,
     }
-    assert [target._memory(Compiled(), *of)["fits"] for of in (("gpu", 310), ("gpu", 330), ("tpu", 299))] == [
+    assert [target._memory(Compiled(), *of)["fits"] for of in (("gpu", 390), ("gpu", 410), ("tpu", 299))] == [
         False,
         True,
         False,
@@ -174,6 +174,7 @@ BAD_INPUT = {
     "--config=no.py": "config file no.py does not exist",
     "--config.mesh.data=3": "config.mesh is data=3 x model=2, which leaves some of the 8 devices of h100:8 out",
     "--config.mesh.data=16": "config.mesh is data=16 x model=2, which does not fit 8 device(s)",
+    "--config.model.attention_backend=splash": "config.model.attention_backend is 'splash', which",
     "--config.train.global_batch_size=9": "config.train.global_batch_size is 9, but it must be a multiple of 4",
 }
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_e2e.targets.products import _visible, kernels, matmul_flops
+from ttt_e2e.targets.products import _visible, kernels, matmul_flops, uncounted
 from ttt_e2e.targets.program import Program
 
 
@@ -162,3 +162,15 @@ def test_kernels_are_named_and_counted():
         f"%b (x: s32[]) -> s32[] {{\n{body}\n}}\n",
     )
     assert kernels(Program(text)) == {"__cudnn$fmhaSoftmax": 6}
+
+
+def test_kernels_that_do_not_say_what_they_compute_are_named():
+    call = '  %{0} = f32[8]{{0}} custom-call(%y), custom_call_target="{1}", backend_config={{{2}}}'
+    lines = [
+        call.format("a", "mosaic_gpu_v2", ""),
+        call.format("b", "tpu_custom_call", '"custom_call_config": {"cost_estimate": {"flops": "7"}}'),
+        call.format("c", "Sharding", ""),
+    ]
+    read = Program(program("\n".join(lines)))
+    assert (uncounted(read), matmul_flops(read)) == (["mosaic_gpu_v2"], 7)
+    assert kernels(read) == {"mosaic_gpu_v2": 1, "tpu_custom_call": 1}

@@ -17,17 +17,17 @@ from ttt_e2e.bench import table
 from ttt_e2e.config import Config, suggestion
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference import Reader
+from ttt_e2e.kernels import choice
 from ttt_e2e.outer import policies, sharding
 from ttt_e2e.outer.batches import check_batch
+from ttt_e2e.outer.metrics import model_flops_per_token
 from ttt_e2e.outer.optimizer import make_optimizer
-from ttt_e2e.outer.steps import abstract_model, init_state, make_eval_step, make_train_step
+from ttt_e2e.outer.steps import abstract_model, init_state, make_eval_step, make_train_step, take_policies
 from ttt_e2e.targets import of_device, slices
 from ttt_e2e.targets.bound import SHARE, Bound, bound
-from ttt_e2e.targets.products import kernels, matmul_flops
+from ttt_e2e.targets.products import kernels, matmul_flops, uncounted
 from ttt_e2e.targets.program import Collective, Program, exchanged
 
-# Of a GPU's memory; the driver, libraries and communication take the rest. (A TPU's compiler refuses by itself.)
-USABLE = 0.92
 SHOWN_COLLECTIVES = 12
 GIB = 2**30
 
@@ -53,7 +53,8 @@ def run(output, config: Config | None = None, *, target: str = "", programs=("tr
     `state_bytes` (parameters, optimizer, batch), `temp_bytes`, `code_bytes`; `flops` of matrix products, loops
     multiplied out, and the share `useless_share` of all that several devices compute alike; `received_bytes` by all
     collectives, over each axis of the mesh, and by each kind over each axis; `kernels` that are no code of XLA's, with
-    how often each runs (those of Pallas for GPUs do not say their FLOPs: `uncounted_kernels`); `bound_seconds`, which
+    how often each runs, and those of them whose FLOPs the program does not say, `uncounted_kernels`; `model_flops` that
+    the method itself needs, which stand in for those counted where kernels are not; `bound_seconds`, which
     no run of the program can be faster than, the seconds of products, memory and links that it is the greatest of,
     and which `binds`; `tokens_per_second` and `device_hours` of the recipe at the bound and at a share of it.
     """
@@ -70,6 +71,8 @@ def run(output, config: Config | None = None, *, target: str = "", programs=("tr
     if mesh.size != len(devices):
         shape = f"data={mesh.shape['data']} x model={mesh.shape['model']}"
         raise UserError(f"config.mesh is {shape}, which leaves some of the {len(devices)} devices of {target} out")
+    with jax.set_mesh(mesh):
+        choice.check(config.model)
     directory = epath.Path(output)
     directory.mkdir(parents=True, exist_ok=True)
     rows, notes = [], []
@@ -85,28 +88,13 @@ def run(output, config: Config | None = None, *, target: str = "", programs=("tr
 
 def _examine(name: str, target: str, config: Config, mesh: Mesh, directory: epath.Path) -> tuple[dict, str]:
     """The row of a program, and what its table does not hold."""
-    make = PROGRAMS[name]
-    if name == "decode":
-        mesh = _alone(mesh)
-    resolved = policies.for_training(config, *abstract_model(config), mesh) if name == "train" else config
-    facts = of_device(mesh.devices.flat[0])
-    row = {
-        "variant": name,
-        "target": target,
-        "mesh": f"{mesh.shape['data']}x{mesh.shape['model']}",
-        "batch": config.eval.batch_size if name == "read" else config.train.global_batch_size,
-        "accumulation_steps": config.train.accumulation_steps,
-        "seq_len": config.train.seq_len,
-        "device": facts.kind,
-        "device_memory_bytes": facts.memory_bytes,
-    }
-    if name == "decode":
-        row |= {"batch": 1, "accumulation_steps": 1}
-    if name == "train":
-        row |= {"trajectory": resolved.inner.trajectory, "remat": resolved.inner.remat}
+    mesh = _alone(mesh) if name == "decode" else mesh
+    taken = take_policies(config, mesh) if name == "train" else None
+    resolved = taken.config if taken else config
+    row = _case(name, target, config, mesh) | (taken.record() if taken else {})
     logger.info("%s: tracing", name)
     start = time.perf_counter()
-    task, lowered = _lower(make, resolved, mesh)
+    task, lowered = _lower(PROGRAMS[name], resolved, mesh)
     row["trace_seconds"] = time.perf_counter() - start
     logger.info("%s: compiling for %s", name, target)
     start = time.perf_counter()
@@ -118,21 +106,37 @@ def _examine(name: str, target: str, config: Config, mesh: Mesh, directory: epat
     row["compile_seconds"] = time.perf_counter() - start
     logger.info("%s: reading the program", name)
     text = compiled.as_text()
-    directory.joinpath(f"program_{name}.txt.gz" if name != "train" else "program.txt.gz").write_bytes(
-        gzip.compress(text.encode(), mtime=0)
-    )
+    file = "program.txt.gz" if name == "train" else f"program_{name}.txt.gz"
+    (directory / file).write_bytes(gzip.compress(text.encode(), mtime=0))
     program = Program(text)
-    moved = exchanged(program, mesh.shape)
-    flops = matmul_flops(program)
-    used = kernels(program)
+    moved, used, flops = exchanged(program, mesh.shape), kernels(program), matmul_flops(program)
+    facts = of_device(mesh.devices.flat[0])
     row |= _memory(compiled, facts.platform, facts.memory_bytes)
-    row |= {"flops": flops, "useless_share": _useless_share(flops, make, resolved, mesh)}
+    row |= {"flops": flops, "useless_share": _useless_share(flops, PROGRAMS[name], resolved, mesh)}
     row |= _received(moved, mesh)
-    row |= {"kernels": used, "uncounted_kernels": [name for name in used if "mosaic_gpu" in name]}
-    row |= {"unknown_trips": program.unknown_trips}
+    row |= {"kernels": used, "uncounted_kernels": uncounted(program), "unknown_trips": program.unknown_trips}
+    if taken:
+        row["model_flops"] = model_flops_per_token(config) * task.num_tokens / mesh.size
+        flops = max(flops, row["model_flops"]) if row["uncounted_kernels"] else flops
     least = bound(facts, flops, _touched(compiled), moved, mesh.shape)
-    row |= _times(least, task.num_tokens, mesh.size, config if name == "train" else None)
+    row |= _times(least, task.num_tokens, mesh.size, config if taken else None)
     return row, _note(name, moved, used)
+
+
+def _case(name: str, target: str, config: Config, mesh: Mesh) -> dict:
+    """What a row is of."""
+    facts = of_device(mesh.devices.flat[0])
+    batch = {"train": config.train.global_batch_size, "read": config.eval.batch_size, "decode": 1}[name]
+    return {
+        "variant": name,
+        "target": target,
+        "mesh": f"{mesh.shape['data']}x{mesh.shape['model']}",
+        "batch": batch,
+        "accumulation_steps": config.train.accumulation_steps if name == "train" else 1,
+        "seq_len": config.train.seq_len,
+        "device": facts.kind,
+        "device_memory_bytes": facts.memory_bytes,
+    }
 
 
 def _lower(make, config: Config, mesh: Mesh) -> tuple[Task, jax.stages.Lowered]:
@@ -162,11 +166,11 @@ def _read(config: Config, mesh: Mesh) -> Task:
     params = abstract_model(config)[1]
     placed = sharding.shardings(params, mesh)
     tokens = jax.ShapeDtypeStruct((batch, config.train.seq_len + 1), jnp.int32)
-    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    rate, count = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
     arguments = (
         _placed(params, placed),
         _placed(tokens, NamedSharding(mesh, sharding.BATCH)),
-        _placed(rate, NamedSharding(mesh, P())),
+        *_placed((rate, count), NamedSharding(mesh, P())),
     )
     return Task(make_eval_step(config, mesh, placed), arguments, batch * config.train.seq_len)
 
@@ -229,7 +233,7 @@ def _memory(compiled, platform: str, device_bytes: int) -> dict:
         "code_bytes": memory.generated_code_size_in_bytes,
     }
     needed = sum(parts.values()) + results
-    usable = device_bytes * (USABLE if platform == "gpu" else 1)
+    usable = device_bytes * policies.USABLE.get(platform, 1)
     return {"fits": not usable or needed <= usable, "needed_bytes": needed, **parts}
 
 
@@ -293,8 +297,8 @@ def _flat(row: dict) -> dict:
     for name, value in row.items():
         if name.endswith("_bytes"):
             shown[name.removesuffix("_bytes").replace("_", " ") + ", GiB"] = value / GIB
-        elif name == "flops":
-            shown["TFLOP"] = value / 1e12
+        elif name.endswith("flops"):
+            shown[name.removesuffix("flops").replace("_", " ") + "TFLOP"] = value / 1e12
         elif "_bytes_by_" in name:
             shown |= {
                 f"received, {key}, GiB" if "kind" in name else f"received over {key}, GiB": v / GIB

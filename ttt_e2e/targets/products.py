@@ -51,6 +51,17 @@ def kernels(program: Program) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
+def uncounted(program: Program) -> list[str]:
+    """Names of the kernels of which no text says what they compute: `matmul_flops` lacks their products."""
+    found = set()
+    for _, instruction, _ in program.instructions():
+        target = call_target(instruction)
+        is_counted = target.startswith(GEMM) or target in ATTENTION_PRODUCTS or _DECLARED.search(instruction.rest)
+        if _KERNELS.search(target) and not is_counted:
+            found.add(_kernel_name(instruction, target))
+    return sorted(found)
+
+
 def call_target(instruction: Instruction) -> str:
     """What a call leads to outside the program; empty for other instructions."""
     found = _TARGET.search(instruction.rest) if instruction.op == "custom-call" else None
