@@ -10,6 +10,7 @@ import pytest
 from tests.outer.conftest import T, tiny_run
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import UserError
+from ttt_e2e.kernels import problems
 from ttt_e2e.outer import loop
 from ttt_e2e.outer.checkpoint import Checkpoints, load_params, load_progress
 from ttt_e2e.outer.metrics import read_metrics
@@ -165,3 +166,21 @@ def test_every_start_is_recorded(finished, token_store, tmp_path):
     starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
     assert [start["overrides"] for start in starts] == [["--x=1"], ["--x=1"]]
     assert starts[0]["jax"] == jax.__version__
+
+
+def test_the_steps_are_traced_for_the_choice_of_attention(token_store, tmp_path, monkeypatch):
+    """What an accelerator measures before the first step: the attention of both steps, as a device computes it."""
+    asked = []
+
+    def measure(trace):
+        with problems.noting() as noted:
+            trace()
+        asked.extend(noted)
+        raise UserError("seen")
+
+    monkeypatch.setattr(loop.choice, "measure", measure)
+    config = tiny_run(token_store)
+    with pytest.raises(UserError, match="seen"):
+        loop.train(config, tmp_path / "run")
+    mini_batch, sequence = config.inner.mini_batch_size, config.train.seq_len
+    assert {("any", mini_batch), ("first_order", sequence)} <= {(p.derivatives, p.num_queries) for p in asked}
