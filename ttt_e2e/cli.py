@@ -200,13 +200,14 @@ def report(argv: list[str]) -> None:
 
 
 def bench(argv: list[str]) -> None:
-    """Measure time, FLOPs and memory: bench window_attention, attention_check, meta_gradient or latency."""
-    from ttt_e2e.bench import attention_check, latency, meta_gradient, window_attention
+    """Measure time, memory, code: bench window_attention, attention_check, kernel_code, meta_gradient or latency."""
+    from ttt_e2e.bench import attention_check, kernel_code, latency, meta_gradient, window_attention
     from ttt_e2e.bench import flags as bench_flags
 
     benchmarks = {
         "window_attention": window_attention.run,
         "attention_check": attention_check.run,
+        "kernel_code": kernel_code.run,
         "meta_gradient": meta_gradient.run,
         "latency": latency.run,
     }

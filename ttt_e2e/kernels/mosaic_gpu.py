@@ -74,7 +74,8 @@ def forward(q, k, v, num_empty, *, window):
 
     o, lse = problem.over_keys(
         step, rows, {}, keys, {},
-        num_outputs=1, num_statistics=1, stagings=1, carry=(problem.zeros, *_NOTHING_SEEN), finish=finish,
+        name="forward", num_outputs=1, num_statistics=1, stagings=1,
+        carry=(problem.zeros, *_NOTHING_SEEN), finish=finish,
     )  # fmt: skip
     return problem.row_output(o).astype(v.dtype), problem.statistic_output(lse)
 
@@ -100,7 +101,8 @@ def tangent(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, *, window):
     zero = partial(per_row, 0.0)
     o_dot, mean, narrow_total = problem.over_keys(
         step, rows, statistics, keys, moving,
-        num_outputs=1, num_statistics=2, accumulators=1, stagings=2, carry=(zero, zero), finish=_as_they_are,
+        name="tangent", num_outputs=1, num_statistics=2, accumulators=1, stagings=2,
+        carry=(zero, zero), finish=_as_they_are,
     )  # fmt: skip
     mean, narrow_total = map(problem.statistic_output, (mean, narrow_total))
     o_dot = problem.row_output(o_dot) + _column(mean - narrow_total) * _own(v, q) - _column(mean) * o
@@ -139,7 +141,7 @@ def dual(q, k, v, num_empty, q_dot, k_dot, v_dot, *, window):
     zero = partial(per_row, 0.0)
     o, o_dot, *row = problem.over_keys(
         step, rows, problem.statistics(near=near), keys, moving,
-        num_outputs=2, num_statistics=3, stagings=2,
+        name="dual", num_outputs=2, num_statistics=3, stagings=2,
         carry=(problem.zeros, problem.zeros, zero, zero, *_NOTHING_SEEN), finish=finish,
     )  # fmt: skip
     lse, mean, lost = map(problem.statistic_output, row)
@@ -171,8 +173,8 @@ def reverse(q, k, v, num_empty, o, lse, o_bar, lse_bar, *, window, num_keys):
 
     q_bar, total = problem.over_keys(
         by_keys, rows, statistics, keys, {},
-        num_outputs=1, num_statistics=1, accumulators=1, stagings=1, carry=(partial(per_row, 0.0),),
-        finish=_as_they_are,
+        name="reverse_queries", num_outputs=1, num_statistics=1, accumulators=1, stagings=1,
+        carry=(partial(per_row, 0.0),), finish=_as_they_are,
     )  # fmt: skip
     k_bar, v_bar = problem.over_rows(
         by_rows,
@@ -180,6 +182,7 @@ def reverse(q, k, v, num_empty, o, lse, o_bar, lse_bar, *, window, num_keys):
         statistics,
         keys,
         {},
+        name="reverse_keys",
         accumulators=2,
         stagings=2,
         start=problem.num_keys - num_keys,
@@ -253,8 +256,8 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
     zero = partial(per_row, 0.0)
     q_bar, q_dot_bar, *totals = problem.over_keys(
         by_keys, rows, statistics, keys, moving,
-        num_outputs=2, num_statistics=3, accumulators=2, stagings=2, carry=(zero, zero, zero),
-        finish=_as_they_are,
+        name="second_reverse_queries", num_outputs=2, num_statistics=3, accumulators=2, stagings=2,
+        carry=(zero, zero, zero), finish=_as_they_are,
     )  # fmt: skip
     total, total_dot, lost_moving = map(problem.statistic_output, totals)
     lost_dot = lse_dot_bar - total_dot
@@ -264,21 +267,19 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
 
     value_statistics = {name: statistics[name] for name in ("lse", "lse_dot")}
 
-    def sums(step, keys, moving, statistics, start, stop):
-        count = 2 if moving else 1
-        return problem.over_rows(
-            step, rows, statistics, keys, moving, accumulators=count, stagings=2, start=start, stop=stop
-        )
+    def sums(name, step, keys, moving, statistics, start, stop):
+        options = {"name": f"second_reverse_{name}", "accumulators": 2 if moving else 1, "stagings": 2}
+        return problem.over_rows(step, rows, statistics, keys, moving, start=start, stop=stop, **options)
 
     boundary = problem.num_keys - L
-    key_sums = sums(keys_by_rows, keys, moving, statistics, boundary, problem.num_keys)
+    key_sums = sums("keys", keys_by_rows, keys, moving, statistics, boundary, problem.num_keys)
     value_operands = {"k": keys["k"]}, {"k_dot": moving["k_dot"]}
-    value_sums = sums(values_by_rows, *value_operands, value_statistics, boundary, problem.num_keys)
+    value_sums = sums("values", values_by_rows, *value_operands, value_statistics, boundary, problem.num_keys)
     k_bar, k_dot_bar, v_bar, v_dot_bar = *key_sums, *value_sums
     if num_keys > L:
         start = problem.num_keys - num_keys
-        [k_static] = sums(keys_by_rows, keys, {}, statistics, start, boundary)
-        [v_static] = sums(values_by_rows, {"k": keys["k"]}, {}, value_statistics, start, boundary)
+        [k_static] = sums("constant_keys", keys_by_rows, keys, {}, statistics, start, boundary)
+        [v_static] = sums("constant_values", values_by_rows, {"k": keys["k"]}, {}, value_statistics, start, boundary)
         k_bar, v_bar = jnp.concatenate([k_static, k_bar], axis=-2), jnp.concatenate([v_static, v_bar], axis=-2)
     k_bar, v_bar = k_bar[..., -num_keys:, :], v_bar[..., -num_keys:, :]
     out = q_bar * scale, k_bar * scale, v_bar, q_dot_bar * scale, k_dot_bar * scale, v_dot_bar

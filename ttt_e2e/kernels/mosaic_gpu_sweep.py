@@ -182,6 +182,7 @@ class _Kernel:
 
     Args:
       step: (tile, accumulators, carry) -> carry, for one tile.
+      name: of the compiled kernel.
       operands: what is read.
       band: which tiles there are.
       plan: how large they are.
@@ -195,8 +196,9 @@ class _Kernel:
     """
 
     def __init__(
-        self, step, operands, band, plan, *, by_keys, first, accumulators, stagings, finish, interpret, carry=()
+        self, step, operands, band, plan, *, name, by_keys, first, accumulators, stagings, finish, interpret, carry=()
     ):
+        self.name = name
         self.step, self.operands, self.band, self.plan = step, operands, band, plan
         self.by_keys, self.first, self.interpret = by_keys, first, interpret
         self.accumulators, self.stagings, self.carry, self.finish = accumulators, stagings, carry, finish
@@ -224,6 +226,7 @@ class _Kernel:
             grid_names=("block", "head", "batch"),
             num_threads=self.plan.warpgroups + 1,
             thread_name="warpgroup",
+            kernel_name=self.name,
             compiler_params=plgpu.CompilerParams(approx_math=True),
             **({"interpret": plgpu.InterpretGPUParams()} if self.interpret else {}),
         )(*arrays)
