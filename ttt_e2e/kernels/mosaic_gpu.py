@@ -214,29 +214,33 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
     scale = q.shape[-1] ** -0.5
 
     def probabilities(tile):
-        """And the centred tangent of the scores."""
-        p = score_tiles.probabilities(tile.mask(tile.products(("q", "k")) * scale), tile.statistic("lse"))
-        return p, _scores_dot(tile) * scale - tile.statistic("lse_dot")
+        return score_tiles.probabilities(tile.mask(tile.products(("q", "k")) * scale), tile.statistic("lse"))
+
+    def centred(tile):
+        """Tangent of the scores, less its mean."""
+        return _scores_dot(tile) * scale - tile.statistic("lse_dot")
 
     def weights(tile):
-        """Cotangents of the scores and of their tangent."""
-        p, centred = probabilities(tile)
-        p_bar_pairs = [("o_dot_bar", "v_dot")] * tile.is_moving + [("o_bar", "v")] * bool(o_bars)
+        """Cotangents of the scores and of their tangent. In this order no more than three arrays of scores are alive."""
+        scores_dot = centred(tile)
         p_dot_bar = score_tiles.deviation(tile.products(("o_dot_bar", "v")), tile.statistic("centre_dot"))
-        p_bar = centred * p_dot_bar + (tile.products(*p_bar_pairs) if p_bar_pairs else 0)
-        scores_bar = score_tiles.scores_bar(p, p_bar, tile.statistic("centre"))
-        return scores_bar.astype(q.dtype), p * p_dot_bar
+        p_bar_pairs = [("o_dot_bar", "v_dot")] * tile.is_moving + [("o_bar", "v")] * bool(o_bars)
+        p_bar = scores_dot * p_dot_bar + (tile.products(*p_bar_pairs) if p_bar_pairs else 0)
+        deviation = score_tiles.deviation(p_bar, tile.statistic("centre"))
+        p = probabilities(tile)
+        return (p * deviation).astype(q.dtype), p * p_dot_bar
 
     def by_keys(tile, sums, carry):
         q_bar, q_dot_bar = sums
         total, total_dot, lost_moving = carry
         scores_bar, scores_dot_bar = weights(tile)
         narrow = scores_dot_bar.astype(q.dtype)
-        dot_products = [(q_dot_bar, "k"), *([(q_bar, "k_dot")] if tile.is_moving else [])]
-        tile.add((scores_bar, [(q_bar, "k")]), (narrow, dot_products))
         if tile.is_moving:
             lost_moving += scores_dot_bar.sum(axis=1) - _total(narrow)
-        return total + _total(scores_bar), total_dot + _total(narrow), lost_moving
+        carry = total + _total(scores_bar), total_dot + _total(narrow), lost_moving
+        dot_products = [(q_dot_bar, "k"), *([(q_bar, "k_dot")] if tile.is_moving else [])]
+        tile.add((scores_bar, [(q_bar, "k")]), (narrow, dot_products))
+        return carry
 
     def keys_by_rows(tile, sums, carry):
         scores_bar, scores_dot_bar = weights(tile)
@@ -246,11 +250,11 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
         return carry
 
     def values_by_rows(tile, sums, carry):
-        p, centred = probabilities(tile)
+        scores_dot, p = centred(tile), probabilities(tile)
         v_bar, *v_dot_bar = sums
         products = [(sums, "o_dot_bar") for sums in v_dot_bar] + [(v_bar, "o_bar")] * bool(o_bars)
         p_term = [(p.astype(q.dtype), products)] if products else []
-        tile.add(((p * centred).astype(q.dtype), [(v_bar, "o_dot_bar")]), *p_term)
+        tile.add(((p * scores_dot).astype(q.dtype), [(v_bar, "o_dot_bar")]), *p_term)
         return carry
 
     zero = partial(per_row, 0.0)

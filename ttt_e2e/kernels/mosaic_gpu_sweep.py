@@ -103,7 +103,7 @@ class Tile:
 
     def statistic(self, name):
         """A statistic of the rows, for every score."""
-        return self.spread(self._statistics[name])
+        return self.spread(self._statistics[name]())
 
     def spread(self, statistic):
         """One number a row, for every score."""
@@ -257,9 +257,9 @@ class _Kernel:
         return scratch
 
     def _program(self, gmem, num_empty, outputs, scratch):
-        place, warpgroup = self._place(num_empty), lax.axis_index("warpgroup")
-        compute = partial(self._compute, gmem, outputs, scratch, place, warpgroup)
-        fetch = partial(self._fetch, gmem, scratch, place)
+        warpgroup = lax.axis_index("warpgroup")
+        compute = partial(self._compute, gmem, num_empty, outputs, scratch, warpgroup)
+        fetch = partial(self._fetch, gmem, num_empty, scratch)
         if not self.interpret and self.plan.warpgroups == 2:  # those that compute get registers of the one that fetches
             compute, fetch = _with_registers(compute, 232, "increase"), _with_registers(fetch, 40, "decrease")
         pl.when(warpgroup < self.plan.warpgroups)(compute)
@@ -287,9 +287,9 @@ class _Kernel:
             return gmem[name].at[place.batch, pl.ds(tile * size - self._offset(name), size)]
         return gmem[name].at[place.batch, lax.div(i, place.num_tiles), pl.ds(tile * size, size)]
 
-    def _fetch(self, gmem, scratch, place: _Place):
+    def _fetch(self, gmem, num_empty, scratch):
         """What the warpgroup that fetches does."""
-        stages = self.plan.stages
+        place, stages = self._place(num_empty), self.plan.stages
 
         def load(is_moving, i, _):
             slot = lax.rem(i, stages)
@@ -313,24 +313,25 @@ class _Kernel:
             lax.fori_loop(place.num_static, place.num_steps, partial(load, True), ())
         lax.fori_loop(lax.max(place.num_steps - stages, 0), place.num_steps, drain, ())
 
-    def _compute(self, gmem, outputs, scratch, place: _Place, warpgroup):
+    def _compute(self, gmem, num_empty, outputs, scratch, warpgroup):
         """What a warpgroup that computes does."""
+        place = self._place(num_empty)
         own = place.start + warpgroup * M
 
         def rows_or_keys(offset):
             at = pl.ds(own - offset, M)
             return (place.batch, place.head, at) if self.by_keys else (place.batch, at)
 
-        held = {name: ref.at[warpgroup] for name, ref in scratch["held"].items()}
         barrier = scratch["holding"].at[warpgroup]
-        for name, ref in held.items():
-            plgpu.copy_gmem_to_smem(gmem[name].at[rows_or_keys(self._offset(name))], ref, barrier)
+        for name, ref in scratch["held"].items():
+            source = gmem[name].at[rows_or_keys(self._offset(name))]
+            plgpu.copy_gmem_to_smem(source, ref.at[warpgroup], barrier)
         plgpu.barrier_wait(barrier)
         statistics = {}
         if self.by_keys:
-            statistics = {name: _load(gmem[name].at[rows_or_keys(0)], 1) for name in self.statistics}
-        staging = [ref.at[warpgroup] for ref in scratch["staging"]]
-        visit = partial(self._visit, scratch, place, own, held, statistics, staging)
+            rows = {name: _load(gmem[name].at[rows_or_keys(0)], 1) for name in self.statistics}
+            statistics = {name: partial(lambda loaded: loaded, row) for name, row in rows.items()}
+        visit = partial(self._visit, scratch, place, warpgroup, statistics)
 
         def loop(*sums):
             state = tuple(make() for make in self.carry)
@@ -346,16 +347,21 @@ class _Kernel:
         for ref, result in zip(outputs, self.finish(sums, state), strict=True):
             ref[rows_or_keys(self.first)] = result
 
-    def _visit(self, scratch, place: _Place, own, held, statistics, staging, sums, is_moving, i, carry):
+    def _visit(self, scratch, place: _Place, warpgroup, statistics, sums, is_moving, i, carry):
         """One step of it."""
+        own = place.start + warpgroup * M
+        # The warpgroup, by a sum that the compiler cannot see through: or else it takes the addresses and descriptors of
+        # all these arrays out of the loop, some 40 numbers that then leave no registers for scores.
+        hidden = warpgroup + lax.shift_right_logical(i, 30)
+        held = {name: ref.at[hidden] for name, ref in scratch["held"].items()}
+        staging = [ref.at[hidden] for ref in scratch["staging"]]
         slot, tile = lax.rem(i, self.plan.stages), place.first + lax.rem(i, place.num_tiles)
         plgpu.barrier_wait(scratch["loaded"].at[slot])
         if is_moving and self.late:
             plgpu.barrier_wait(scratch["late"].at[slot])
         streamed = {name: scratch["streamed"][name].at[slot] for name in self.streamed}
-        loaded = {name: _load(scratch["streamed"][name].at[slot], 0) for name in self.streamed_statistics}
-        row, key = (own, tile * self.plan.tile) if self.by_keys else (tile * self.plan.tile, own)
-        visible = partial(_mask, self.band, row, key, place.num_empty, self.by_keys)
+        loaded = {name: partial(_load, scratch["streamed"][name].at[slot], 0) for name in self.streamed_statistics}
+        visible = partial(_mask, self.band, self.by_keys, own, tile * self.plan.tile, place.num_empty)
         carry = self.step(
             Tile(held, streamed, statistics | loaded, staging, self.by_keys, is_moving, visible), sums, carry
         )
@@ -378,20 +384,28 @@ def _with_registers(function, number: int, action: str):
     return run
 
 
-def _mask(band: Band, row, key, num_empty, by_keys: bool, scores):
-    """`scores` of queries from `row` on and keys from `key` on, masked; tiles inside the band are left as they are."""
-    num_rows, num_keys = scores.shape if by_keys else scores.shape[::-1]
-    row = band.first_row + row
-    is_inside = (key + num_keys - 1 <= row) & (key > row + num_rows - 1 - band.window) & (key >= num_empty)
+def _mask(band: Band, by_keys: bool, own, first, num_empty, scores):
+    """`scores` of a warpgroup's rows (keys) from `own` on and keys (rows) from `first` on, masked.
+
+    Each of its own sees a range of the others. A tile that is inside of all ranges is left as it is.
+    """
+    size, position = scores.shape[1], own + band.first_row if by_keys else own
+    first = first if by_keys else first + band.first_row
+    last_own, last = position + M - 1, first + size - 1
+    if by_keys:
+        is_inside = (last <= position) & (first > last_own - band.window) & (first >= num_empty)
+    else:
+        is_inside = (first >= last_own) & (last < position + band.window) & (position >= num_empty)
 
     def at_the_edge(scores):
-        def positions(first, axis):
-            layout = plgpu.Layout.WGMMA
-            return first + plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=layout)
-
-        query, key_of = positions(row, 0 if by_keys else 1), positions(key, 1 if by_keys else 0)
-        visible = (key_of <= query) & (key_of > query - band.window) & (key_of >= num_empty)
-        return score_tiles.mask(scores, visible)
+        mine = position + plgpu.broadcasted_iota(jnp.int32, (M,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+        if by_keys:
+            lowest, highest = lax.max(mine - (band.window - 1), num_empty), mine
+        else:
+            lowest, highest = mine, jnp.where(mine >= num_empty, mine + (band.window - 1), -1)
+        lowest, highest = (lax.broadcast_in_dim(bound - first, scores.shape, [0]) for bound in (lowest, highest))
+        other = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+        return score_tiles.mask(scores, (lowest <= other) & (other <= highest))
 
     return lax.cond(is_inside, lambda scores: scores, at_the_edge, scores)
 
