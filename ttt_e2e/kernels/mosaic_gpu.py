@@ -63,10 +63,10 @@ def forward(q, k, v, num_empty, *, window):
 
     def step(tile, _, carry):
         o, *row = carry
-        scores = tile.mask(tile.products(("q", "k")) * scale)
+        [scores] = tile.mask(score_tiles.MASKED_SCORE, tile.products(("q", "k")) * scale)
         _, narrow, decay, row = _soften(tile, scores, row, q.dtype)
-        [more] = tile.added(1, lambda o: [(narrow, [(o, "v")])])
-        return (o * _over_row(decay, o) + more, *row)
+        [weights] = tile.stage(narrow)
+        return (o * _over_row(decay, o) + tile.sum((weights, "v")), *row)
 
     def finish(_, carry):
         o, largest, total, narrow_total = carry
@@ -90,7 +90,7 @@ def tangent(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, *, window):
 
     def step(tile, sums, carry):
         mean, narrow_total = carry
-        p = score_tiles.probabilities(tile.mask(tile.products(("q", "k")) * scale), tile.statistic("lse"))
+        [p] = tile.mask(0.0, _probabilities(tile, scale))
         p_dot = p * (_scores_dot(tile) * scale - tile.statistic("near"))
         narrow = p_dot.astype(q.dtype)
         [o_dot] = sums
@@ -119,18 +119,17 @@ def dual(q, k, v, num_empty, q_dot, k_dot, v_dot, *, window):
 
     def step(tile, _, carry):
         o, o_dot, mean, lost, *row = carry
-        scores = tile.mask(tile.products(("q", "k")) * scale)
+        [scores] = tile.mask(score_tiles.MASKED_SCORE, tile.products(("q", "k")) * scale)
         p, narrow, decay, row = _soften(tile, scores, row, q.dtype)
         p_dot = p * (_scores_dot(tile) * scale - tile.statistic("near"))
         narrow_dot = p_dot.astype(q.dtype)
-
-        def terms(o, o_dot):
-            return (narrow, [(o, "v"), *([(o_dot, "v_dot")] if tile.is_moving else [])]), (narrow_dot, [(o_dot, "v")])
-
-        more, more_dot = tile.added(2, terms)
         mean = mean * decay + p_dot.sum(axis=1)
         lost = lost * decay + p_dot.sum(axis=1) - _total(narrow_dot)
-        return o * _over_row(decay, o) + more, o_dot * _over_row(decay, o) + more_dot, mean, lost, *row
+        weights, weights_dot = tile.stage(narrow, narrow_dot)
+        # One sum after the other: each needs as many registers again as `o` has.
+        o = lax.optimization_barrier(o * _over_row(decay, o) + tile.sum((weights, "v")))
+        o_dot_terms = [(weights_dot, "v"), *([(weights, "v_dot")] if tile.is_moving else [])]
+        return o, o_dot * _over_row(decay, o_dot) + tile.sum(*o_dot_terms), mean, lost, *row
 
     def finish(_, carry):
         o, o_dot, mean, lost, largest, total, narrow_total = carry
@@ -157,7 +156,7 @@ def reverse(q, k, v, num_empty, o, lse, o_bar, lse_bar, *, window, num_keys):
     scale = q.shape[-1] ** -0.5
 
     def weights(tile):
-        p = score_tiles.probabilities(tile.mask(tile.products(("q", "k")) * scale), tile.statistic("lse"))
+        [p] = tile.mask(0.0, _probabilities(tile, scale))
         return p, score_tiles.scores_bar(p, tile.products(("o_bar", "v")), tile.statistic("centre")).astype(q.dtype)
 
     def by_keys(tile, sums, carry):
@@ -213,9 +212,6 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
     )
     scale = q.shape[-1] ** -0.5
 
-    def probabilities(tile):
-        return score_tiles.probabilities(tile.mask(tile.products(("q", "k")) * scale), tile.statistic("lse"))
-
     def centred(tile):
         """Tangent of the scores, less its mean."""
         return _scores_dot(tile) * scale - tile.statistic("lse_dot")
@@ -227,8 +223,10 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
         p_bar_pairs = [("o_dot_bar", "v_dot")] * tile.is_moving + [("o_bar", "v")] * bool(o_bars)
         p_bar = scores_dot * p_dot_bar + (tile.products(*p_bar_pairs) if p_bar_pairs else 0)
         deviation = score_tiles.deviation(p_bar, tile.statistic("centre"))
-        p = probabilities(tile)
-        return (p * deviation).astype(q.dtype), p * p_dot_bar
+        p_dot_bar, deviation = lax.optimization_barrier((p_dot_bar, deviation))
+        p = _probabilities(tile, scale)
+        scores_bar, scores_dot_bar = tile.mask(0.0, p * deviation, p * p_dot_bar)
+        return scores_bar.astype(q.dtype), scores_dot_bar
 
     def by_keys(tile, sums, carry):
         q_bar, q_dot_bar = sums
@@ -250,7 +248,8 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
         return carry
 
     def values_by_rows(tile, sums, carry):
-        scores_dot, p = centred(tile), probabilities(tile)
+        scores_dot = centred(tile)
+        [p] = tile.mask(0.0, _probabilities(tile, scale))
         v_bar, *v_dot_bar = sums
         products = [(sums, "o_dot_bar") for sums in v_dot_bar] + [(v_bar, "o_bar")] * bool(o_bars)
         p_term = [(p.astype(q.dtype), products)] if products else []
@@ -312,6 +311,11 @@ def _soften(tile, scores, row, dtype):
     p = jnp.exp(scores - tile.spread(new_largest))
     narrow = p.astype(dtype)
     return p, narrow, decay, (new_largest, total * decay + p.sum(axis=1), narrow_total * decay + _total(narrow))
+
+
+def _probabilities(tile, scale):
+    """The softmax of a tile, of rows whose lse is known; not masked."""
+    return score_tiles.probabilities(tile.products(("q", "k")) * scale, tile.statistic("lse"))
 
 
 def _scores_dot(tile):

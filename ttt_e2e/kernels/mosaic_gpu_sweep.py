@@ -85,9 +85,9 @@ class Operands(NamedTuple):
 class Tile:
     """A tile of scores, queries x keys where keys are swept and keys x queries where rows are, and what makes it."""
 
-    def __init__(self, held, streamed, statistics, staging, by_keys: bool, is_moving: bool, visible):
+    def __init__(self, held, streamed, statistics, staging, by_keys: bool, is_moving: bool, masked):
         self.held, self.streamed, self._statistics, self._staging = held, streamed, statistics, list(staging)
-        self.by_keys, self.is_moving, self._visible = by_keys, is_moving, visible
+        self.by_keys, self.is_moving, self._masked = by_keys, is_moving, masked
         self.shape = (M, next(iter(streamed.values())).shape[0])
 
     def products(self, *pairs):
@@ -109,32 +109,33 @@ class Tile:
         """One number a row, for every score."""
         return lax.broadcast_in_dim(statistic, self.shape, [0 if self.by_keys else 1])
 
-    def mask(self, scores):
-        """`scores`, very low where a key is not seen; a tile that is seen as a whole is left alone."""
-        return self._visible(scores)
+    def mask(self, hidden: float, *arrays):
+        """Arrays of scores, `hidden` where a key is not seen; a tile that is seen as a whole is left alone."""
+        return self._masked(hidden, arrays)
+
+    def stage(self, *weights):
+        """Puts weights into shared memory, in the arrays' dtype, from where matrix products take them."""
+        for staging, w in zip(self._staging, weights):
+            staging[...] = w
+        plgpu.commit_smem()
+        return self._staging[: len(weights)]
 
     def add(self, *terms):
-        """For each (weights, ((sums, name), ...)): adds weights x the streamed array `name` to each of the sums.
-
-        The weights go through shared memory, in the arrays' dtype.
-        """
-        staged = list(zip(self._staging, terms))
-        for staging, (weights, _) in staged:
-            staging[...] = weights
-        plgpu.commit_smem()
-        for staging, (_, products) in staged:
+        """For each (weights, ((sums, name), ...)): adds weights x the streamed array `name` to each of the sums."""
+        for staged, (_, products) in zip(self.stage(*(weights for weights, _ in terms)), terms):
             for sums, name in products:
-                plgpu.wgmma(sums, staging, self.streamed[name])
+                plgpu.wgmma(sums, staged, self.streamed[name])
 
-    def added(self, count: int, terms):
-        """What `add` makes of `count` sums that start at zero, as arrays; `terms` is given these sums."""
+    def sum(self, *pairs):
+        """The sum over (staged weights, name) of weights x the streamed array `name`."""
         width = next(iter(self.streamed.values())).shape[1]
 
-        def compute(*sums):
-            self.add(*terms(*sums))
-            return [total[...] for total in sums]
+        def compute(sums):
+            for staged, name in pairs:
+                plgpu.wgmma(sums, staged, self.streamed[name])
+            return sums[...]
 
-        return pl.run_scoped(compute, *[plgpu.ACC((M, width), jnp.float32)] * count)
+        return pl.run_scoped(compute, plgpu.ACC((M, width), jnp.float32))
 
 
 def per_row(value):
@@ -261,7 +262,7 @@ class _Kernel:
         compute = partial(self._compute, gmem, num_empty, outputs, scratch, warpgroup)
         fetch = partial(self._fetch, gmem, num_empty, scratch)
         if not self.interpret and self.plan.warpgroups == 2:  # those that compute get registers of the one that fetches
-            compute, fetch = _with_registers(compute, 232, "increase"), _with_registers(fetch, 40, "decrease")
+            compute, fetch = _with_registers(compute, 240, "increase"), _with_registers(fetch, 24, "decrease")
         pl.when(warpgroup < self.plan.warpgroups)(compute)
         pl.when(warpgroup == self.plan.warpgroups)(fetch)
 
@@ -352,7 +353,7 @@ class _Kernel:
         own = place.start + warpgroup * M
         # The warpgroup, by a sum that the compiler cannot see through: or else it takes the addresses and descriptors of
         # all these arrays out of the loop, some 40 numbers that then leave no registers for scores.
-        hidden = warpgroup + lax.shift_right_logical(i, 30)
+        hidden = lax.optimization_barrier(warpgroup)
         held = {name: ref.at[hidden] for name, ref in scratch["held"].items()}
         staging = [ref.at[hidden] for ref in scratch["staging"]]
         slot, tile = lax.rem(i, self.plan.stages), place.first + lax.rem(i, place.num_tiles)
@@ -361,9 +362,9 @@ class _Kernel:
             plgpu.barrier_wait(scratch["late"].at[slot])
         streamed = {name: scratch["streamed"][name].at[slot] for name in self.streamed}
         loaded = {name: partial(_load, scratch["streamed"][name].at[slot], 0) for name in self.streamed_statistics}
-        visible = partial(_mask, self.band, self.by_keys, own, tile * self.plan.tile, place.num_empty)
+        masked = partial(_mask, self.band, self.by_keys, own, tile * self.plan.tile, place.num_empty)
         carry = self.step(
-            Tile(held, streamed, statistics | loaded, staging, self.by_keys, is_moving, visible), sums, carry
+            Tile(held, streamed, statistics | loaded, staging, self.by_keys, is_moving, masked), sums, carry
         )
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(scratch["used"].at[slot])
@@ -384,30 +385,31 @@ def _with_registers(function, number: int, action: str):
     return run
 
 
-def _mask(band: Band, by_keys: bool, own, first, num_empty, scores):
-    """`scores` of a warpgroup's rows (keys) from `own` on and keys (rows) from `first` on, masked.
+def _mask(band: Band, by_keys: bool, own, first, num_empty, hidden, arrays):
+    """`arrays` of a warpgroup's rows (keys) from `own` on and keys (rows) from `first` on, `hidden` where not seen.
 
     Each of its own sees a range of the others. A tile that is inside of all ranges is left as it is.
     """
-    size, position = scores.shape[1], own + band.first_row if by_keys else own
+    shape, position = arrays[0].shape, own + band.first_row if by_keys else own
     first = first if by_keys else first + band.first_row
-    last_own, last = position + M - 1, first + size - 1
+    last_own, last = position + M - 1, first + shape[1] - 1
     if by_keys:
         is_inside = (last <= position) & (first > last_own - band.window) & (first >= num_empty)
     else:
         is_inside = (first >= last_own) & (last < position + band.window) & (position >= num_empty)
 
-    def at_the_edge(scores):
+    def at_the_edge(*arrays):
         mine = position + plgpu.broadcasted_iota(jnp.int32, (M,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
         if by_keys:
             lowest, highest = lax.max(mine - (band.window - 1), num_empty), mine
         else:
             lowest, highest = mine, jnp.where(mine >= num_empty, mine + (band.window - 1), -1)
-        lowest, highest = (lax.broadcast_in_dim(bound - first, scores.shape, [0]) for bound in (lowest, highest))
-        other = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
-        return score_tiles.mask(scores, (lowest <= other) & (other <= highest))
+        lowest, highest = (lax.broadcast_in_dim(bound - first, shape, [0]) for bound in (lowest, highest))
+        other = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+        visible = (lowest <= other) & (other <= highest)
+        return tuple(jnp.where(visible, a, hidden) for a in arrays)
 
-    return lax.cond(is_inside, lambda scores: scores, at_the_edge, scores)
+    return lax.cond(is_inside, lambda *arrays: arrays, at_the_edge, *arrays)
 
 
 def _transforms(width: int, dtype):
