@@ -19,10 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_e2e.kernels import score_tiles
-
 M = 64
 SHARED_MEMORY = 227 * 1024  # bytes a program may have
+REGISTERS = 192  # of the 240 of a thread: what may go to sums and scores
 
 
 class Plan(NamedTuple):
@@ -38,10 +37,15 @@ class Plan(NamedTuple):
         return self.warpgroups * M
 
 
-def plan(rows, num_held: int, num_streamed: int, num_staged: int) -> Plan:
-    """The largest plan that fits into shared memory: arrays a program holds, streams, and stages weights in."""
+def plan(rows, num_held: int, num_streamed: int, num_staged: int, num_sums: int, num_scores: int) -> Plan:
+    """The largest plan that fits into shared memory and registers.
+
+    In shared memory are the arrays a program holds, those it streams, and staged weights. In the registers of a
+    thread are its part of the sums, H/2 numbers each, and of the arrays of scores that are alive at once, N/2 each.
+    """
     width, size = rows.shape[-1], rows.dtype.itemsize
-    for chosen in (Plan(2, stages=3), Plan(2), Plan(1)):
+    tile = 64 if num_sums * width // 2 + num_scores * 64 // 2 <= REGISTERS else 32
+    for chosen in (Plan(2, tile, stages=3), Plan(2, tile), Plan(1, tile)):
         held = chosen.block * (num_held * width + num_staged * chosen.tile) * size
         if held + chosen.stages * chosen.tile * num_streamed * (width * size + 4) + 2048 <= SHARED_MEMORY:
             return chosen
@@ -111,28 +115,27 @@ class Tile:
 
     def mask(self, hidden: float, *arrays):
         """Arrays of scores, `hidden` where a key is not seen; a tile that is seen as a whole is left alone."""
-        return self._masked(hidden, arrays)
+        return self._masked(hidden, lax.optimization_barrier(arrays))
 
     def stage(self, *weights):
         """Puts weights into shared memory, in the arrays' dtype, from where matrix products take them."""
-        for staging, w in zip(self._staging, weights):
+        staged = [self._staging.pop(0) for _ in weights]
+        for staging, w in zip(staged, weights):
             staging[...] = w
         plgpu.commit_smem()
-        return self._staging[: len(weights)]
+        return staged
 
-    def add(self, *terms):
-        """For each (weights, ((sums, name), ...)): adds weights x the streamed array `name` to each of the sums."""
-        for staged, (_, products) in zip(self.stage(*(weights for weights, _ in terms)), terms):
-            for sums, name in products:
-                plgpu.wgmma(sums, staged, self.streamed[name])
+    def add(self, sums, *pairs):
+        """For each (staged weights, name): adds weights x the streamed array `name` to the sums."""
+        for staged, name in pairs:
+            plgpu.wgmma(sums, staged, self.streamed[name])
 
     def sum(self, *pairs):
-        """The sum over (staged weights, name) of weights x the streamed array `name`."""
+        """What `add` makes of sums that start at zero."""
         width = next(iter(self.streamed.values())).shape[1]
 
         def compute(sums):
-            for staged, name in pairs:
-                plgpu.wgmma(sums, staged, self.streamed[name])
+            self.add(sums, *pairs)
             return sums[...]
 
         return pl.run_scoped(compute, plgpu.ACC((M, width), jnp.float32))
@@ -237,7 +240,7 @@ class _Kernel:
         q, plan = self.operands.rows["q"], self.plan
 
         def shared(count, rows, columns=q.shape[-1]):
-            transforms = _transforms(q.shape[-1], q.dtype)
+            transforms = _transforms((q.shape[-1], plan.tile), q.dtype)
             return plgpu.SMEM((count, rows, columns), q.dtype, transforms=transforms)
 
         def barrier(arrivals, count=plan.stages):
@@ -281,9 +284,13 @@ class _Kernel:
         """Position of the first key of an array."""
         return self.band.first_moving if name in self.moving else 0
 
+    def _tile(self, place: _Place, i):
+        """What is visited at step i: keys once, rows once for every query head."""
+        return place.first + (i if self.by_keys else lax.rem(i, place.num_tiles))
+
     def _source(self, gmem, place: _Place, name: str, i):
         """What is streamed at step i."""
-        tile, size = place.first + lax.rem(i, place.num_tiles), self.plan.tile
+        tile, size = self._tile(place, i), self.plan.tile
         if self.by_keys:
             return gmem[name].at[place.batch, pl.ds(tile * size - self._offset(name), size)]
         return gmem[name].at[place.batch, lax.div(i, place.num_tiles), pl.ds(tile * size, size)]
@@ -350,13 +357,13 @@ class _Kernel:
 
     def _visit(self, scratch, place: _Place, warpgroup, statistics, sums, is_moving, i, carry):
         """One step of it."""
+        # Or else the compiler takes the addresses and descriptors of all these arrays out of the loop, some 40 numbers
+        # that leave too few registers for scores.
+        warpgroup = lax.optimization_barrier(warpgroup)
         own = place.start + warpgroup * M
-        # The warpgroup, by a sum that the compiler cannot see through: or else it takes the addresses and descriptors of
-        # all these arrays out of the loop, some 40 numbers that then leave no registers for scores.
-        hidden = lax.optimization_barrier(warpgroup)
-        held = {name: ref.at[hidden] for name, ref in scratch["held"].items()}
-        staging = [ref.at[hidden] for ref in scratch["staging"]]
-        slot, tile = lax.rem(i, self.plan.stages), place.first + lax.rem(i, place.num_tiles)
+        held = {name: ref.at[warpgroup] for name, ref in scratch["held"].items()}
+        staging = [ref.at[warpgroup] for ref in scratch["staging"]]
+        slot, tile = lax.rem(i, self.plan.stages), self._tile(place, i)
         plgpu.barrier_wait(scratch["loaded"].at[slot])
         if is_moving and self.late:
             plgpu.barrier_wait(scratch["late"].at[slot])
@@ -404,15 +411,15 @@ def _mask(band: Band, by_keys: bool, own, first, num_empty, hidden, arrays):
             lowest, highest = lax.max(mine - (band.window - 1), num_empty), mine
         else:
             lowest, highest = mine, jnp.where(mine >= num_empty, mine + (band.window - 1), -1)
-        lowest, highest = (lax.broadcast_in_dim(bound - first, shape, [0]) for bound in (lowest, highest))
-        other = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+        lowest, highest = (lax.broadcast_in_dim(bound, shape, [0]) for bound in (lowest, highest))
+        other = first + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
         visible = (lowest <= other) & (other <= highest)
         return tuple(jnp.where(visible, a, hidden) for a in arrays)
 
     return lax.cond(is_inside, lambda *arrays: arrays, at_the_edge, *arrays)
 
 
-def _transforms(width: int, dtype):
-    """How a tile lies in shared memory: as wide a swizzle as the head width divides into."""
-    swizzle = next(bytes for bytes in (128, 64, 32) if width * dtype.itemsize % bytes == 0)
+def _transforms(widths, dtype):
+    """How all tiles lie in shared memory: by the widest swizzle that divides the widths of all of them."""
+    swizzle = next(n for n in (128, 64, 32) if all(width * dtype.itemsize % n == 0 for width in widths))
     return plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)
