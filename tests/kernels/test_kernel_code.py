@@ -62,7 +62,7 @@ with_compiler = pytest.mark.skipif(mosaic_compiler.plugin() is None, reason="JAX
 @with_compiler
 def test_the_compiler_says_it_of_a_kernel(tmp_path):
     [row] = kernel_code.run(tmp_path, variants=("forward",), **SMALL)
-    assert row["variant"] == "mosaic_gpu/forward" and row["registers"] == 232 and row["spill_store_bytes"] == 0
+    assert row["variant"] == "mosaic_gpu/forward" and row["registers"] == 240 and row["spill_store_bytes"] == 0
     assert row["matrix_instructions"] == 8  # two products of 64 x 64 x 64, 16 deep each
 
 
