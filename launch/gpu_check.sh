@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What a GPU that nobody has run this on should be asked first, into one file, gpu_check.md, with the hardware named:
 #
-#     launch/gpu_check.sh [--rehearse] [--parts=check,attention,meta_gradient,end_to_end] [--limit=SECONDS] [OUTPUT]
+#     launch/gpu_check.sh [--rehearse] [--parts=code,check,attention,meta_gradient,end_to_end] [--limit=SECONDS] [OUTPUT]
 #
+#   code           registers and spills of the Hopper kernels; their compiler must be here (not in a rehearsal)
 #   check          every pass of every attention kernel, its error against float64
 #   attention      time and FLOP/s of every pass: the Hopper kernels, XLA's, cuDNN's
 #   meta_gradient  time of a loss and meta-gradient in terms of that of the plain step, 125M and 760M at 8K
@@ -15,7 +16,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
-parts=check,attention,meta_gradient,end_to_end
+parts=code,check,attention,meta_gradient,end_to_end
 limit=540
 output=gpu_check
 rehearse=
@@ -25,7 +26,7 @@ for argument in "$@"; do
     --parts=*) parts=${argument#*=} ;;
     --limit=*) limit=${argument#*=} ;;
     -*)
-      echo "usage: $0 [--rehearse] [--parts=check,attention,meta_gradient,end_to_end] [--limit=SECONDS] [OUTPUT]" >&2
+      echo "usage: $0 [--rehearse] [--parts=code,check,attention,meta_gradient,end_to_end] [--limit=SECONDS] [OUTPUT]" >&2
       exit 2
       ;;
     *) output=$argument ;;
@@ -33,9 +34,9 @@ for argument in "$@"; do
 done
 for part in ${parts//,/ }; do
   case $part in
-    check | attention | meta_gradient | end_to_end) ;;
+    code | check | attention | meta_gradient | end_to_end) ;;
     *)
-      echo "--parts=$part: legal are check, attention, meta_gradient, end_to_end" >&2
+      echo "--parts=$part: legal are code, check, attention, meta_gradient, end_to_end" >&2
       exit 2
       ;;
   esac
@@ -61,6 +62,10 @@ measure() {
     failed+=("$name")
     echo "   failed: $output/$name.log" >&2
   fi
+}
+
+code() {
+  [[ -n $rehearse ]] || measure code kernel_code
 }
 
 check() {
@@ -135,8 +140,10 @@ done
     || echo "no nvidia-smi"
   "$python" -c 'import jax; print("jax", jax.__version__, [d.device_kind for d in jax.devices()])' 2>&1 | tail -n 1
   echo '```'
-  for results in "$output"/*/results.md; do
-    [[ -e $results ]] || continue
+  shown=
+  for results in "$output"/code/results.md "$output"/*/results.md; do
+    [[ -e $results && $results != "$shown" ]] || continue
+    shown=${shown:-$results}
     echo
     echo "## $(basename "$(dirname "$results")")"
     echo

@@ -200,13 +200,14 @@ def report(argv: list[str]) -> None:
 
 
 def bench(argv: list[str]) -> None:
-    """Measure time, FLOPs and memory: bench window_attention, attention_check, meta_gradient, latency or target."""
-    from ttt_e2e.bench import attention_check, latency, meta_gradient, target, window_attention
+    """Measure time, memory, programs: window_attention, attention_check, kernel_code, meta_gradient, latency, target."""
+    from ttt_e2e.bench import attention_check, kernel_code, latency, meta_gradient, target, window_attention
     from ttt_e2e.bench import flags as bench_flags
 
     benchmarks = {
         "window_attention": window_attention.run,
         "attention_check": attention_check.run,
+        "kernel_code": kernel_code.run,
         "meta_gradient": meta_gradient.run,
         "latency": latency.run,
         "target": target.run,

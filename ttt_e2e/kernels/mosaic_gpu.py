@@ -23,6 +23,7 @@ from ttt_e2e.kernels.mosaic_gpu_sweep import Band, Operands, over_keys, over_row
 UNIT = 128  # positions are padded to multiples of it, so that every block and tile is whole
 WIDTH_UNIT = 16  # head widths likewise: the depth of a matrix instruction
 MAX_WIDTH = 128
+MAX_DUAL_WIDTH = 96  # wider, the sums of two outputs and a third that is to be added to them do not fit into registers
 HOPPER = ("NVIDIA H", "NVIDIA GH")  # H100, H200, GH200, ...: how their names begin
 
 
@@ -59,10 +60,10 @@ def forward(q, k, v, num_empty, *, window):
 
     def step(tile, _, carry):
         o, *row = carry
-        scores = tile.mask(tile.products(("q", "k")) * scale)
+        [scores] = tile.mask(score_tiles.MASKED_SCORE, tile.products(("q", "k")) * scale)
         _, narrow, decay, row = _soften(tile, scores, row, q.dtype)
-        [more] = tile.added(1, lambda o: [(narrow, [(o, "v")])])
-        return (o * _over_row(decay, o) + more, *row)
+        [weights] = tile.stage(narrow)
+        return (o * _over_row(decay, o) + tile.sum((weights, "v")), *row)
 
     def finish(_, carry):
         o, largest, total, narrow_total = carry
@@ -70,7 +71,8 @@ def forward(q, k, v, num_empty, *, window):
 
     o, lse = problem.over_keys(
         step, rows, {}, keys, {},
-        num_outputs=1, num_statistics=1, stagings=1, carry=(problem.zeros, *_NOTHING_SEEN), finish=finish,
+        name="forward", num_scores=1, num_outputs=1, num_statistics=1, stagings=1,
+        carry=(problem.zeros, *_NOTHING_SEEN), finish=finish,
     )  # fmt: skip
     return problem.row_output(o).astype(v.dtype), problem.statistic_output(lse)
 
@@ -85,18 +87,21 @@ def tangent(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, *, window):
 
     def step(tile, sums, carry):
         mean, narrow_total = carry
-        p = score_tiles.probabilities(tile.mask(tile.products(("q", "k")) * scale), tile.statistic("lse"))
+        [p] = tile.mask(0.0, _probabilities(tile, scale))
         p_dot = p * (_scores_dot(tile) * scale - tile.statistic("near"))
         narrow = p_dot.astype(q.dtype)
         [o_dot] = sums
-        tile.add((narrow, [(o_dot, "v")]), *([(p.astype(q.dtype), [(o_dot, "v_dot")])] if tile.is_moving else []))
+        names = ("v", "v_dot") if tile.is_moving else ("v",)
+        weights = tile.stage(*(narrow, p.astype(q.dtype))[: len(names)])
+        tile.add(o_dot, *zip(weights, names))
         return mean + p_dot.sum(axis=1), narrow_total + _total(narrow)
 
     statistics = problem.statistics(lse=lse, near=near)
     zero = partial(per_row, 0.0)
     o_dot, mean, narrow_total = problem.over_keys(
         step, rows, statistics, keys, moving,
-        num_outputs=1, num_statistics=2, accumulators=1, stagings=2, carry=(zero, zero), finish=_as_they_are,
+        name="tangent", num_scores=2, num_outputs=1, num_statistics=2, accumulators=1, stagings=2,
+        carry=(zero, zero), finish=_as_they_are,
     )  # fmt: skip
     mean, narrow_total = map(problem.statistic_output, (mean, narrow_total))
     o_dot = problem.row_output(o_dot) + _column(mean - narrow_total) * _own(v, q) - _column(mean) * o
@@ -105,6 +110,9 @@ def tangent(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, *, window):
 
 def dual(q, k, v, num_empty, q_dot, k_dot, v_dot, *, window):
     """`forward` and `tangent` in one: output, lse and the tangents of both."""
+    if q.shape[-1] > MAX_DUAL_WIDTH:
+        o, lse = forward(q, k, v, num_empty, window=window)
+        return o, lse, *tangent(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, window=window)
     problem = _problem(q, k, v, num_empty, window, k_dot.shape[-2])
     rows, keys = problem.rows(q=q, q_dot=q_dot), problem.keys(k=k, v=v)
     moving = problem.moving(k_dot=k_dot, v_dot=v_dot)
@@ -113,18 +121,17 @@ def dual(q, k, v, num_empty, q_dot, k_dot, v_dot, *, window):
 
     def step(tile, _, carry):
         o, o_dot, mean, lost, *row = carry
-        scores = tile.mask(tile.products(("q", "k")) * scale)
+        [scores] = tile.mask(score_tiles.MASKED_SCORE, tile.products(("q", "k")) * scale)
         p, narrow, decay, row = _soften(tile, scores, row, q.dtype)
         p_dot = p * (_scores_dot(tile) * scale - tile.statistic("near"))
         narrow_dot = p_dot.astype(q.dtype)
-
-        def terms(o, o_dot):
-            return (narrow, [(o, "v"), *([(o_dot, "v_dot")] if tile.is_moving else [])]), (narrow_dot, [(o_dot, "v")])
-
-        more, more_dot = tile.added(2, terms)
         mean = mean * decay + p_dot.sum(axis=1)
         lost = lost * decay + p_dot.sum(axis=1) - _total(narrow_dot)
-        return o * _over_row(decay, o) + more, o_dot * _over_row(decay, o) + more_dot, mean, lost, *row
+        weights, weights_dot = tile.stage(narrow, narrow_dot)
+        # One sum after the other: each needs as many registers again as `o` has.
+        o = lax.optimization_barrier(o * _over_row(decay, o) + tile.sum((weights, "v")))
+        o_dot_terms = [(weights_dot, "v"), *([(weights, "v_dot")] if tile.is_moving else [])]
+        return o, o_dot * _over_row(decay, o_dot) + tile.sum(*o_dot_terms), mean, lost, *row
 
     def finish(_, carry):
         o, o_dot, mean, lost, largest, total, narrow_total = carry
@@ -135,7 +142,7 @@ def dual(q, k, v, num_empty, q_dot, k_dot, v_dot, *, window):
     zero = partial(per_row, 0.0)
     o, o_dot, *row = problem.over_keys(
         step, rows, problem.statistics(near=near), keys, moving,
-        num_outputs=2, num_statistics=3, stagings=2,
+        name="dual", num_scores=3, num_outputs=2, num_statistics=3, stagings=2,
         carry=(problem.zeros, problem.zeros, zero, zero, *_NOTHING_SEEN), finish=finish,
     )  # fmt: skip
     lse, mean, lost = map(problem.statistic_output, row)
@@ -151,24 +158,27 @@ def reverse(q, k, v, num_empty, o, lse, o_bar, lse_bar, *, window, num_keys):
     scale = q.shape[-1] ** -0.5
 
     def weights(tile):
-        p = score_tiles.probabilities(tile.mask(tile.products(("q", "k")) * scale), tile.statistic("lse"))
+        [p] = tile.mask(0.0, _probabilities(tile, scale))
         return p, score_tiles.scores_bar(p, tile.products(("o_bar", "v")), tile.statistic("centre")).astype(q.dtype)
 
     def by_keys(tile, sums, carry):
         _, scores_bar = weights(tile)
-        tile.add((scores_bar, [(sums[0], "k")]))
+        [staged] = tile.stage(scores_bar)
+        tile.add(sums[0], (staged, "k"))
         return (carry[0] + _total(scores_bar),)
 
     def by_rows(tile, sums, carry):
         p, scores_bar = weights(tile)
         k_bar, v_bar = sums
-        tile.add((scores_bar, [(k_bar, "q")]), (p.astype(q.dtype), [(v_bar, "o_bar")]))
+        scores_bar, p = tile.stage(scores_bar, p.astype(q.dtype))
+        tile.add(k_bar, (scores_bar, "q"))
+        tile.add(v_bar, (p, "o_bar"))
         return carry
 
     q_bar, total = problem.over_keys(
         by_keys, rows, statistics, keys, {},
-        num_outputs=1, num_statistics=1, accumulators=1, stagings=1, carry=(partial(per_row, 0.0),),
-        finish=_as_they_are,
+        name="reverse_queries", num_scores=2, num_outputs=1, num_statistics=1, accumulators=1, stagings=1,
+        carry=(partial(per_row, 0.0),), finish=_as_they_are,
     )  # fmt: skip
     k_bar, v_bar = problem.over_rows(
         by_rows,
@@ -176,6 +186,8 @@ def reverse(q, k, v, num_empty, o, lse, o_bar, lse_bar, *, window, num_keys):
         statistics,
         keys,
         {},
+        name="reverse_keys",
+        num_scores=2,
         accumulators=2,
         stagings=2,
         start=problem.num_keys - num_keys,
@@ -206,51 +218,59 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
     )
     scale = q.shape[-1] ** -0.5
 
-    def probabilities(tile):
-        """And the centred tangent of the scores."""
-        p = score_tiles.probabilities(tile.mask(tile.products(("q", "k")) * scale), tile.statistic("lse"))
-        return p, _scores_dot(tile) * scale - tile.statistic("lse_dot")
+    def centred(tile):
+        """Tangent of the scores, less its mean."""
+        return _scores_dot(tile) * scale - tile.statistic("lse_dot")
 
     def weights(tile):
-        """Cotangents of the scores and of their tangent."""
-        p, centred = probabilities(tile)
-        p_bar_pairs = [("o_dot_bar", "v_dot")] * tile.is_moving + [("o_bar", "v")] * bool(o_bars)
+        """Cotangents of the scores and of their tangent, staged, and of the rows of both: totals and what was lost.
+
+        In this order no more than three arrays of scores are alive.
+        """
+        [p] = tile.mask(0.0, _probabilities(tile, scale))
         p_dot_bar = score_tiles.deviation(tile.products(("o_dot_bar", "v")), tile.statistic("centre_dot"))
-        p_bar = centred * p_dot_bar + (tile.products(*p_bar_pairs) if p_bar_pairs else 0)
-        scores_bar = score_tiles.scores_bar(p, p_bar, tile.statistic("centre"))
-        return scores_bar.astype(q.dtype), p * p_dot_bar
+        scores_dot_bar = p * p_dot_bar
+        narrow_dot = scores_dot_bar.astype(q.dtype)
+        [staged_dot] = tile.stage(narrow_dot)
+        row = [_total(narrow_dot)] if tile.by_keys else []
+        row += [scores_dot_bar.sum(axis=1) - row[0]] if tile.by_keys and tile.is_moving else []
+        p, scores_bar, *row = lax.optimization_barrier((p, scores_dot_bar * centred(tile), *row))
+        p_bar_pairs = [("o_dot_bar", "v_dot")] * tile.is_moving + [("o_bar", "v")] * bool(o_bars)
+        p_bar = tile.products(*p_bar_pairs) if p_bar_pairs else 0
+        narrow = (scores_bar + score_tiles.scores_bar(p, p_bar, tile.statistic("centre"))).astype(q.dtype)
+        [staged] = tile.stage(narrow)
+        return staged, staged_dot, [_total(narrow), *row] if tile.by_keys else ()
 
     def by_keys(tile, sums, carry):
         q_bar, q_dot_bar = sums
-        total, total_dot, lost_moving = carry
-        scores_bar, scores_dot_bar = weights(tile)
-        narrow = scores_dot_bar.astype(q.dtype)
-        dot_products = [(q_dot_bar, "k"), *([(q_bar, "k_dot")] if tile.is_moving else [])]
-        tile.add((scores_bar, [(q_bar, "k")]), (narrow, dot_products))
-        if tile.is_moving:
-            lost_moving += scores_dot_bar.sum(axis=1) - _total(narrow)
-        return total + _total(scores_bar), total_dot + _total(narrow), lost_moving
+        scores_bar, scores_dot_bar, row = weights(tile)
+        tile.add(q_bar, (scores_bar, "k"), *([(scores_dot_bar, "k_dot")] if tile.is_moving else []))
+        tile.add(q_dot_bar, (scores_dot_bar, "k"))
+        return *(total + more for total, more in zip(carry, row)), *carry[len(row) :]
 
     def keys_by_rows(tile, sums, carry):
-        scores_bar, scores_dot_bar = weights(tile)
+        scores_bar, scores_dot_bar, _ = weights(tile)
         k_bar, *k_dot_bar = sums
-        dot_products = [(k_bar, "q_dot"), *((sums, "q") for sums in k_dot_bar)]
-        tile.add((scores_bar, [(k_bar, "q")]), (scores_dot_bar.astype(q.dtype), dot_products))
+        tile.add(k_bar, (scores_bar, "q"), (scores_dot_bar, "q_dot"))
+        for sums in k_dot_bar:
+            tile.add(sums, (scores_dot_bar, "q"))
         return carry
 
     def values_by_rows(tile, sums, carry):
-        p, centred = probabilities(tile)
+        scores_dot = centred(tile)
+        [p] = tile.mask(0.0, _probabilities(tile, scale))
         v_bar, *v_dot_bar = sums
-        products = [(sums, "o_dot_bar") for sums in v_dot_bar] + [(v_bar, "o_bar")] * bool(o_bars)
-        p_term = [(p.astype(q.dtype), products)] if products else []
-        tile.add(((p * centred).astype(q.dtype), [(v_bar, "o_dot_bar")]), *p_term)
+        p_dot, p = tile.stage((p * scores_dot).astype(q.dtype), p.astype(q.dtype))
+        tile.add(v_bar, (p_dot, "o_dot_bar"), *([(p, "o_bar")] if o_bars else []))
+        for sums in v_dot_bar:
+            tile.add(sums, (p, "o_dot_bar"))
         return carry
 
     zero = partial(per_row, 0.0)
     q_bar, q_dot_bar, *totals = problem.over_keys(
         by_keys, rows, statistics, keys, moving,
-        num_outputs=2, num_statistics=3, accumulators=2, stagings=2, carry=(zero, zero, zero),
-        finish=_as_they_are,
+        name="second_reverse_queries", num_scores=3, num_outputs=2, num_statistics=3, accumulators=2, stagings=2,
+        carry=(zero, zero, zero), finish=_as_they_are,
     )  # fmt: skip
     total, total_dot, lost_moving = map(problem.statistic_output, totals)
     lost_dot = lse_dot_bar - total_dot
@@ -260,21 +280,24 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
 
     value_statistics = {name: statistics[name] for name in ("lse", "lse_dot")}
 
-    def sums(step, keys, moving, statistics, start, stop):
-        count = 2 if moving else 1
-        return problem.over_rows(
-            step, rows, statistics, keys, moving, accumulators=count, stagings=2, start=start, stop=stop
-        )
+    def sums(name, num_scores, step, keys, moving, statistics, start, stop):
+        options = {
+            "name": f"second_reverse_{name}",
+            "num_scores": num_scores,
+            "accumulators": 2 if moving else 1,
+            "stagings": 2,
+        }
+        return problem.over_rows(step, rows, statistics, keys, moving, start=start, stop=stop, **options)
 
     boundary = problem.num_keys - L
-    key_sums = sums(keys_by_rows, keys, moving, statistics, boundary, problem.num_keys)
+    key_sums = sums("keys", 3, keys_by_rows, keys, moving, statistics, boundary, problem.num_keys)
     value_operands = {"k": keys["k"]}, {"k_dot": moving["k_dot"]}
-    value_sums = sums(values_by_rows, *value_operands, value_statistics, boundary, problem.num_keys)
+    value_sums = sums("values", 2, values_by_rows, *value_operands, value_statistics, boundary, problem.num_keys)
     k_bar, k_dot_bar, v_bar, v_dot_bar = *key_sums, *value_sums
     if num_keys > L:
         start = problem.num_keys - num_keys
-        [k_static] = sums(keys_by_rows, keys, {}, statistics, start, boundary)
-        [v_static] = sums(values_by_rows, {"k": keys["k"]}, {}, value_statistics, start, boundary)
+        [k_static] = sums("constant_keys", 3, keys_by_rows, keys, {}, statistics, start, boundary)
+        [v_static] = sums("constant_values", 2, values_by_rows, {"k": keys["k"]}, {}, value_statistics, start, boundary)
         k_bar, v_bar = jnp.concatenate([k_static, k_bar], axis=-2), jnp.concatenate([v_static, v_bar], axis=-2)
     k_bar, v_bar = k_bar[..., -num_keys:, :], v_bar[..., -num_keys:, :]
     out = q_bar * scale, k_bar * scale, v_bar, q_dot_bar * scale, k_dot_bar * scale, v_dot_bar
@@ -303,6 +326,11 @@ def _soften(tile, scores, row, dtype):
     p = jnp.exp(scores - tile.spread(new_largest))
     narrow = p.astype(dtype)
     return p, narrow, decay, (new_largest, total * decay + p.sum(axis=1), narrow_total * decay + _total(narrow))
+
+
+def _probabilities(tile, scale):
+    """The softmax of a tile, of rows whose lse is known; not masked."""
+    return score_tiles.probabilities(tile.products(("q", "k")) * scale, tile.statistic("lse"))
 
 
 def _scores_dot(tile):
@@ -388,10 +416,12 @@ class _Problem(NamedTuple):
         width = (0, -a.shape[-1] % width_unit)
         return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(before, after), width])
 
-    def over_keys(self, step, rows, statistics, keys, moving, *, accumulators=0, **options):
+    def over_keys(self, step, rows, statistics, keys, moving, *, num_scores, accumulators=0, **options):
         """See `mosaic_gpu_sweep.over_keys`."""
         operands = Operands(rows, statistics, keys, moving, self.num_empty)
-        plan = sweep.plan(rows["q"], len(rows), len(keys) + len(moving), options["stagings"])
+        plan = sweep.plan(
+            rows["q"], len(rows), len(keys) + len(moving), options["stagings"], options["num_outputs"], num_scores
+        )
         return over_keys(
             step,
             operands,
@@ -402,10 +432,12 @@ class _Problem(NamedTuple):
             **options,
         )
 
-    def over_rows(self, step, rows, statistics, keys, moving, *, start, stop, **options):
+    def over_rows(self, step, rows, statistics, keys, moving, *, num_scores, start, stop, **options):
         """Sums [..., stop - start, H] of these keys. See `mosaic_gpu_sweep.over_rows`."""
         operands = Operands(rows, statistics, keys, moving, self.num_empty)
-        plan = sweep.plan(rows["q"], len(keys) + len(moving), len(rows), options["stagings"])
+        plan = sweep.plan(
+            rows["q"], len(keys) + len(moving), len(rows), options["stagings"], options["accumulators"], num_scores
+        )
         first, last = self.before + start, _rounded(self.before + stop, UNIT)
         seen = max(first, self.band.first_row - self.band.window + 1)  # no query sees a key before it
         seen -= seen % plan.block

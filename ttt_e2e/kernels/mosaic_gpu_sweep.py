@@ -19,10 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_e2e.kernels import score_tiles
-
 M = 64
 SHARED_MEMORY = 227 * 1024  # bytes a program may have
+REGISTERS = 192  # of the 240 of a thread: what may go to sums and scores
 
 
 class Plan(NamedTuple):
@@ -38,10 +37,15 @@ class Plan(NamedTuple):
         return self.warpgroups * M
 
 
-def plan(rows, num_held: int, num_streamed: int, num_staged: int) -> Plan:
-    """The largest plan that fits into shared memory: arrays a program holds, streams, and stages weights in."""
+def plan(rows, num_held: int, num_streamed: int, num_staged: int, num_sums: int, num_scores: int) -> Plan:
+    """The largest plan that fits into shared memory and registers.
+
+    In shared memory are the arrays a program holds, those it streams, and staged weights. In the registers of a
+    thread are its part of the sums, H/2 numbers each, and of the arrays of scores that are alive at once, N/2 each.
+    """
     width, size = rows.shape[-1], rows.dtype.itemsize
-    for chosen in (Plan(2, stages=3), Plan(2), Plan(1)):
+    tile = 64 if num_sums * width // 2 + num_scores * 64 // 2 <= REGISTERS else 32
+    for chosen in (Plan(2, tile, stages=3), Plan(2, tile), Plan(1, tile)):
         held = chosen.block * (num_held * width + num_staged * chosen.tile) * size
         if held + chosen.stages * chosen.tile * num_streamed * (width * size + 4) + 2048 <= SHARED_MEMORY:
             return chosen
@@ -85,9 +89,9 @@ class Operands(NamedTuple):
 class Tile:
     """A tile of scores, queries x keys where keys are swept and keys x queries where rows are, and what makes it."""
 
-    def __init__(self, held, streamed, statistics, staging, by_keys: bool, is_moving: bool, visible):
+    def __init__(self, held, streamed, statistics, staging, by_keys: bool, is_moving: bool, masked):
         self.held, self.streamed, self._statistics, self._staging = held, streamed, statistics, list(staging)
-        self.by_keys, self.is_moving, self._visible = by_keys, is_moving, visible
+        self.by_keys, self.is_moving, self._masked = by_keys, is_moving, masked
         self.shape = (M, next(iter(streamed.values())).shape[0])
 
     def products(self, *pairs):
@@ -103,38 +107,38 @@ class Tile:
 
     def statistic(self, name):
         """A statistic of the rows, for every score."""
-        return self.spread(self._statistics[name])
+        return self.spread(self._statistics[name]())
 
     def spread(self, statistic):
         """One number a row, for every score."""
         return lax.broadcast_in_dim(statistic, self.shape, [0 if self.by_keys else 1])
 
-    def mask(self, scores):
-        """`scores`, very low where a key is not seen; a tile that is seen as a whole is left alone."""
-        return self._visible(scores)
+    def mask(self, hidden: float, *arrays):
+        """Arrays of scores, `hidden` where a key is not seen; a tile that is seen as a whole is left alone."""
+        return self._masked(hidden, lax.optimization_barrier(arrays))
 
-    def add(self, *terms):
-        """For each (weights, ((sums, name), ...)): adds weights x the streamed array `name` to each of the sums.
-
-        The weights go through shared memory, in the arrays' dtype.
-        """
-        staged = list(zip(self._staging, terms))
-        for staging, (weights, _) in staged:
-            staging[...] = weights
+    def stage(self, *weights):
+        """Puts weights into shared memory, in the arrays' dtype, from where matrix products take them."""
+        staged = [self._staging.pop(0) for _ in weights]
+        for staging, w in zip(staged, weights):
+            staging[...] = w
         plgpu.commit_smem()
-        for staging, (_, products) in staged:
-            for sums, name in products:
-                plgpu.wgmma(sums, staging, self.streamed[name])
+        return staged
 
-    def added(self, count: int, terms):
-        """What `add` makes of `count` sums that start at zero, as arrays; `terms` is given these sums."""
+    def add(self, sums, *pairs):
+        """For each (staged weights, name): adds weights x the streamed array `name` to the sums."""
+        for staged, name in pairs:
+            plgpu.wgmma(sums, staged, self.streamed[name])
+
+    def sum(self, *pairs):
+        """What `add` makes of sums that start at zero."""
         width = next(iter(self.streamed.values())).shape[1]
 
-        def compute(*sums):
-            self.add(*terms(*sums))
-            return [total[...] for total in sums]
+        def compute(sums):
+            self.add(sums, *pairs)
+            return sums[...]
 
-        return pl.run_scoped(compute, *[plgpu.ACC((M, width), jnp.float32)] * count)
+        return pl.run_scoped(compute, plgpu.ACC((M, width), jnp.float32))
 
 
 def per_row(value):
@@ -182,6 +186,7 @@ class _Kernel:
 
     Args:
       step: (tile, accumulators, carry) -> carry, for one tile.
+      name: of the compiled kernel.
       operands: what is read.
       band: which tiles there are.
       plan: how large they are.
@@ -195,8 +200,9 @@ class _Kernel:
     """
 
     def __init__(
-        self, step, operands, band, plan, *, by_keys, first, accumulators, stagings, finish, interpret, carry=()
+        self, step, operands, band, plan, *, name, by_keys, first, accumulators, stagings, finish, interpret, carry=()
     ):
+        self.name = name
         self.step, self.operands, self.band, self.plan = step, operands, band, plan
         self.by_keys, self.first, self.interpret = by_keys, first, interpret
         self.accumulators, self.stagings, self.carry, self.finish = accumulators, stagings, carry, finish
@@ -224,6 +230,7 @@ class _Kernel:
             grid_names=("block", "head", "batch"),
             num_threads=self.plan.warpgroups + 1,
             thread_name="warpgroup",
+            kernel_name=self.name,
             compiler_params=plgpu.CompilerParams(approx_math=True),
             **({"interpret": plgpu.InterpretGPUParams()} if self.interpret else {}),
         )(*arrays)
@@ -233,7 +240,7 @@ class _Kernel:
         q, plan = self.operands.rows["q"], self.plan
 
         def shared(count, rows, columns=q.shape[-1]):
-            transforms = _transforms(q.shape[-1], q.dtype)
+            transforms = _transforms((q.shape[-1], plan.tile), q.dtype)
             return plgpu.SMEM((count, rows, columns), q.dtype, transforms=transforms)
 
         def barrier(arrivals, count=plan.stages):
@@ -254,11 +261,11 @@ class _Kernel:
         return scratch
 
     def _program(self, gmem, num_empty, outputs, scratch):
-        place, warpgroup = self._place(num_empty), lax.axis_index("warpgroup")
-        compute = partial(self._compute, gmem, outputs, scratch, place, warpgroup)
-        fetch = partial(self._fetch, gmem, scratch, place)
+        warpgroup = lax.axis_index("warpgroup")
+        compute = partial(self._compute, gmem, num_empty, outputs, scratch, warpgroup)
+        fetch = partial(self._fetch, gmem, num_empty, scratch)
         if not self.interpret and self.plan.warpgroups == 2:  # those that compute get registers of the one that fetches
-            compute, fetch = _with_registers(compute, 232, "increase"), _with_registers(fetch, 40, "decrease")
+            compute, fetch = _with_registers(compute, 240, "increase"), _with_registers(fetch, 24, "decrease")
         pl.when(warpgroup < self.plan.warpgroups)(compute)
         pl.when(warpgroup == self.plan.warpgroups)(fetch)
 
@@ -277,16 +284,20 @@ class _Kernel:
         """Position of the first key of an array."""
         return self.band.first_moving if name in self.moving else 0
 
+    def _tile(self, place: _Place, i):
+        """What is visited at step i: keys once, rows once for every query head."""
+        return place.first + (i if self.by_keys else lax.rem(i, place.num_tiles))
+
     def _source(self, gmem, place: _Place, name: str, i):
         """What is streamed at step i."""
-        tile, size = place.first + lax.rem(i, place.num_tiles), self.plan.tile
+        tile, size = self._tile(place, i), self.plan.tile
         if self.by_keys:
             return gmem[name].at[place.batch, pl.ds(tile * size - self._offset(name), size)]
         return gmem[name].at[place.batch, lax.div(i, place.num_tiles), pl.ds(tile * size, size)]
 
-    def _fetch(self, gmem, scratch, place: _Place):
+    def _fetch(self, gmem, num_empty, scratch):
         """What the warpgroup that fetches does."""
-        stages = self.plan.stages
+        place, stages = self._place(num_empty), self.plan.stages
 
         def load(is_moving, i, _):
             slot = lax.rem(i, stages)
@@ -310,24 +321,25 @@ class _Kernel:
             lax.fori_loop(place.num_static, place.num_steps, partial(load, True), ())
         lax.fori_loop(lax.max(place.num_steps - stages, 0), place.num_steps, drain, ())
 
-    def _compute(self, gmem, outputs, scratch, place: _Place, warpgroup):
+    def _compute(self, gmem, num_empty, outputs, scratch, warpgroup):
         """What a warpgroup that computes does."""
+        place = self._place(num_empty)
         own = place.start + warpgroup * M
 
         def rows_or_keys(offset):
             at = pl.ds(own - offset, M)
             return (place.batch, place.head, at) if self.by_keys else (place.batch, at)
 
-        held = {name: ref.at[warpgroup] for name, ref in scratch["held"].items()}
         barrier = scratch["holding"].at[warpgroup]
-        for name, ref in held.items():
-            plgpu.copy_gmem_to_smem(gmem[name].at[rows_or_keys(self._offset(name))], ref, barrier)
+        for name, ref in scratch["held"].items():
+            source = gmem[name].at[rows_or_keys(self._offset(name))]
+            plgpu.copy_gmem_to_smem(source, ref.at[warpgroup], barrier)
         plgpu.barrier_wait(barrier)
         statistics = {}
         if self.by_keys:
-            statistics = {name: _load(gmem[name].at[rows_or_keys(0)], 1) for name in self.statistics}
-        staging = [ref.at[warpgroup] for ref in scratch["staging"]]
-        visit = partial(self._visit, scratch, place, own, held, statistics, staging)
+            rows = {name: _load(gmem[name].at[rows_or_keys(0)], 1) for name in self.statistics}
+            statistics = {name: partial(lambda loaded: loaded, row) for name, row in rows.items()}
+        visit = partial(self._visit, scratch, place, warpgroup, statistics)
 
         def loop(*sums):
             state = tuple(make() for make in self.carry)
@@ -343,18 +355,23 @@ class _Kernel:
         for ref, result in zip(outputs, self.finish(sums, state), strict=True):
             ref[rows_or_keys(self.first)] = result
 
-    def _visit(self, scratch, place: _Place, own, held, statistics, staging, sums, is_moving, i, carry):
+    def _visit(self, scratch, place: _Place, warpgroup, statistics, sums, is_moving, i, carry):
         """One step of it."""
-        slot, tile = lax.rem(i, self.plan.stages), place.first + lax.rem(i, place.num_tiles)
+        # Or else the compiler takes the addresses and descriptors of all these arrays out of the loop, some 40 numbers
+        # that leave too few registers for scores.
+        warpgroup = lax.optimization_barrier(warpgroup)
+        own = place.start + warpgroup * M
+        held = {name: ref.at[warpgroup] for name, ref in scratch["held"].items()}
+        staging = [ref.at[warpgroup] for ref in scratch["staging"]]
+        slot, tile = lax.rem(i, self.plan.stages), self._tile(place, i)
         plgpu.barrier_wait(scratch["loaded"].at[slot])
         if is_moving and self.late:
             plgpu.barrier_wait(scratch["late"].at[slot])
         streamed = {name: scratch["streamed"][name].at[slot] for name in self.streamed}
-        loaded = {name: _load(scratch["streamed"][name].at[slot], 0) for name in self.streamed_statistics}
-        row, key = (own, tile * self.plan.tile) if self.by_keys else (tile * self.plan.tile, own)
-        visible = partial(_mask, self.band, row, key, place.num_empty, self.by_keys)
+        loaded = {name: partial(_load, scratch["streamed"][name].at[slot], 0) for name in self.streamed_statistics}
+        masked = partial(_mask, self.band, self.by_keys, own, tile * self.plan.tile, place.num_empty)
         carry = self.step(
-            Tile(held, streamed, statistics | loaded, staging, self.by_keys, is_moving, visible), sums, carry
+            Tile(held, streamed, statistics | loaded, staging, self.by_keys, is_moving, masked), sums, carry
         )
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(scratch["used"].at[slot])
@@ -375,25 +392,34 @@ def _with_registers(function, number: int, action: str):
     return run
 
 
-def _mask(band: Band, row, key, num_empty, by_keys: bool, scores):
-    """`scores` of queries from `row` on and keys from `key` on, masked; tiles inside the band are left as they are."""
-    num_rows, num_keys = scores.shape if by_keys else scores.shape[::-1]
-    row = band.first_row + row
-    is_inside = (key + num_keys - 1 <= row) & (key > row + num_rows - 1 - band.window) & (key >= num_empty)
+def _mask(band: Band, by_keys: bool, own, first, num_empty, hidden, arrays):
+    """`arrays` of a warpgroup's rows (keys) from `own` on and keys (rows) from `first` on, `hidden` where not seen.
 
-    def at_the_edge(scores):
-        def positions(first, axis):
-            layout = plgpu.Layout.WGMMA
-            return first + plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=layout)
+    Each of its own sees a range of the others. A tile that is inside of all ranges is left as it is.
+    """
+    shape, position = arrays[0].shape, own + band.first_row if by_keys else own
+    first = first if by_keys else first + band.first_row
+    last_own, last = position + M - 1, first + shape[1] - 1
+    if by_keys:
+        is_inside = (last <= position) & (first > last_own - band.window) & (first >= num_empty)
+    else:
+        is_inside = (first >= last_own) & (last < position + band.window) & (position >= num_empty)
 
-        query, key_of = positions(row, 0 if by_keys else 1), positions(key, 1 if by_keys else 0)
-        visible = (key_of <= query) & (key_of > query - band.window) & (key_of >= num_empty)
-        return score_tiles.mask(scores, visible)
+    def at_the_edge(*arrays):
+        mine = position + plgpu.broadcasted_iota(jnp.int32, (M,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+        if by_keys:
+            lowest, highest = lax.max(mine - (band.window - 1), num_empty), mine
+        else:
+            lowest, highest = mine, jnp.where(mine >= num_empty, mine + (band.window - 1), -1)
+        lowest, highest = (lax.broadcast_in_dim(bound, shape, [0]) for bound in (lowest, highest))
+        other = first + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+        visible = (lowest <= other) & (other <= highest)
+        return tuple(jnp.where(visible, a, hidden) for a in arrays)
 
-    return lax.cond(is_inside, lambda scores: scores, at_the_edge, scores)
+    return lax.cond(is_inside, lambda *arrays: arrays, at_the_edge, *arrays)
 
 
-def _transforms(width: int, dtype):
-    """How a tile lies in shared memory: as wide a swizzle as the head width divides into."""
-    swizzle = next(bytes for bytes in (128, 64, 32) if width * dtype.itemsize % bytes == 0)
+def _transforms(widths, dtype):
+    """How all tiles lie in shared memory: by the widest swizzle that divides the widths of all of them."""
+    swizzle = next(n for n in (128, 64, 32) if all(width * dtype.itemsize % n == 0 for width in widths))
     return plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)

@@ -60,12 +60,12 @@ def mean(p, scores):
     return jnp.sum(p * scores, axis=-1, keepdims=True)
 
 
-def deviation(p_bar, mean, lse_bar=0):
+def deviation(p_bar, mean, lse_bar=None):
     """Cotangent of the log-probabilities, up to the factor p, from the p_bar of a row whose mean is given."""
-    return p_bar - mean + lse_bar
+    return p_bar - mean if lse_bar is None else p_bar - mean + lse_bar
 
 
-def scores_bar(p, p_bar, mean, lse_bar=0):
+def scores_bar(p, p_bar, mean, lse_bar=None):
     """Cotangent of the scores. (That of the scores' tangent is the same of p_dot_bar and lse_dot_bar.)"""
     return p * deviation(p_bar, mean, lse_bar)
 
