@@ -200,7 +200,7 @@ def report(argv: list[str]) -> None:
 
 
 def bench(argv: list[str]) -> None:
-    """Measure time, memory, programs: window_attention, attention_check, kernel_code, meta_gradient, latency, target."""
+    """Measure: window_attention, attention_check, kernel_code, meta_gradient, latency or target."""
     from ttt_e2e.bench import attention_check, kernel_code, latency, meta_gradient, target, window_attention
     from ttt_e2e.bench import flags as bench_flags
 

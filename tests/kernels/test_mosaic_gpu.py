@@ -1,5 +1,6 @@
 """The Hopper kernels: every pass, interpreted, against XLA's; rounding; their lowering. Shapes: see xla.py."""
 
+import re
 from functools import partial
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from tests.kernels.cases import relative_error
 from ttt_e2e.bench.attention_check import PASSES, pass_operands
-from ttt_e2e.kernels import mosaic_gpu, xla
+from ttt_e2e.kernels import bands, mosaic_gpu, xla
+from ttt_e2e.targets import marks
 
 interpreted = pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="JAX interprets these kernels from 0.11.2 on")
 
@@ -116,6 +118,12 @@ def test_every_pass_lowers_for_hopper(name, num_kernels, H):
     with jax.sharding.use_abstract_mesh(hopper()):
         lowered = function.trace(*arrays).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("@mosaic_gpu") == num_kernels
+    named = [marks.read(path) for path in re.findall(r'loc\("([^"]*_flops[^"]*)"', lowered.as_text(debug_info=True))]
+    assert len({kernel for kernel, _ in named}) == num_kernels
+    # Each sweep computes its scores anew; a pass takes at least the products of the algebra (docs/kernels.md).
+    least = {"forward": 2, "tangent": 3, "dual": 4, "reverse": 5, "second_reverse": 9}[name]
+    visible = 2 * p.H * p.R * bands.num_visible(p.T, p.S, p.window)
+    assert least * visible <= sum(dict(named).values()) <= 24 * visible
 
 
 def hopper():

@@ -174,3 +174,18 @@ def test_kernels_that_do_not_say_what_they_compute_are_named():
     read = Program(program("\n".join(lines)))
     assert (uncounted(read), matmul_flops(read)) == (["mosaic_gpu_v2"], 7)
     assert kernels(read) == {"mosaic_gpu_v2": 1, "tpu_custom_call": 1}
+
+
+def test_a_kernel_that_says_its_products_in_the_metadata_is_counted_and_named():
+    """As the kernels for Hopper GPUs do: their compiler leaves one name for all, and no cost."""
+    text = """
+ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %b = bf16[8,16]{1,0} custom-call(%a), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/dual_of_120_flops/mpmd_map"}
+  ROOT %c = bf16[8,16]{1,0} custom-call(%b), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/mpmd_map"}
+}
+"""  # noqa: E501
+    program = Program(text)
+    assert matmul_flops(program) == 120
+    assert kernels(program) == {"mosaic_gpu_v2": 1, "mosaic_gpu_v2:dual": 1}
+    assert uncounted(program) == ["mosaic_gpu_v2"]

@@ -7,6 +7,7 @@ of sums for the rounding of their weights. Off GPUs the kernels are interpreted,
 Shapes: those of xla.py.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -16,9 +17,10 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_e2e import targets
+from ttt_e2e.kernels import bands, score_tiles
 from ttt_e2e.kernels import mosaic_gpu_sweep as sweep
-from ttt_e2e.kernels import score_tiles
 from ttt_e2e.kernels.mosaic_gpu_sweep import Band, Operands, over_keys, over_rows, per_row
+from ttt_e2e.targets import marks
 
 UNIT = 128  # positions are padded to multiples of it, so that every block and tile is whole
 WIDTH_UNIT = 16  # head widths likewise: the depth of a matrix instruction
@@ -71,7 +73,7 @@ def forward(q, k, v, num_empty, *, window):
 
     o, lse = problem.over_keys(
         step, rows, {}, keys, {},
-        name="forward", num_scores=1, num_outputs=1, num_statistics=1, stagings=1,
+        name="forward", products=(2, 2), num_scores=1, num_outputs=1, num_statistics=1, stagings=1,
         carry=(problem.zeros, *_NOTHING_SEEN), finish=finish,
     )  # fmt: skip
     return problem.row_output(o).astype(v.dtype), problem.statistic_output(lse)
@@ -100,7 +102,7 @@ def tangent(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, *, window):
     zero = partial(per_row, 0.0)
     o_dot, mean, narrow_total = problem.over_keys(
         step, rows, statistics, keys, moving,
-        name="tangent", num_scores=2, num_outputs=1, num_statistics=2, accumulators=1, stagings=2,
+        name="tangent", products=(5, 3), num_scores=2, num_outputs=1, num_statistics=2, accumulators=1, stagings=2,
         carry=(zero, zero), finish=_as_they_are,
     )  # fmt: skip
     mean, narrow_total = map(problem.statistic_output, (mean, narrow_total))
@@ -142,7 +144,7 @@ def dual(q, k, v, num_empty, q_dot, k_dot, v_dot, *, window):
     zero = partial(per_row, 0.0)
     o, o_dot, *row = problem.over_keys(
         step, rows, problem.statistics(near=near), keys, moving,
-        name="dual", num_scores=3, num_outputs=2, num_statistics=3, stagings=2,
+        name="dual", products=(6, 4), num_scores=3, num_outputs=2, num_statistics=3, stagings=2,
         carry=(problem.zeros, problem.zeros, zero, zero, *_NOTHING_SEEN), finish=finish,
     )  # fmt: skip
     lse, mean, lost = map(problem.statistic_output, row)
@@ -177,8 +179,8 @@ def reverse(q, k, v, num_empty, o, lse, o_bar, lse_bar, *, window, num_keys):
 
     q_bar, total = problem.over_keys(
         by_keys, rows, statistics, keys, {},
-        name="reverse_queries", num_scores=2, num_outputs=1, num_statistics=1, accumulators=1, stagings=1,
-        carry=(partial(per_row, 0.0),), finish=_as_they_are,
+        name="reverse_queries", products=(3, 3), num_scores=2, num_outputs=1, num_statistics=1,
+        accumulators=1, stagings=1, carry=(partial(per_row, 0.0),), finish=_as_they_are,
     )  # fmt: skip
     k_bar, v_bar = problem.over_rows(
         by_rows,
@@ -187,6 +189,7 @@ def reverse(q, k, v, num_empty, o, lse, o_bar, lse_bar, *, window, num_keys):
         keys,
         {},
         name="reverse_keys",
+        products=(4, 4),
         num_scores=2,
         accumulators=2,
         stagings=2,
@@ -269,8 +272,8 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
     zero = partial(per_row, 0.0)
     q_bar, q_dot_bar, *totals = problem.over_keys(
         by_keys, rows, statistics, keys, moving,
-        name="second_reverse_queries", num_scores=3, num_outputs=2, num_statistics=3, accumulators=2, stagings=2,
-        carry=(zero, zero, zero), finish=_as_they_are,
+        name="second_reverse_queries", products=(9, 6), num_scores=3, num_outputs=2, num_statistics=3,
+        accumulators=2, stagings=2, carry=(zero, zero, zero), finish=_as_they_are,
     )  # fmt: skip
     total, total_dot, lost_moving = map(problem.statistic_output, totals)
     lost_dot = lse_dot_bar - total_dot
@@ -283,6 +286,7 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
     def sums(name, num_scores, step, keys, moving, statistics, start, stop):
         options = {
             "name": f"second_reverse_{name}",
+            "products": (9, 6) if num_scores == 3 else (6, 4),
             "num_scores": num_scores,
             "accumulators": 2 if moving else 1,
             "stagings": 2,
@@ -416,24 +420,18 @@ class _Problem(NamedTuple):
         width = (0, -a.shape[-1] % width_unit)
         return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(before, after), width])
 
-    def over_keys(self, step, rows, statistics, keys, moving, *, num_scores, accumulators=0, **options):
-        """See `mosaic_gpu_sweep.over_keys`."""
+    def over_keys(self, step, rows, statistics, keys, moving, *, num_scores, products, accumulators=0, **options):
+        """See `mosaic_gpu_sweep.over_keys`; `products` are those of a tile of moving and of constant keys."""
         operands = Operands(rows, statistics, keys, moving, self.num_empty)
         plan = sweep.plan(
             rows["q"], len(rows), len(keys) + len(moving), options["stagings"], options["num_outputs"], num_scores
         )
-        return over_keys(
-            step,
-            operands,
-            band=self.band,
-            plan=plan,
-            interpret=_is_interpreted(),
-            accumulators=accumulators,
-            **options,
-        )
+        options |= {"interpret": _is_interpreted(), "accumulators": accumulators}
+        with self._counted(options["name"], products, rows, moving, 0, self.num_keys):
+            return over_keys(step, operands, band=self.band, plan=plan, **options)
 
-    def over_rows(self, step, rows, statistics, keys, moving, *, num_scores, start, stop, **options):
-        """Sums [..., stop - start, H] of these keys. See `mosaic_gpu_sweep.over_rows`."""
+    def over_rows(self, step, rows, statistics, keys, moving, *, num_scores, products, start, stop, **options):
+        """Sums [..., stop - start, H] of these keys. See `mosaic_gpu_sweep.over_rows`; `products` as of `over_keys`."""
         operands = Operands(rows, statistics, keys, moving, self.num_empty)
         plan = sweep.plan(
             rows["q"], len(keys) + len(moving), len(rows), options["stagings"], options["accumulators"], num_scores
@@ -442,13 +440,28 @@ class _Problem(NamedTuple):
         seen = max(first, self.band.first_row - self.band.window + 1)  # no query sees a key before it
         seen -= seen % plan.block
         options |= {"finish": lambda sums, _: sums, "interpret": _is_interpreted()}
-        sums = over_rows(step, operands, band=self.band, plan=plan, first_key=seen, num_keys=last - seen, **options)
+        with self._counted(options["name"], products, rows, moving, start, stop):
+            sums = over_rows(step, operands, band=self.band, plan=plan, first_key=seen, num_keys=last - seen, **options)
 
         def placed(a):
             a = jnp.pad(a, [(0, 0), (max(0, seen - first), 0), (0, 0)])[:, max(0, first - seen) :]
             return a.reshape(*self.leading, *a.shape[1:])[..., : stop - start, : self.width]
 
         return map(placed, sums)
+
+    def _counted(self, name: str, products: tuple[int, int], rows, moving, start: int, stop: int):
+        """A scope for a kernel over keys [start, stop), by which a program's text says what it is and computes."""
+
+        def seen(num_keys):
+            """Scores of the last `num_keys` keys."""
+            return bands.num_visible(min(self.num_rows, num_keys), num_keys, self.band.window) if num_keys else 0
+
+        first_moving = self.band.first_moving - self.before
+        scores_moving = seen(self.num_keys - first_moving) if moving else 0
+        scores_constant = seen(self.num_keys - start) - max(scores_moving, seen(self.num_keys - stop))
+        heads = math.prod(self.leading) * rows["q"].shape[1]
+        flops = products[0] * scores_moving + products[1] * scores_constant
+        return marks.kernel(name, 2 * self.width * heads * flops)
 
 
 def _problem(q, k, v, num_empty, window, num_moving=0) -> _Problem:

@@ -10,6 +10,7 @@ from math import prod
 
 import numpy as np
 
+from ttt_e2e.targets import marks
 from ttt_e2e.targets.program import Array, Instruction, Program, sizes
 
 GEMM = "__cublas"  # how the names of cuBLAS's calls begin
@@ -56,7 +57,8 @@ def uncounted(program: Program) -> list[str]:
     found = set()
     for _, instruction, _ in program.instructions():
         target = call_target(instruction)
-        is_counted = target.startswith(GEMM) or target in ATTENTION_PRODUCTS or _DECLARED.search(instruction.rest)
+        declares = _DECLARED.search(instruction.rest) or marks.read(instruction.op_name)
+        is_counted = target.startswith(GEMM) or target in ATTENTION_PRODUCTS or declares
         if _KERNELS.search(target) and not is_counted:
             found.add(_kernel_name(instruction, target))
     return sorted(found)
@@ -86,6 +88,8 @@ def _call(instruction: Instruction, result: Array, operands: list[Array]) -> int
         causal = '"CAUSAL"' in instruction.rest
         width = operands[0].shape[-1]
         return 2 * ATTENTION_PRODUCTS[target] * prod(heads) * width * _visible(T, S, window if causal else 0, causal)
+    if marked := marks.read(instruction.op_name):
+        return marked[1]
     declared = _DECLARED.search(instruction.rest)
     return int(declared[1]) if declared else 0
 
@@ -135,6 +139,8 @@ def _meetings(size: int, window: int, results: int, stride: int, pad: int, holes
 
 def _kernel_name(instruction: Instruction, target: str) -> str:
     """The call's target; of Pallas kernels, with the name that the program gives them."""
+    if marked := marks.read(instruction.op_name):
+        return f"{target}:{marked[0]}"
     named = re.search(r'"?kernel_name"?\s*[:=]\s*"?([\w.\-]+)', instruction.rest)
     if named:
         return f"{target}:{named[1]}"
