@@ -47,6 +47,8 @@ IN_EVERY_RUN = [  # every pass once, and each of what makes the cases different
     ("head width 80, full attention, a batch", "reverse"),
     ("head width 64, tiles inside the band", "forward"),
     ("head width 128, keys that no query sees", "reverse"),
+    ("head width 128, keys that no query sees", "dual"),
+    ("head width 128, keys that no query sees", "second_reverse"),
 ]
 
 

@@ -25,6 +25,7 @@ from ttt_e2e.targets import marks
 UNIT = 128  # positions are padded to multiples of it, so that every block and tile is whole
 WIDTH_UNIT = 16  # head widths likewise: the depth of a matrix instruction
 MAX_WIDTH = 128
+MAX_TILE_WIDTH = 64  # wider, the second reverse of queries takes tiles of 32 keys; with 64, it spills 28 bytes at 80
 MAX_DUAL_WIDTH = 96  # wider, the sums of two outputs and a third that is to be added to them do not fit into registers
 HOPPER = ("NVIDIA H", "NVIDIA GH")  # H100, H200, GH200, ...: how their names begin
 
@@ -270,9 +271,10 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
         return carry
 
     zero = partial(per_row, 0.0)
+    num_scores = 3 if q.shape[-1] <= MAX_TILE_WIDTH else 4
     q_bar, q_dot_bar, *totals = problem.over_keys(
         by_keys, rows, statistics, keys, moving,
-        name="second_reverse_queries", products=(9, 6), num_scores=3, num_outputs=2, num_statistics=3,
+        name="second_reverse_queries", products=(9, 6), num_scores=num_scores, num_outputs=2, num_statistics=3,
         accumulators=2, stagings=2, carry=(zero, zero, zero), finish=_as_they_are,
     )  # fmt: skip
     total, total_dot, lost_moving = map(problem.statistic_output, totals)
