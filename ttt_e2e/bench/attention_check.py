@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from ttt_e2e import targets
 from ttt_e2e.bench import table
 from ttt_e2e.errors import UserError
 from ttt_e2e.kernels import window_attention, xla
@@ -112,7 +113,7 @@ def _run(module, name: str, operands, window: int):
 
 def _errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:
     module = import_module(f"ttt_e2e.kernels.{variant}")
-    if jax.default_backend() == "cpu" and variant != "xla" and not module.can_interpret():
+    if targets.current().platform == "cpu" and variant != "xla" and not module.can_interpret():
         return {"all": {"skipped": f"JAX {jax.__version__} does not interpret it"}}
     with jax.enable_x64(True):
         exact = _operands(shape, window, num_empty, dtype, jnp.float64)
@@ -133,7 +134,7 @@ def _errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:
 
 
 def _first_order_errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:
-    if jax.default_backend() != "gpu":
+    if targets.current().platform != "gpu":
         return {"all": {"skipped": "needs an NVIDIA GPU"}}
     B, R, T, _, H = shape
     random = np.random.default_rng(0)
