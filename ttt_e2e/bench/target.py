@@ -219,7 +219,7 @@ def _useless_share(flops: int, make, config: Config, mesh: Mesh) -> float:
     if mesh.size == 1:
         return 0.0
     _, lowered = _lower(make, config, _alone(mesh))
-    undivided = matmul_flops(lowered.as_text("hlo"))
+    undivided = matmul_flops(lowered.as_text("hlo", debug_info=True))
     return 1 - undivided / (mesh.size * flops) if flops else 0.0
 
 
