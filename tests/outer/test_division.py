@@ -34,14 +34,14 @@ MODELS = {
 # than one of 16; one of 2 is fetched from a neighbour. Eight devices do not divide four heads; four do not divide two.
 CASES = (
     ("e2e", (8, 1), "auto"),
-    ("e2e", (4, 2), "matrices"),
+    pytest.param("e2e", (4, 2), "matrices", marks=pytest.mark.slow),
     ("e2e, 31 tokens", (2, 4), "sequence"),
     ("e2e", (1, 8), "sequence"),
     ("e2e, own head, narrow", (4, 2), "sequence"),
-    ("e2e, 31 tokens", (1, 8), "matrices"),
+    pytest.param("e2e, 31 tokens", (1, 8), "matrices", marks=pytest.mark.slow),
     ("e2e, grouped queries", (2, 4), "matrices"),
-    ("full", (8, 1), "auto"),
-    ("full", (4, 2), "matrices"),
+    pytest.param("full", (8, 1), "auto", marks=pytest.mark.slow),
+    pytest.param("full", (4, 2), "matrices", marks=pytest.mark.slow),
     ("full", (2, 4), "sequence"),
     ("full, own head", (1, 8), "sequence"),
 )
