@@ -16,6 +16,8 @@ import hypothesis
 import jax
 import pytest
 
+from tests.tiny_run import token_store  # noqa: F401 (a fixture)
+
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, max_examples=50, database=None)
 hypothesis.settings.load_profile("tests")
 

@@ -81,7 +81,7 @@ def train(argv: list[str]) -> None:
     _require(values, "workdir")
     config = _resolve(values, overrides)
     is_main = _join(values)
-    from ttt_e2e.outer.loop import train
+    from ttt_e2e.train.loop import train
 
     metrics = train(config, values.workdir, overrides)
     loss = f"loss {metrics['loss']:.4f}" if metrics else "nothing left to do"
@@ -116,7 +116,7 @@ def evaluate(argv: list[str]) -> None:
 
     if jax.process_count() > 1:
         raise UserError(f"--{asked[0][0].NAME} runs in one process, and this is one of several: start it alone")
-    from ttt_e2e.outer.checkpoint import find_step
+    from ttt_e2e.checkpoints.checkpoint import find_step
 
     find_step(checkpoint)
     for evaluation, settings in asked:  # all of them before the first one runs, which may take hours
@@ -268,7 +268,7 @@ def _processes(values: flags.FlagValues) -> None:
 
 def _join(values: flags.FlagValues) -> bool:
     """Joins the other processes of the run, if there are any; returns whether this is the one that speaks for all."""
-    from ttt_e2e.outer import distributed
+    from ttt_e2e.cluster import distributed
 
     names = ("coordinator", "num_processes", "process_id", "initialization_timeout", "heartbeat_timeout")
     return distributed.initialize(**{name: values[name].value for name in names})
@@ -276,14 +276,14 @@ def _join(values: flags.FlagValues) -> bool:
 
 def _leave(code: int) -> int:
     """Leaves the run's other processes, where there are any, and returns the exit code."""
-    distributed = sys.modules.get("ttt_e2e.outer.distributed")  # a command that never joined imports nothing for it
+    distributed = sys.modules.get("ttt_e2e.cluster.distributed")  # a command that never joined imports nothing for it
     if distributed:
         distributed.leave(code)
     return code
 
 
 def _is_of_a_peer(error: Exception) -> bool:
-    distributed = sys.modules.get("ttt_e2e.outer.distributed")
+    distributed = sys.modules.get("ttt_e2e.cluster.distributed")
     return bool(distributed) and distributed.is_of_a_peer(error)
 
 
@@ -300,6 +300,6 @@ def _resolve(values: flags.FlagValues, overrides: list[str]) -> Config:
     workdir = values["workdir"].value if "workdir" in values else ""
     if not workdir:
         raise UserError("--config is missing: give a config file, or the --workdir of a run")
-    from ttt_e2e.outer.run_directory import load_config
+    from ttt_e2e.runs.directory import load_config
 
     return override(ConfigDict(to_dict(load_config(workdir))), overrides)

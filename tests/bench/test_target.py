@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from ttt_e2e.bench import target
 from ttt_e2e.cli import main
+from ttt_e2e.cluster import sharding
 from ttt_e2e.config import MeshConfig
 from ttt_e2e.flags import load_config_file, override
-from ttt_e2e.outer import sharding
 from ttt_e2e.targets import Target, facts, slices
 from ttt_e2e.targets.products import matmul_flops
 from ttt_e2e.targets.program import collectives

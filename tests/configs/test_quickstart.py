@@ -8,7 +8,7 @@ import pytest
 from ttt_e2e.config import from_config_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.flags import load_config_file
-from ttt_e2e.outer.steps import abstract_model
+from ttt_e2e.model import abstract_model
 
 PATH = str(Path(__file__).parents[2] / "configs" / "quickstart.py")
 
@@ -18,7 +18,9 @@ def load(arg: str):
 
 
 def num_matrix_parameters(config) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)[1]) if leaf.shape[-1] > 1 and leaf.ndim > 1)
+    return sum(
+        leaf.size for leaf in jax.tree.leaves(abstract_model(config.model)[1]) if leaf.shape[-1] > 1 and leaf.ndim > 1
+    )
 
 
 def test_the_default_learns_while_it_reads():

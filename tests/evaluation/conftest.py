@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ttt_e2e.checkpoints.checkpoint import progress_of, save_params
 from ttt_e2e.cli import main
 from ttt_e2e.config import Config, from_config_dict
 from ttt_e2e.data.store import TokenWriter, write_attributes
 from ttt_e2e.data.tokenizers import ByteTokenizer
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.parameters import split
-from ttt_e2e.outer.checkpoint import progress_of, save_params
-from ttt_e2e.outer.run_directory import claim, load_config
+from ttt_e2e.runs.directory import claim, load_config
 
 BOS, T, b = ByteTokenizer.bos_id, 32, 8
 DOCUMENT_LENGTHS = (700, 90, 400, 260, 60, 500)  # in tokens, BOS left out

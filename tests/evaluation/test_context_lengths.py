@@ -11,7 +11,7 @@ from tests.evaluation.conftest import BOS, DOCUMENT_LENGTHS, FakeReader, T, make
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.evaluation import context_lengths, token_losses
 from ttt_e2e.evaluation.context_lengths import Settings, evaluate, ratio
-from ttt_e2e.outer.run_directory import load_config
+from ttt_e2e.runs.directory import load_config
 
 
 def by_length(result) -> dict:

@@ -15,7 +15,7 @@ from ttt_e2e.evaluation import generation
 from ttt_e2e.evaluation.generation import Settings, evaluate, find_documents
 from ttt_e2e.inference.generate import load_reader
 from ttt_e2e.inference.sampling import Sampling
-from ttt_e2e.outer.run_directory import load_config
+from ttt_e2e.runs.directory import load_config
 
 P, N = 21, 14  # tokens of a prompt, and of its continuation
 SETTINGS = Settings(P, N, samples=3, sampling=Sampling(temperature=0.8), seed=3)

@@ -12,6 +12,7 @@ from flax import nnx
 from tests.inference.conftest import assert_same_state, read_at_once
 from tests.inner.conftest import BOS, b
 from tests.model import naive
+from ttt_e2e.checkpoints.checkpoint import progress_of, save_params
 from ttt_e2e.cli import main
 from ttt_e2e.config import from_config_dict, to_dict
 from ttt_e2e.data.tokenizers import ByteTokenizer
@@ -19,7 +20,6 @@ from ttt_e2e.inference.generate import Settings, generate_tokens
 from ttt_e2e.inference.sampling import Sampling
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.parameters import split
-from ttt_e2e.outer.checkpoint import progress_of, save_params
 
 PROMPT = np.array([5, 9, 13, 2, 21, 8])
 GREEDY = Sampling(temperature=0)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ttt_e2e.data.store import TokenWriter, write_attributes
-from ttt_e2e.outer.metrics import read_metrics
+from ttt_e2e.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 BOUND = 600  # seconds within which all ends; machines of tests may be busy
@@ -130,7 +130,7 @@ def steps(workdir: Path) -> list[int]:
 
 def digests(workdir: Path, step: int = 12) -> dict:
     """Digests of the parameters and the optimizer's state of a step, once the step is found to be what they say."""
-    from ttt_e2e.outer.checkpoint import load_progress
+    from ttt_e2e.checkpoints.checkpoint import load_progress
 
     return load_progress(workdir / "checkpoints" / str(step))["arrays"]
 

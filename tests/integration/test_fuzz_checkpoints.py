@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given
 
 from tests.integration.fuzzing import fuzz, mutate, mutations
+from ttt_e2e.checkpoints.checkpoint import Checkpoints, load_params, progress_of
 from ttt_e2e.config import CheckpointConfig, Config
 from ttt_e2e.errors import UserError
-from ttt_e2e.outer.checkpoint import Checkpoints, load_params, progress_of
-from ttt_e2e.outer.steps import TrainState
+from ttt_e2e.train.steps import TrainState
 
 OLDER, NEWER = 3, 6
 

@@ -13,14 +13,17 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from tests.integration.fuzzing import fuzz, mutate, mutations, refusal
-from tests.outer.conftest import tiny_run, token_store  # noqa: F401 (a fixture)
+from tests.tiny_run import tiny_run
+from ttt_e2e.cluster import sharding
 from ttt_e2e.config import Config, default_config, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.runs import read_runs
-from ttt_e2e.outer import loop, run_directory, sharding
-from ttt_e2e.outer.metrics import MetricsWriter
-from ttt_e2e.outer.optimizer import make_optimizer
-from ttt_e2e.outer.steps import abstract_model, init_state, make_train_step
+from ttt_e2e.model import abstract_model
+from ttt_e2e.runs import directory as run_directory
+from ttt_e2e.runs.metrics import MetricsWriter
+from ttt_e2e.train import loop
+from ttt_e2e.train.optimizer import make_optimizer
+from ttt_e2e.train.steps import init_state, make_train_step
 
 FIELDS = sorted(f"{section}.{name}" for section, fields in default_config().items() for name in fields)
 WORDS = (
@@ -77,7 +80,7 @@ class Reached(Exception):
 
 
 @pytest.fixture(scope="module")
-def place(token_store, tmp_path_factory):  # noqa: F811
+def place(token_store, tmp_path_factory):
     """A directory with a config file of a tiny run."""
     directory = tmp_path_factory.mktemp("configs")
     fields = to_dict(tiny_run(token_store))
@@ -125,7 +128,7 @@ def outcome(*argv) -> tuple[str, Config | None]:
 def make_shapes(config: Config, *, step: bool) -> None:
     """The shapes of the run's state and of a training step; computes nothing."""
     mesh = sharding.make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer, abstract_model(config)[1])
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
     state = jax.eval_shape(lambda: init_state(config, optimizer))
     placed = sharding.shardings(state, mesh)
     if not step:
@@ -305,7 +308,7 @@ RUN_FILES = ("config.json", "config.json", "config.json", "metrics.jsonl", "star
 
 
 @pytest.fixture(scope="module")
-def run(place, token_store):  # noqa: F811
+def run(place, token_store):
     """A run directory of three steps, without a checkpoint."""
     config, workdir = tiny_run(token_store), place / "whole"
     run_directory.write_config(workdir, config)

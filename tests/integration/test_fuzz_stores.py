@@ -11,11 +11,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.integration.fuzzing import fuzz, mutate, mutations
-from tests.outer.conftest import tiny_run
+from tests.tiny_run import tiny_run
 from ttt_e2e.data.pipeline import evaluation_batches, training_batches
 from ttt_e2e.data.store import TokenWriter, write_attributes
 from ttt_e2e.errors import UserError
-from ttt_e2e.outer.batches import open_store
+from ttt_e2e.train.batches import open_store
 
 VOCABULARY, T, CHUNK = 31, 32, 100
 SPLITS = {"train": 9, "val": 3}  # sequences

@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.conftest import process, stop, wait_for_step
 from ttt_e2e.errors import EXIT_REQUEUE
-from ttt_e2e.outer.metrics import read_metrics
+from ttt_e2e.runs.metrics import read_metrics
 
 
 @pytest.mark.slow

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from tests.parity.golden import NUM_OUTER_STEPS, TRAINED_CASES, load_case
+from ttt_e2e.cluster import sharding
 from ttt_e2e.config import MeshConfig
-from ttt_e2e.outer import sharding
-from ttt_e2e.outer.optimizer import make_optimizer
-from ttt_e2e.outer.steps import TrainState, make_train_step
+from ttt_e2e.train.optimizer import make_optimizer
+from ttt_e2e.train.steps import TrainState, make_train_step
 
 
 @pytest.fixture(scope="module", params=TRAINED_CASES)

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from ttt_e2e import targets
+from ttt_e2e.cluster import sharding
 from ttt_e2e.config import MeshConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.outer import sharding
 from ttt_e2e.targets import facts, slices
 from ttt_e2e.targets.program import collectives
 

@@ -14,7 +14,8 @@ from ttt_e2e.config import Config, from_config_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.flags import load_config_file, override
 from ttt_e2e.inference import Reader, ReaderState
-from ttt_e2e.outer.steps import abstract_model, init_state
+from ttt_e2e.model import abstract_model
+from ttt_e2e.train.steps import init_state
 
 WINDOW = 256
 # The models measured where no config is named: about equal parameters, and mini-batches that suit each.
@@ -161,7 +162,7 @@ def _variant(spec: str, lengths: list[int], new_tokens: int) -> Variant:
         raise UserError(f"--configs={spec}: it takes config files, FILE.py[:ARG], and {', '.join(BUILT_IN)}")
     else:
         config = override(load_config_file(spec), [])
-    graphdef, _ = abstract_model(config)
+    graphdef, _ = abstract_model(config.model)
     params = jax.jit(lambda: init_state(config, optax.identity()).params)()
     reader = Reader(graphdef, params, config, max_length=lengths[-1] + new_tokens + config.inner.mini_batch_size)
     b = reader.mini_batch_size

@@ -13,16 +13,18 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from ttt_e2e.bench import compiled, table
+from ttt_e2e.cluster import sharding
 from ttt_e2e.config import ATTENTION_BACKENDS, REMATS, TRAJECTORIES, Config, from_config_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner import reference, trajectory
 from ttt_e2e.inner.division import Division, fetch
 from ttt_e2e.inner.loop import make_mini_batches, suffix_weights
 from ttt_e2e.inner.step import MiniBatch, mini_batch_loss
+from ttt_e2e.model import abstract_model
 from ttt_e2e.model.parameters import merge, split
-from ttt_e2e.outer import policies, sharding
-from ttt_e2e.outer.batches import check_batch
-from ttt_e2e.outer.steps import abstract_model, init_state, make_gradient, take_policies
+from ttt_e2e.train import policies
+from ttt_e2e.train.batches import check_batch
+from ttt_e2e.train.steps import init_state, make_gradient, take_policies
 
 RATIOS = ("flops", "temp_bytes", "step_seconds")
 EXACT = tuple(f"exact/{trajectory}/{remat}" for trajectory in TRAJECTORIES for remat in REMATS)
@@ -123,7 +125,7 @@ def _pretend_devices(count: int) -> None:
 
 def _measure(variant: str, config: Config, mesh: Mesh, repeats: int) -> dict:
     """Figures of one variant; it is not run where `repeats` is 0."""
-    _, params = abstract_model(config)
+    _, params = abstract_model(config.model)
     tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.train.seq_len + 1), jnp.int32)
     placed = (sharding.shardings(params, mesh), NamedSharding(mesh, sharding.BATCH))
     loss_and_gradient = _loss_and_gradient(variant, config, mesh)
@@ -146,7 +148,7 @@ def _loss_and_gradient(variant: str, config: Config, mesh: Mesh):
     """({"fast", "slow"}, tokens [B, T + 1], inner learning rate) -> mean loss of the batch, and its gradient."""
     if variant in ("plain", "nested_remat"):
         adapt = _without_inner_loop if variant == "plain" else _nested_remat
-        graphdef, params = abstract_model(config)
+        graphdef, params = abstract_model(config.model)
         division = sharding.divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
         mean_loss = partial(_loss_of_suffix, graphdef, config, division, partial(adapt, config))
         return make_gradient(config, mesh, division, mean_loss)

@@ -14,19 +14,21 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ttt_e2e.bench import table
+from ttt_e2e.cluster import sharding
 from ttt_e2e.config import Config, suggestion
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference import Reader
 from ttt_e2e.kernels import choice
-from ttt_e2e.outer import policies, sharding
-from ttt_e2e.outer.batches import check_batch
-from ttt_e2e.outer.metrics import model_flops_per_token
-from ttt_e2e.outer.optimizer import make_optimizer
-from ttt_e2e.outer.steps import abstract_model, init_state, make_eval_step, make_train_step, take_policies
+from ttt_e2e.model import abstract_model
 from ttt_e2e.targets import of_device, slices
 from ttt_e2e.targets.bound import SHARE, Bound, bound
 from ttt_e2e.targets.products import kernels, matmul_flops, uncounted
 from ttt_e2e.targets.program import Collective, Program, exchanged
+from ttt_e2e.train import policies
+from ttt_e2e.train.batches import check_batch
+from ttt_e2e.train.flops import model_flops_per_token
+from ttt_e2e.train.optimizer import make_optimizer
+from ttt_e2e.train.steps import init_state, make_eval_step, make_train_step, take_policies
 
 SHOWN_COLLECTIVES = 12
 GIB = 2**30
@@ -150,7 +152,7 @@ def _train(config: Config, mesh: Mesh) -> Task:
     """The training step, made as the trainer makes it."""
     train = config.train
     check_batch("config.train.global_batch_size", train.global_batch_size, mesh, train.accumulation_steps)
-    optimizer = make_optimizer(config.optimizer, abstract_model(config)[1])
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
     state = jax.eval_shape(lambda: init_state(config, optimizer))
     placed = sharding.shardings(state, mesh)
     tokens = jax.ShapeDtypeStruct((train.global_batch_size, train.seq_len + 1), jnp.int32)
@@ -163,7 +165,7 @@ def _read(config: Config, mesh: Mesh) -> Task:
     """The evaluation step: as many sequences read as are evaluated at once."""
     batch = config.eval.batch_size
     check_batch("config.eval.batch_size", batch, mesh)
-    params = abstract_model(config)[1]
+    params = abstract_model(config.model)[1]
     placed = sharding.shardings(params, mesh)
     tokens = jax.ShapeDtypeStruct((batch, config.train.seq_len + 1), jnp.int32)
     rate, count = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
@@ -177,7 +179,7 @@ def _read(config: Config, mesh: Mesh) -> Task:
 
 def _decode(config: Config, mesh: Mesh) -> Task:
     """One token after a context of `train.seq_len`, on one device."""
-    graphdef, params = abstract_model(config)
+    graphdef, params = abstract_model(config.model)
     T = config.train.seq_len
 
     def make_reader(params):

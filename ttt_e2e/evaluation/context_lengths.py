@@ -15,7 +15,7 @@ from ttt_e2e.evaluation.fixed_batches import batches, fill_up
 from ttt_e2e.evaluation.records import Records, identify
 from ttt_e2e.inference.generate import load_reader
 from ttt_e2e.inference.reading import read
-from ttt_e2e.outer.batches import open_store
+from ttt_e2e.train.batches import open_store
 
 NAME = "context_lengths"
 

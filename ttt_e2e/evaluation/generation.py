@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from ttt_e2e.checkpoints.checkpoint import check_params, find_step, load_progress
 from ttt_e2e.config import Config
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.data.tokenizers import Tokenizer
@@ -21,10 +22,9 @@ from ttt_e2e.inference.prompts import encode, find_tokenizer
 from ttt_e2e.inference.reader import Reader
 from ttt_e2e.inference.reading import read
 from ttt_e2e.inference.sampling import Sampling, choose
-from ttt_e2e.outer.batches import open_store
-from ttt_e2e.outer.checkpoint import check_params, find_step, load_progress
-from ttt_e2e.outer.run_directory import find_run, load_config
-from ttt_e2e.outer.steps import abstract_model
+from ttt_e2e.model import abstract_model
+from ttt_e2e.runs.directory import find_run, load_config
+from ttt_e2e.train.batches import open_store
 
 NAME = "generation"
 CHUNK = 2**20  # tokens of the split that are looked through for documents at a time
@@ -101,7 +101,7 @@ def find_judge(path: str) -> Judge:
     """The model of a run directory, or of a checkpoint in one. Raises `UserError` where it cannot be read."""
     try:
         config, step_directory = load_config(find_run(path)), find_step(path)
-        check_params(step_directory, abstract_model(config)[1])
+        check_params(step_directory, abstract_model(config.model)[1])
         load_progress(step_directory)
         return Judge(config, str(step_directory), find_tokenizer(config))
     except UserError as error:

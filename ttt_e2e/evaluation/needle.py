@@ -19,7 +19,7 @@ from ttt_e2e.inference.generate import load_reader
 from ttt_e2e.inference.prompts import find_tokenizer
 from ttt_e2e.inference.reader import Reader, ReaderState
 from ttt_e2e.inference.reading import read
-from ttt_e2e.outer.batches import open_store
+from ttt_e2e.train.batches import open_store
 
 NAME = "needle"
 MARGIN = 4  # tokens generated beyond those of the answer, as its text may also be said in more of them

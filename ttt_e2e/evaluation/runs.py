@@ -16,9 +16,9 @@ import numpy as np
 
 from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
-from ttt_e2e.outer.metrics import read_metrics
-from ttt_e2e.outer.run_directory import load_config
-from ttt_e2e.outer.text_files import read_json
+from ttt_e2e.runs.directory import load_config
+from ttt_e2e.runs.files import read_json
+from ttt_e2e.runs.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
 

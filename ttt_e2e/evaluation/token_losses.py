@@ -8,12 +8,13 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ttt_e2e.checkpoints.checkpoint import find_step, load_params, load_progress
+from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.distributed import watch_for_preemption
 from ttt_e2e.config import Config
-from ttt_e2e.outer import sharding
-from ttt_e2e.outer.batches import check_batch, held_out_loss, open_store
-from ttt_e2e.outer.checkpoint import find_step, load_params, load_progress
-from ttt_e2e.outer.distributed import watch_for_preemption
-from ttt_e2e.outer.steps import abstract_model, make_eval_step
+from ttt_e2e.model import abstract_model
+from ttt_e2e.train.batches import check_batch, held_out_loss, open_store
+from ttt_e2e.train.steps import make_eval_step
 
 
 def evaluate(config: Config, checkpoint, output) -> dict:
@@ -36,7 +37,7 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     store = open_store(config, config.data.eval_split)
     step_directory = find_step(checkpoint)
-    _, abstract = abstract_model(config)
+    _, abstract = abstract_model(config.model)
     placed = sharding.shardings(abstract, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
     params = load_params(step_directory, abstract)

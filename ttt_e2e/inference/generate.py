@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from ttt_e2e.checkpoints.checkpoint import load_params
 from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.prompts import encode, find_tokenizer
@@ -26,8 +27,7 @@ from ttt_e2e.inference.reading import read
 from ttt_e2e.inference.sampling import Sampling, choose
 from ttt_e2e.inference.state import check_can_save, load_state, read_about, save_state
 from ttt_e2e.inference.text import TextStream
-from ttt_e2e.outer.checkpoint import load_params
-from ttt_e2e.outer.steps import abstract_model
+from ttt_e2e.model import abstract_model
 
 LEARN = ("all", "prompt", "none")
 
@@ -148,7 +148,7 @@ def generate_tokens(reader: Reader, state: ReaderState, ids, settings: Settings,
 
 def load_reader(config: Config, checkpoint, max_length: int) -> Reader:
     """A reader with the parameters of the checkpoint that a path means, on one device. Raises as `load_params`."""
-    graphdef, abstract = abstract_model(config)
+    graphdef, abstract = abstract_model(config.model)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = load_params(
         checkpoint, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)

@@ -11,10 +11,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ttt_e2e.checkpoints.checkpoint import progress_of, save_params
 from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
-from ttt_e2e.outer.checkpoint import parameter_name, progress_of, save_params
-from ttt_e2e.outer.steps import abstract_model
+from ttt_e2e.model import abstract_model
+from ttt_e2e.model.parameters import parameter_name
 
 _BLOCKS = "language_model.model.h.blocks."
 _FAST = "language_model.model.h.prime_storage."
@@ -63,7 +64,7 @@ def import_checkpoint(config: Config, checkpoint, output) -> epath.Path:
         raise UserError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     official = {parameter_name(key): np.asarray(leaf) for key, leaf in leaves}
-    params = from_official(official, abstract_model(config)[1])
+    params = from_official(official, abstract_model(config.model)[1])
     return save_params(output, params, progress_of(0, 0, config))
 
 

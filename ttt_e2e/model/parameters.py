@@ -33,6 +33,11 @@ def merge(graphdef, fast, slow) -> nnx.Module:
     return nnx.merge(graphdef, nnx.State(fast), nnx.State(slow))
 
 
+def parameter_name(path) -> str:
+    """Dotted name of a leaf, e.g. "slow.prefix.attention.wq"."""
+    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
 class Directed(NamedTuple):
     """What stands for a fast weight where its value moves along a direction: values then have tangents."""
 

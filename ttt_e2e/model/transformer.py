@@ -12,7 +12,7 @@ from ttt_e2e.model.attention import KeyValues, Unfinished
 from ttt_e2e.model.block import Block
 from ttt_e2e.model.loss import logits, token_nll
 from ttt_e2e.model.norm import RMSNorm
-from ttt_e2e.model.parameters import matrix
+from ttt_e2e.model.parameters import matrix, split
 from ttt_e2e.model.passes import FirstOrderPass, Pass
 from ttt_e2e.model.sequence_parts import SequenceParts
 
@@ -169,6 +169,12 @@ class Suffix(nnx.Module):
         shape = (config.num_fast_blocks, size, heads, config.head_dim)
         zeros = jnp.zeros(shape, jnp.dtype(config.compute_dtype))
         return KeyValues(zeros, zeros)
+
+
+def abstract_model(config):
+    """(graphdef, params): a `Transformer`'s static structure and the shapes of {"fast", "slow"}; computes nothing."""
+    graphdef, fast, slow = split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+    return graphdef, {"fast": fast, "slow": slow}
 
 
 def _stack(config, rngs: nnx.Rngs, num_blocks: int, *, fast: bool) -> Block:

@@ -1,0 +1,162 @@
+"""The held-out loss: each process reads its own rows, devices make the sums, and no token's loss comes to a host."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from tests.tiny_run import BOS, VOCABULARY, T, b, tiny_run
+from ttt_e2e.checkpoints.checkpoint import progress_of, save_params
+from ttt_e2e.cluster import sharding
+from ttt_e2e.data.store import TokenStore, TokenWriter, write_attributes
+from ttt_e2e.evaluation import token_losses
+from ttt_e2e.inner import read_sequence
+from ttt_e2e.model import abstract_model
+from ttt_e2e.runs.metrics import read_metrics
+from ttt_e2e.train import batches, loop, steps
+from ttt_e2e.train.policies import for_reading
+
+SEQUENCES, BATCH = 6, 4  # the last batch is filled up with two copies
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Held-out text with a BOS in every mini-batch or so, and a mini-batch of nothing else."""
+    path = tmp_path_factory.mktemp("held-out") / "tokens"
+    random = np.random.default_rng(1)
+    tokens = np.where(random.random(SEQUENCES * T + 1) < 0.1, BOS, random.integers(2, VOCABULARY, SEQUENCES * T + 1))
+    tokens[1 : b + 1] = BOS
+    for split in ("train", "val"):
+        writer = TokenWriter(path, split, VOCABULARY)
+        writer.append(tokens)
+        writer.close()
+    write_attributes(path, {"bos_id": BOS, "vocab_size": VOCABULARY})
+    return path
+
+
+def run_config(store, **sections):
+    return tiny_run(store, eval={"batch_size": BATCH, "num_sequences": 0, "every_steps": 1}, **sections)
+
+
+class Held:
+    """What `held_out_loss` needs, for a model with fresh parameters."""
+
+    def __init__(self, config):
+        self.config, self.mesh = config, sharding.make_mesh(config.mesh)
+        self.graphdef, abstract = abstract_model(config.model)
+        placed = sharding.shardings(abstract, self.mesh)
+        self.params = jax.jit(lambda: steps.init_state(config, optax.identity()).params, out_shardings=placed)()
+        self.eval_step = steps.make_eval_step(config, self.mesh, placed)
+        self.store = TokenStore.open(config.data.path, "val")
+
+    def loss(self, **options):
+        arguments = (self.params, self.store, self.config, self.mesh, self.config.inner.learning_rate)
+        return batches.held_out_loss(options.pop("eval_step", self.eval_step), *arguments, **options)
+
+
+def by_hand(held: Held):
+    """(loss, token loss, number of tokens, NLL [sequences, T]): sequence by sequence, summed in float64 by NumPy."""
+    config = for_reading(held.config)
+    tokens = held.store.sequences(range(SEQUENCES), T)
+    options = {"inner": config.inner, "learning_rate": config.inner.learning_rate, "bos_id": BOS}
+    read = jax.jit(
+        lambda params, tokens: read_sequence(held.graphdef, params["fast"], params["slow"], tokens, **options)
+    )
+    readings = [read(jax.device_get(held.params), sequence) for sequence in tokens]
+    nll, is_target = np.stack([reading.token_nll_T for reading in readings]), tokens[:, 1:] != BOS
+    loss = np.mean([reading.loss for reading in readings], dtype=np.float64)
+    return loss, nll[is_target].mean(dtype=np.float64), is_target.sum(), nll
+
+
+@pytest.mark.parametrize("mesh", ({"data": 1}, {"data": 4, "model": 2}))
+@pytest.mark.parametrize("num_fast_blocks", (0, 1))
+def test_sums_equal_those_made_by_hand(num_fast_blocks, mesh, store):
+    held = Held(run_config(store, model={"num_fast_blocks": num_fast_blocks}, mesh=mesh))
+    nlls = []
+    found = held.loss(take=lambda nll_BT, count: nlls.append((nll_BT, count)))
+    loss, token_loss, num_tokens, nll = by_hand(held)
+    np.testing.assert_allclose([found.loss, found.token_loss], [loss, token_loss], rtol=1e-6)
+    assert (found.num_tokens, found.num_sequences) == (num_tokens, SEQUENCES)
+    assert abs(loss - token_loss) > 1e-3  # two means, not one
+    np.testing.assert_allclose(np.concatenate([np.asarray(a)[:count] for a, count in nlls]), nll, atol=1e-5)
+    assert all(nll_BT.sharding.spec == sharding.BATCH for nll_BT, _ in nlls)  # each sequence's where it was read
+
+
+def test_copies_that_fill_up_a_batch_would_be_seen(store):
+    held = Held(run_config(store))
+
+    def counts_all(params, tokens, rate, _):
+        return held.eval_step(params, tokens, rate, BATCH)
+
+    right, wrong = held.loss(), held.loss(eval_step=counts_all)
+    assert wrong.num_tokens > right.num_tokens and wrong.loss > 1.2 * right.loss
+
+
+@pytest.mark.parametrize("rows", ([0, 1], [2, 3]))
+def test_a_process_reads_its_own_rows_only(rows, store, monkeypatch):
+    """As one of two processes would: what it hands to the devices is all that it has read."""
+    held, asked, handed = Held(run_config(store)), [], []
+    sequences = held.store.sequences
+
+    def record(indices, *sizes):
+        asked.append(np.asarray(indices).tolist())
+        return sequences(indices, *sizes)
+
+    monkeypatch.setattr(held.store, "sequences", record, raising=False)
+    monkeypatch.setattr(batches.sharding, "local_rows", lambda mesh, batch_size: np.array(rows))
+    monkeypatch.setattr(batches, "to_device", lambda tokens, mesh, batch_size: handed.append(tokens))
+    sums = {"loss": 0.0, "token_nll": 0.0, "num_tokens": 1}
+    held.loss(eval_step=lambda *_: (sums, None))
+    last = SEQUENCES - 1  # whose copies fill up the last batch
+    assert asked == [rows, [min(BATCH + row, last) for row in rows]]
+    assert [tokens.shape for tokens in handed] == [(2, T + 1)] * 2
+
+
+class Untouchable:
+    """An array that must stay on its devices."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __getattr__(self, name):
+        raise AssertionError(f"{name} of the NLL of every token was asked for")
+
+
+def untouchable(make):
+    def made(*args):
+        step = make(*args)
+
+        def eval_step(*inputs):
+            sums, nll_BT = step(*inputs)
+            assert all(x.shape == () for x in jax.tree.leaves(sums))
+            return sums, Untouchable(nll_BT)
+
+        return eval_step
+
+    return made
+
+
+def test_the_loop_fetches_sums_and_the_command_tokens(store, tmp_path, monkeypatch):
+    config = run_config(store, train={"num_steps": 1, "global_batch_size": 4}, optimizer={"warmup_steps": 0})
+    monkeypatch.setattr(loop, "make_eval_step", untouchable(loop.make_eval_step))
+    loop.train(config, tmp_path / "run")
+    assert any(line.get("eval_loss", 0) > 0 for line in read_metrics(tmp_path / "run/metrics.jsonl"))
+    monkeypatch.setattr(token_losses, "make_eval_step", untouchable(token_losses.make_eval_step))
+    with pytest.raises((AssertionError, TypeError)):
+        token_losses.evaluate(config, tmp_path / "run", tmp_path / "out")
+
+
+def test_the_command_writes_every_token(store, tmp_path):
+    config = run_config(store, mesh={"data": 4})
+    held = Held(config)
+    save_params(tmp_path / "model", held.params, progress_of(0, 0, config))
+    metrics = token_losses.evaluate(config, tmp_path / "model", tmp_path / "out")
+    loss, token_loss, num_tokens, nll = by_hand(held)
+    np.testing.assert_allclose([metrics["loss"], metrics["token_loss"]], [loss, token_loss], rtol=1e-6)
+    assert (metrics["num_tokens"], metrics["num_sequences"], metrics["seq_len"]) == (num_tokens, SEQUENCES, T)
+    written = np.load(tmp_path / "out/token_nll.npy")
+    assert written.dtype == np.float32
+    np.testing.assert_allclose(written, nll, atol=1e-5)
+    without = np.load(tmp_path / "out/token_nll_without_learning.npy")
+    np.testing.assert_allclose(without[:, :b], written[:, :b], atol=1e-6)
+    assert np.abs(without[:, b:] - written[:, b:]).max() > 1e-4

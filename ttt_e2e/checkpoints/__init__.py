@@ -1,0 +1,1 @@
+"""Checkpoints: saved, found, restored, and checked by digests."""

@@ -1,0 +1,1 @@
+"""Processes that meet and agree; the mesh of their devices, and where arrays live on it."""

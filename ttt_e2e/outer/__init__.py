@@ -1,1 +1,0 @@
-"""The outer loop: AdamW over sequences, on a mesh, with checkpoints and metrics."""

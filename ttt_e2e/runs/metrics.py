@@ -1,0 +1,89 @@
+"""Metrics of a run: written, and read again.
+
+`metrics.jsonl` is always written; TensorBoard and Weights & Biases are optional copies, never needed to resume.
+"""
+
+import contextlib
+import json
+import math
+
+from etils import epath
+
+from ttt_e2e.config import Config
+from ttt_e2e.errors import UserError
+from ttt_e2e.runs.files import parse_json, read_text
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to `metrics.jsonl`. On resume, lines past the restored step are dropped."""
+
+    def __init__(self, workdir, config: Config, resume_step: int):
+        self.path = epath.Path(workdir) / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step] if self.path.exists() else []
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self.path.open("a")
+        self._tensorboard = _tensorboard(workdir) if config.log.tensorboard else None
+        self._wandb = _wandb(workdir, config) if config.log.wandb else None
+
+    def write(self, step: int, values: dict) -> None:
+        """Writes the metrics of a step; what is not finite becomes null, which JSON knows."""
+        values = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Closes every copy."""
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_metrics(path) -> list[dict]:
+    """The lines of a `metrics.jsonl`, each with its `step`.
+
+    Only a last line without its end may be broken, and is left out: a kill cuts it short.
+
+    Raises:
+      UserError: another line is no object with a step, or the file cannot be read.
+    """
+    *whole, rest = read_text(path).split("\n")
+    objects = [_metrics_line(path, number, line) for number, line in enumerate(whole, start=1) if line.strip()]
+    with contextlib.suppress(UserError):
+        objects += [_metrics_line(path, len(whole) + 1, rest)] if rest else []
+    return objects
+
+
+def _metrics_line(path, number: int, line: str) -> dict:
+    values = parse_json(line, f"{path}, line {number}")
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        raise UserError(f"{path}, line {number} is {line[:80]!r}, but it takes a JSON object with an integer 'step'")
+    return values
+
+
+def first_not_finite(metrics: dict) -> str | None:
+    """Name of the first metric that is NaN or infinite."""
+    return next((name for name, value in metrics.items() if not math.isfinite(value)), None)
+
+
+def _tensorboard(workdir):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("config.log.tensorboard needs the extra: pip install 'ttt-e2e[tensorboard]'") from None
+    return SummaryWriter(str(epath.Path(workdir) / "logs"))
+
+
+def _wandb(workdir, config: Config):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("config.log.wandb needs the extra: pip install 'ttt-e2e[wandb]'") from None
+    return wandb.init(project=config.log.wandb, dir=str(workdir), name=epath.Path(workdir).name, resume="allow")

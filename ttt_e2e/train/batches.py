@@ -1,0 +1,105 @@
+"""From token stores to arrays on the mesh, and the held-out loss. Shapes: `B` batch, `T` sequence."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from tqdm import tqdm
+
+from ttt_e2e.cluster import sharding
+from ttt_e2e.config import Config
+from ttt_e2e.data.pipeline import evaluation_batches
+from ttt_e2e.data.store import TokenStore
+from ttt_e2e.errors import PreemptedError, UserError
+
+
+class HeldOut(NamedTuple):
+    """Losses on held-out text, in nats."""
+
+    loss: float  # as in training: mean over sequences of the mean over mini-batches
+    token_loss: float  # mean over unmasked targets
+    num_tokens: int  # unmasked targets
+    num_sequences: int
+
+
+def open_store(config: Config, split: str) -> TokenStore:
+    """A split of the config's token store, checked against the config.
+
+    Raises:
+      UserError: no such store or split, too few tokens, or prepared for another vocabulary.
+    """
+    path, ours = config.data.path, config.model.vocab_size
+    if not path:
+        raise UserError("config.data.path is '', but it must be the directory of a token store (see ttt-e2e prepare)")
+    store = TokenStore.open(path, split)
+    store.num_sequences(config.train.seq_len)  # raises where there is none
+    if (theirs := store.attributes.get("vocab_size", ours)) > ours:
+        raise UserError(f"config.model.vocab_size is {ours}, but token store {path} was prepared with {theirs}")
+    for field in ("bos_id", "tokenizer"):
+        ours = getattr(config.data, field)
+        theirs = store.attributes.get(field, ours)
+        if ours != theirs and ours != "":  # an empty tokenizer means the store's
+            raise UserError(f"config.data.{field} is {ours!r}, but token store {path} was prepared with {theirs!r}")
+    return store
+
+
+def check_batch(field: str, batch_size: int, mesh, accumulation_steps: int = 1) -> None:
+    """Raises `UserError` unless every accumulation step's part of the batch spreads evenly over the data axis."""
+    parts = accumulation_steps * mesh.shape["data"]
+    if batch_size % parts:
+        raise UserError(
+            f"{field} is {batch_size}, but it must be a multiple of {parts} "
+            f"({accumulation_steps} accumulation step(s) x {mesh.shape['data']} device(s) on the data axis)"
+        )
+
+
+def to_device(local_batch: np.ndarray, mesh, batch_size: int) -> jax.Array:
+    """The global batch [B, T + 1], sharded over `data`, of which this process holds `local_batch`."""
+    shape = (batch_size, *local_batch.shape[1:])
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, sharding.BATCH), local_batch, shape)
+
+
+def held_out_loss(
+    eval_step,
+    params,
+    store: TokenStore,
+    config: Config,
+    mesh,
+    inner_rate: float,
+    desc: str = "",
+    stop: Callable[[], bool] = lambda: False,
+    take: Callable[[jax.Array, int], None] = lambda nll_BT, num_sequences: None,
+) -> HeldOut:
+    """Reads the first `eval.num_sequences` sequences of the store (0 = all) with `eval_step` (`make_eval_step`).
+
+    Each process reads its own rows of every batch, and is told the sums of all. `take` is given each batch's NLL
+    [B, T], which lies on the devices, and how many rows of it count.
+
+    Raises:
+      PreemptedError: `stop`, which is asked after every batch, says so.
+    """
+    B, T = config.eval.batch_size, config.train.seq_len
+    num_sequences = config.eval.num_sequences or store.num_sequences(T)
+    batches = evaluation_batches(
+        store,
+        seq_len=T,
+        num_sequences=num_sequences,
+        batch_size=B,
+        rows=sharding.local_rows(mesh, B),
+        vocab_size=config.model.vocab_size,
+    )
+    loss, token_nll, num_tokens = 0.0, 0.0, 0
+    for tokens, num_valid in tqdm(batches, total=-(-num_sequences // B), desc=desc, unit="batch", disable=not desc):
+        sums, nll_BT = eval_step(params, to_device(tokens, mesh, B), inner_rate, num_valid)
+        take(nll_BT, num_valid)
+        sums = jax.device_get(sums)
+        loss += float(sums["loss"])
+        token_nll += float(sums["token_nll"])
+        num_tokens += int(sums["num_tokens"])
+        if stop():
+            raise PreemptedError("preempted in an evaluation")
+    token_loss = token_nll / num_tokens if num_tokens else math.nan
+    return HeldOut(loss / num_sequences, token_loss, num_tokens, num_sequences)

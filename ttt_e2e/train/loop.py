@@ -1,0 +1,176 @@
+"""The training loop."""
+
+import logging
+from contextlib import ExitStack, closing
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ttt_e2e.checkpoints.checkpoint import Checkpoints, check_position, load_params, progress_of
+from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.distributed import Exchange, watch_for_preemption
+from ttt_e2e.config import Config
+from ttt_e2e.data.pipeline import training_batches
+from ttt_e2e.errors import PreemptedError
+from ttt_e2e.kernels import choice
+from ttt_e2e.model import abstract_model
+from ttt_e2e.runs import directory as run_directory
+from ttt_e2e.train.batches import check_batch, held_out_loss, open_store, to_device
+from ttt_e2e.train.optimizer import make_optimizer
+from ttt_e2e.train.step_log import StepLog
+from ttt_e2e.train.steps import TrainState, init_state, make_eval_step, make_train_step, take_policies
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Config, workdir, overrides: list[str] = ()) -> dict:
+    """Trains to `config.train.num_steps`, resuming where the run directory left off; returns the last metrics.
+
+    `overrides` is how the config was made from its file, for the record.
+
+    Whatever ends the run, a save under way is finished and the files are closed. SIGTERM or SIGUSR1 to any one process
+    ends it, in all of them, after the step that they agree on, which is saved; so does one during an evaluation, which
+    is made up for when the run is resumed.
+
+    Raises:
+      UserError: data, mesh, checkpoint or run directory do not fit the config; a metric became NaN; a save failed.
+      PreemptedError: a signal asked to stop.
+    """
+    with ExitStack() as stack:
+        return _train(config, epath.Path(workdir), list(overrides), stack)
+
+
+def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: ExitStack) -> dict:
+    # ---------------------------------------------------------------- set up
+    batch_size, num_steps = config.train.global_batch_size, config.train.num_steps
+    mesh = sharding.make_mesh(config.mesh)
+    choice.check(config.model)
+    check_batch("config.train.global_batch_size", batch_size, mesh, config.train.accumulation_steps)
+    check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
+    train_store = open_store(config, config.data.train_split)
+    eval_store = open_store(config, config.data.eval_split) if config.eval.every_steps else None
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
+    run_directory.claim(workdir, config)
+    taken = take_policies(config, mesh)
+    run_directory.record_start(workdir, overrides, taken.record())
+    checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", config.checkpoint)))
+    preemption = stack.enter_context(watch_for_preemption())
+    state, progress = restore_or_init(config, optimizer, mesh, checkpoints, train_store.fingerprint)
+    first_step, next_batch = int(state.step), progress.get("next_batch", 0)
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    train_step = make_train_step(config, optimizer, mesh, placed, taken)
+    eval_step = make_eval_step(config, mesh, placed.params)
+    choose_attention(config, train_step, eval_step, state)
+    batches = training_batches(
+        train_store,
+        seq_len=config.train.seq_len,
+        global_batch_size=batch_size,
+        seed=config.data.seed,
+        shuffle=config.data.shuffle,
+        start_batch=next_batch,
+        rows=sharding.local_rows(mesh, batch_size),
+        vocab_size=config.model.vocab_size,
+        num_workers=config.data.num_workers,
+    )
+    stack.enter_context(closing(batches))
+    productive, begun = progress.get("productive_seconds", 0.0), run_directory.first_start(workdir)
+    log = stack.enter_context(closing(StepLog(config, workdir, first_step, productive, begun)))
+    phases, exchange = log.phases, Exchange()
+    stack.enter_context(logging_redirect_tqdm())  # lines of the log stand above the bar
+
+    def evaluate(step: int) -> bool:
+        """Whether it was finished, and not preempted."""
+        try:
+            rate = config.inner.learning_rate
+            with phases.during("evaluate"):
+                held_out = held_out_loss(eval_step, state.params, eval_store, config, mesh, rate, stop=preemption.poll)
+        except PreemptedError:
+            return False
+        log.restart_clock()
+        log.write(step, {"eval_loss": held_out.loss, "eval_token_loss": held_out.token_loss})
+        return True
+
+    def finish(step: int, device_metrics: dict, said) -> bool:
+        """Waits for a step; whether any process was asked to stop by then."""
+        said_P = np.asarray(said)
+        log.finish_step(step, device_metrics, said_P[:, 1:])
+        return bool(said_P[:, 0].any())
+
+    if eval_store and progress.get("owes_evaluation") and not evaluate(first_step):
+        raise PreemptedError(f"preempted: step {first_step} is saved in {checkpoints.directory}")
+    log.restart_clock()
+
+    # ---------------------------------------------------------------- the loop
+    pending, stop = None, False
+    for step in range(first_step + 1, num_steps + 1):
+        log.profile(step)
+        with phases.during("input"):
+            tokens = to_device(next(batches), mesh, batch_size)
+        state, device_metrics = train_step(state, tokens)
+        said = exchange([preemption.requested.is_set(), *phases.take()])
+
+        # The device works on this step while the host waits for the one before.
+        if pending:
+            stop = finish(*pending)
+        pending = (step, device_metrics, said)
+
+        due = eval_store and (_due(step, config.eval.every_steps) or step == num_steps)
+        save = stop or _due(step, config.checkpoint.every_steps) or step == num_steps
+        if save or due:
+            stop, pending = finish(*pending) or stop, None
+        owed = due and (stop or not evaluate(step))
+        stop = stop or owed
+        if save or stop:
+            save_state = checkpoints.save_and_wait if stop or step == num_steps else checkpoints.save
+            more = {"data": train_store.fingerprint, "productive_seconds": log.productive_seconds}
+            more |= {"owes_evaluation": True} if owed else {}
+            with phases.during("save"):
+                save_state(state, progress_of(step, next_batch + step - first_step, config, **more))
+        if stop and (step < num_steps or owed):
+            raise PreemptedError(f"preempted: step {step} is saved in {checkpoints.directory}")
+        if save or due:
+            log.restart_clock()
+
+    return log.last
+
+
+def choose_attention(config: Config, train_step, eval_step, state: TrainState) -> None:
+    """On an accelerator, checks and times the backends of window attention for what the steps compute."""
+
+    def trace():
+        batches = (config.train.global_batch_size, config.eval.batch_size)
+        train_tokens, eval_tokens = (jax.ShapeDtypeStruct((B, config.train.seq_len + 1), np.int32) for B in batches)
+        jax.eval_shape(train_step, state, train_tokens)
+        if config.eval.every_steps:
+            jax.eval_shape(eval_step, state.params, eval_tokens, config.inner.learning_rate, 0)
+
+    choice.measure(trace)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def restore_or_init(
+    config: Config, optimizer, mesh, checkpoints: Checkpoints, fingerprint: str
+) -> tuple[TrainState, dict]:
+    """The state to start from, sharded, and the progress that its checkpoint recorded, empty where there is none.
+
+    In this order: 1. the run's own newest checkpoint, 2. the parameters of `train.init_from` under a fresh optimizer,
+    3. fresh parameters.
+    """
+    abstract = jax.eval_shape(lambda: init_state(config, optimizer))
+    placed = sharding.shardings(abstract, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+    if newest := checkpoints.restore_newest(abstract):
+        state, progress = newest
+        logger.info("resuming from step %d of %s", progress["step"], checkpoints.directory)
+        check_position(progress, config, fingerprint)
+        return state, progress
+    state = jax.jit(lambda: init_state(config, optimizer), out_shardings=placed)()
+    if config.train.init_from:
+        logger.info("taking the initial parameters from %s", config.train.init_from)
+        state = state._replace(params=load_params(config.train.init_from, abstract.params))
+    return state, {}

@@ -1,0 +1,120 @@
+"""What the training loop says of its steps."""
+
+import time
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ttt_e2e.config import Config
+from ttt_e2e.errors import UserError
+from ttt_e2e.runs.metrics import MetricsWriter, first_not_finite
+from ttt_e2e.runs.watchdog import Phases, Watchdog, seconds_alone, seconds_in, seconds_of_step
+from ttt_e2e.train.flops import model_flops_per_token, peak_flops
+
+
+class StepLog:
+    """What the loop says of its steps: metrics on disk, a progress bar, a profile when asked; only process 0 does.
+
+    `productive_seconds` are those spent in steps, of which no step that was lost and made again is one; `begun` is when
+    the run was first started, in seconds since 1970.
+    """
+
+    def __init__(self, config: Config, workdir, first_step: int, productive_seconds: float, begun: float):
+        self._config, self._workdir, self._first_step = config, workdir, first_step
+        self._tokens = config.train.global_batch_size * config.train.seq_len
+        self._flops = model_flops_per_token(config) * self._tokens
+        is_main = jax.process_index() == 0
+        self._writer = MetricsWriter(workdir, config, first_step) if is_main else None
+        self._bar = tqdm(
+            total=config.train.num_steps, initial=first_step, desc="train", unit="step", disable=not is_main
+        )
+        self._profiling = False
+        self._start = time.perf_counter()
+        self._begun = begun
+        self._since_written: list[np.ndarray] = []  # seconds [P, F] of each step
+        self.productive_seconds = productive_seconds
+        self.phases = Phases()
+        self._watchdog = Watchdog(self.phases, config.log.slow_step_factor)
+        self.last: dict = {}
+
+    def finish_step(self, step: int, device_metrics: dict, seconds_PF: np.ndarray) -> None:
+        """Waits for a step's metrics, checks and logs them; `seconds_PF` is how long processes were in which phase.
+
+        Raises:
+          UserError: one is NaN or infinite; the message names it and the step.
+        """
+        self.last = {name: float(value) for name, value in device_metrics.items()}
+        bad = first_not_finite(self.last)
+        self._watchdog.step_done(step, seconds_PF)
+        self._since_written.append(seconds_PF)
+        if step > self._first_step + 1:  # the first one of a start compiles
+            self.productive_seconds += float(seconds_in(seconds_PF[jax.process_index()], "compute"))
+        self.last |= self._rates() | self._time_use()
+        if bad or step % self._config.log.every_steps == 0 or step in (1, self._config.train.num_steps):
+            self.write(step, self.last)
+            self._since_written = []
+        self._bar.set_postfix_str(
+            f"loss {self.last['loss']:.4f}, {self.last['tokens_per_second']:,.0f} tok/s, "
+            f"{self.last['model_flops_per_second'] / 1e9:,.1f} GFLOP/s",
+            refresh=False,
+        )
+        self._bar.update()
+        if bad:
+            raise UserError(
+                f"{bad} is {self.last[bad]} at step {step}; training stopped, earlier checkpoints are whole"
+            )
+
+    def write(self, step: int, values: dict) -> None:
+        """Writes the metrics of a step."""
+        if self._writer:
+            self._writer.write(step, values)
+
+    def restart_clock(self) -> None:
+        """Leaves what has happened since the last step out of the next one's time."""
+        self._start = time.perf_counter()
+        self._watchdog.restart()
+
+    def profile(self, step: int) -> None:
+        """Captures `log.profile_steps` steps into `logs/profile`, after ten that compile and warm up."""
+        begin = self._first_step + 11
+        if self._config.log.profile_steps and step == begin:
+            jax.profiler.start_trace(str(self._workdir / "logs" / "profile"))
+            self._profiling = True
+        elif self._profiling and step == begin + self._config.log.profile_steps:
+            jax.profiler.stop_trace()
+            self._profiling = False
+
+    def close(self) -> None:
+        """Ends the watch, the bar, the files and a profile under way."""
+        self._watchdog.close()
+        if self._profiling:
+            jax.profiler.stop_trace()
+        self._bar.close()
+        if self._writer:
+            self._writer.close()
+
+    def _rates(self) -> dict:
+        """Tokens and model FLOPs a second, and their share of the devices' peak (None where that is not known)."""
+        now = time.perf_counter()
+        seconds, self._start = now - self._start, now
+        flops, peak = self._flops / seconds, peak_flops()
+        return {
+            "tokens_per_second": self._tokens / seconds,
+            "model_flops_per_second": flops,
+            "mfu": flops / peak if peak else None,
+        }
+
+    def _time_use(self) -> dict:
+        """Where the time went: goodput of all the run; and, of the steps since the last line, two more.
+
+        They are the worst process's share of waiting for data, and how far processes are apart in what they do alone.
+        """
+        seconds_SPF = np.stack(self._since_written)
+        alone_SP = seconds_alone(seconds_SPF)
+        wait_P = seconds_in(seconds_SPF, "input").sum(axis=0) / seconds_of_step(seconds_SPF).sum(axis=0)
+        return {
+            "goodput": self.productive_seconds / (time.time() - self._begun),
+            "data_wait_share": float(wait_P.max()),
+            "host_spread_seconds": float((alone_SP.max(axis=1) - alone_SP.min(axis=1)).mean()),
+        }

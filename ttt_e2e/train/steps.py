@@ -1,0 +1,189 @@
+"""The compiled programs of the outer loop: one training step, one evaluation step.
+
+Losses and gradients are computed inside of a `jax.shard_map` over both axes of the mesh, where each device works on its
+own parts (inner/division.py) and every byte that travels is asked for by name; the compiler divides only the update.
+
+Shapes: `B` batch, `A` accumulation steps, `T` sequence.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ttt_e2e.cluster import sharding
+from ttt_e2e.config import Config
+from ttt_e2e.inner import Reading, inner_learning_rate, read_batch
+from ttt_e2e.inner.division import DATA, Division, complete, fetch
+from ttt_e2e.kernels.precision import matmul_precision
+from ttt_e2e.model import Transformer, abstract_model
+from ttt_e2e.model.parameters import split
+from ttt_e2e.train import policies
+from ttt_e2e.train.optimizer import gradient_norm, learning_rate_schedule
+
+
+class TrainState(NamedTuple):
+    """What a training step maps to its successor, and what a checkpoint holds."""
+
+    params: Any  # {"fast": W_0, "slow": theta}, nested dicts of arrays
+    optimizer: Any
+    step: jax.Array  # number of updates made
+
+
+def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """Fresh parameters and optimizer state. Pure: call it under `jit` to have it made in place."""
+    _, fast, slow = split(Transformer(config.model, nnx.Rngs(config.train.seed)))
+    params = {"fast": fast, "slow": slow}
+    return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+class Policies(NamedTuple):
+    """What a step does where the configuration leaves it open, and how it is divided."""
+
+    config: Config  # without "auto" in its inner loop
+    division: Division
+
+    def record(self) -> dict[str, str]:
+        """What was taken, for the run directory: field -> value."""
+        prefix = "sequence" if self.division.by_sequence else "matrices"
+        inner = {f"inner.{name}": getattr(self.config.inner, name) for name in ("trajectory", "remat")}
+        return inner | {"mesh.prefix": prefix}
+
+
+def take_policies(config: Config, mesh: Mesh) -> Policies:
+    """Decides what "auto" means for a training step on a mesh."""
+    graphdef, params = abstract_model(config.model)
+    division = sharding.divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
+    return Policies(policies.for_training(config, graphdef, params, mesh, division), division)
+
+
+def make_train_step(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    state_shardings,
+    taken: Policies | None = None,
+) -> Callable:
+    """The compiled outer step: (state, tokens [B, T + 1]) -> (state, metrics). The state passed in is donated.
+
+    metrics: scalars `loss`, `grad_norm` (before clipping), `learning_rate` and `inner_learning_rate` of this step.
+    `taken`: what `take_policies` said, where it was asked before.
+    """
+    taken = taken or take_policies(config, mesh)
+    loss_and_gradient = make_gradient(taken.config, mesh, taken.division)
+    rate_at = learning_rate_schedule(config.optimizer)
+
+    def train_step(state: TrainState, tokens):
+        inner_rate = inner_learning_rate(config.inner, state.step)
+        mean_loss, gradient = loss_and_gradient(state.params, tokens, inner_rate)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": mean_loss,
+            "grad_norm": gradient_norm(gradient),
+            "learning_rate": rate_at(state.step),
+            "inner_learning_rate": inner_rate,
+        }
+        return TrainState(params, optimizer_state, state.step + 1), metrics
+
+    return jax.jit(
+        train_step,
+        in_shardings=(state_shardings, NamedSharding(mesh, sharding.BATCH)),
+        out_shardings=(state_shardings, NamedSharding(mesh, P())),
+        donate_argnums=0,
+    )
+
+
+def make_gradient(config: Config, mesh: Mesh, division: Division, mean_loss: Callable | None = None) -> Callable:
+    """(params, tokens [B, T + 1], inner learning rate) -> mean loss of the batch, and its gradient.
+
+    mean_loss: (params, tokens, inner learning rate) -> mean loss of a device's own sequences, if it is not to be what
+    `read_batch` gives.
+    """
+    graphdef, params = abstract_model(config.model)
+    specs = sharding.specs(params, mesh)
+    read = _reader(config, graphdef, division)
+    if mean_loss is None:
+
+        def mean_loss(params, tokens, inner_rate):
+            return read(params, tokens, inner_rate).loss.mean()
+
+    @matmul_precision(config.model.compute_dtype)
+    def on_a_device(params, tokens, inner_rate):
+        def share_of_loss(params, tokens):
+            return mean_loss(params, tokens, inner_rate) / mesh.shape[DATA]
+
+        share, gradient = _accumulate(
+            lambda part: jax.value_and_grad(share_of_loss)(params, part), tokens, config.train.accumulation_steps
+        )
+        return jax.lax.psum(share, DATA), complete(division, gradient)
+
+    return jax.shard_map(
+        on_a_device, mesh=mesh, in_specs=(specs, sharding.BATCH, P()), out_specs=(P(), specs), check_vma=False
+    )
+
+
+def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
+    """The compiled evaluation: (params, tokens [B, T + 1], inner learning rate, n) -> (sums, token_nll [B, T]).
+
+    sums over the first n sequences: `loss`, and of their unmasked targets `token_nll` and the number, `num_tokens`.
+    Every process has them; the NLL of each token stays where its sequence was read.
+    """
+    config = policies.for_reading(config)
+    graphdef, params = abstract_model(config.model)
+    division = sharding.divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
+    read = _reader(config, graphdef, division)
+    bos_id = config.data.bos_id
+
+    @matmul_precision(config.model.compute_dtype)
+    def on_a_device(params, tokens, inner_rate):
+        reading = read(params, tokens, inner_rate)
+        return reading.loss, reading.token_nll_T
+
+    specs = (sharding.specs(params, mesh), sharding.BATCH, P())
+    read_all = jax.shard_map(on_a_device, mesh=mesh, in_specs=specs, out_specs=sharding.BATCH, check_vma=False)
+
+    def eval_step(params, tokens, inner_rate, num_sequences):
+        loss_B, token_nll_BT = read_all(params, tokens, inner_rate)
+        counts_B = jnp.arange(len(tokens)) < num_sequences
+        is_target_BT = counts_B[:, None] & ((tokens[:, 1:] != bos_id) | (bos_id == 0))
+        sums = {
+            "loss": jnp.where(counts_B, loss_B, 0).sum(),
+            "token_nll": jnp.where(is_target_BT, token_nll_BT, 0).sum(),
+            "num_tokens": is_target_BT.sum(),
+        }
+        return sums, token_nll_BT
+
+    batch, everywhere = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
+    return jax.jit(
+        eval_step,
+        in_shardings=(params_shardings, batch, everywhere, everywhere),
+        out_shardings=(everywhere, batch),
+    )
+
+
+def _reader(config: Config, graphdef, division: Division) -> Callable[..., Reading]:
+    """(stored parts of params, a device's tokens [B, T + 1], inner learning rate) -> what reading them gives."""
+
+    def read(params, tokens, inner_rate):
+        fast = fetch(division.fast, params["fast"])
+        fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (len(tokens), *w.shape)), fast)
+        options = {"inner": config.inner, "learning_rate": inner_rate, "bos_id": config.data.bos_id}
+        return read_batch(graphdef, fast, params["slow"], tokens, **options, division=division)
+
+    return read
+
+
+def _accumulate(function, tokens, num_parts: int):
+    """Mean of `function` over `num_parts` parts of a device's sequences [B, T + 1], one after the other."""
+    if num_parts == 1:
+        return function(tokens)
+    parts = tokens.reshape(num_parts, -1, tokens.shape[1])
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, parts[0]))
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), total, parts)
+    return jax.tree.map(lambda x: x / num_parts, total)
