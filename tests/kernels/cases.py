@@ -25,8 +25,8 @@ class Case(NamedTuple):
     def problem(self, seed: int = 0, dtype=None) -> dict:
         """Queries, new keys and values, cached ones."""
         random = np.random.default_rng(seed)
-        shapes = {"q": (self.T, self.N, self.H), "k": (self.T, self.G, self.H), "v": (self.T, self.G, self.H)}
-        shapes |= {"cached_k": (self.C, self.G, self.H), "cached_v": (self.C, self.G, self.H)}
+        shapes = {"q": (self.N, self.T, self.H), "k": (self.G, self.T, self.H), "v": (self.G, self.T, self.H)}
+        shapes |= {"cached_k": (self.G, self.C, self.H), "cached_v": (self.G, self.C, self.H)}
         return {name: jnp.asarray(random.normal(size=shape), dtype) for name, shape in shapes.items()}
 
     def attend(self, x: dict, backend: str = "xla", **options):

@@ -98,7 +98,7 @@ def test_fused_kernels_leave_other_callers_to_auto(fused, options):
     [
         (Case(T=4).problem(dtype=jnp.int32), "bfloat16, float16, float32, all arrays alike, not int32.*xla"),
         (Case(T=4, H=264).problem(dtype=jnp.float32), "head widths up to 256, not 264.*xla"),
-        (Case(T=4).problem(dtype=jnp.float32) | {"cached_k": jnp.zeros((0, 1, 8), jnp.bfloat16)}, "of one dtype.*xla"),
+        (Case(T=4).problem(dtype=jnp.float32) | {"cached_k": jnp.zeros((1, 0, 8), jnp.bfloat16)}, "of one dtype.*xla"),
     ],
 )
 def test_what_the_kernels_for_tpus_cannot_take_is_named(x, message):
@@ -130,18 +130,18 @@ def test_unsupported_combinations_name_the_alternatives(backend, options, messag
 
 def test_shapes_that_do_not_fit_are_named():
     q, k, v = qkv(Case(T=4, N=3, G=1))
-    with pytest.raises(UserError, match=r"\(4, 3, 8\)"):
-        window_attention(q, k[:3], v[:3], window=2)
+    with pytest.raises(UserError, match=r"\(3, 4, 8\)"):
+        window_attention(q, k[:, :3], v[:, :3], window=2)
     with pytest.raises(UserError, match="or neither"):
         window_attention(q, k, v, window=2, cached_k=k)
     with pytest.raises(UserError, match="as many new keys as queries"):
-        window_attention(q[1:], k, v, window=2, cached_k=k, cached_v=v)
+        window_attention(q[:, 1:], k, v, window=2, cached_k=k, cached_v=v)
 
 
 def test_cached_keys_are_leading_keys():
     case = Case(T=20, C=10, window=8, num_empty=4)
     x = case.problem(dtype=jnp.float32)
-    k, v = (jnp.concatenate([x[f"cached_{name}"], x[name]]) for name in "kv")
+    k, v = (jnp.concatenate([x[f"cached_{name}"], x[name]], axis=1) for name in "kv")
     for backend in ("xla", "reference"):
         joined = window_attention(x["q"], k, v, window=8, num_empty=4, backend=backend)
         assert relative_error(case.attend(x, backend), joined) < 1e-6

@@ -103,7 +103,7 @@ def test_known_output_and_lse_are_given_to_candidates(tmp_path):
     x = CASE.problem(dtype=jnp.bfloat16)
 
     def trace():
-        known = (jnp.zeros((12, 2, 8), jnp.bfloat16), jnp.zeros((12, 2)))
+        known = (jnp.zeros((2, 12, 8), jnp.bfloat16), jnp.zeros((2, 12)))
         jax.eval_shape(lambda x: CASE.attend(x, "auto", derivatives="reverse_of_tangent", known=known), x)
         jax.eval_shape(lambda x: CASE.attend(x, "auto", derivatives="first_order", with_lse=True), x)
 

@@ -31,7 +31,7 @@ def compare(case: Case, make=nestings, bound=1e-12):
     """`make`'s derivatives by both backends. The bound is for float64: sums of some hundred terms."""
     with jax.enable_x64(True):
         x, y = case.problem(0), case.problem(1)
-        bar = np.random.default_rng(2).normal(size=(case.T, case.N, case.H))
+        bar = np.random.default_rng(2).normal(size=(case.N, case.T, case.H))
         actual = results(make(lambda x: case.attend(x), x, y, bar))
         expected = results(make(lambda x: case.attend(x, "reference"), x, y, bar))
     errors = {name: relative_error(actual[name], expected[name]) for name in expected}
@@ -88,8 +88,8 @@ def test_window_of_one_copies_values_and_has_no_gradient_elsewhere(float64):
     case = Case(T=20, C=5, window=1)
     x, y = case.problem(0), case.problem(1)
     out, out_dot = jax.jvp(case.attend, (x,), (y,))
-    np.testing.assert_allclose(out, jnp.repeat(x["v"], 2, axis=1), rtol=1e-12)
-    np.testing.assert_allclose(out_dot, jnp.repeat(y["v"], 2, axis=1), rtol=1e-12)
+    np.testing.assert_allclose(out, jnp.repeat(x["v"], 2, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(out_dot, jnp.repeat(y["v"], 2, axis=0), rtol=1e-12)
     gradient = jax.grad(lambda x: jnp.sum(case.attend(x) ** 2))(x)
     np.testing.assert_allclose(gradient["v"], 4 * x["v"], rtol=1e-12)
     assert max(abs(gradient[name]).max() for name in ("q", "k")) < 1e-13
@@ -218,7 +218,7 @@ def test_batch_and_heads_are_divided_among_devices_without_communication():
     two_axes = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     x = jax.tree.map(lambda *a: jnp.stack(a), *[case.problem(seed, jnp.float32) for seed in range(4)])
     expected = jax.jit(jax.vmap(second_gradient(lambda x: case.attend(x, "reference"))))(x)
-    x = jax.device_put(x, jax.NamedSharding(two_axes, P("data", None, "model")))
+    x = jax.device_put(x, jax.NamedSharding(two_axes, P("data", "model")))
     compiled = jax.jit(jax.vmap(second_gradient(case.attend))).lower(x).compile()
     assert relative_error(compiled(x), expected) < 1e-5
     text = compiled.as_text()

@@ -16,11 +16,11 @@ N, G, H = 6, 2, 4
 def test_parts_are_as_one(num_empty, window):
     sizes, random = (5, 3, 1), np.random.default_rng(0)
     S = sum(sizes)
-    q_1NH, k_SGH, v_SGH = (jnp.asarray(random.normal(size=shape)) for shape in ((1, N, H), (S, G, H), (S, G, H)))
+    q_N1H, k_GSH, v_GSH = (jnp.asarray(random.normal(size=shape)) for shape in ((N, 1, H), (G, S, H), (G, S, H)))
     place_S = np.arange(S)
     visible_S = (place_S >= num_empty) & (place_S >= (S - window if window else 0))
     ends = np.cumsum(sizes)[:-1]
-    by_head = (np.split(a_SGH.swapaxes(0, 1), ends, axis=1) for a_SGH in (k_SGH, v_SGH))
-    parts = [Keys(*part) for part in zip(*by_head, np.split(visible_S, ends))]
-    expected_1NH = window_attention(q_1NH, k_SGH, v_SGH, window=window, num_empty=num_empty, backend="reference")
-    np.testing.assert_allclose(attend_one(q_1NH[0], *parts), expected_1NH[0], rtol=1e-12)
+    split = (np.split(a_GSH, ends, axis=1) for a_GSH in (k_GSH, v_GSH))
+    parts = [Keys(*part) for part in zip(*split, np.split(visible_S, ends))]
+    expected_N1H = window_attention(q_N1H, k_GSH, v_GSH, window=window, num_empty=num_empty, backend="reference")
+    np.testing.assert_allclose(attend_one(q_N1H[:, 0], *parts), expected_N1H[:, 0], rtol=1e-12)

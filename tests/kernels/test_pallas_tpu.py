@@ -133,7 +133,7 @@ def test_empty_keys_have_no_influence_whatever_they_hold():
     x = Case(T=16, C=20, H=8).problem(dtype=jnp.bfloat16)
 
     def gradients(filling):
-        cached = {name: x[name].at[:13].set(filling) for name in ("cached_k", "cached_v")}
+        cached = {name: x[name].at[:, :13].set(filling) for name in ("cached_k", "cached_v")}
 
         def loss(z):
             case = Case(T=16, C=20, H=8, window=30, num_empty=13)
@@ -160,7 +160,7 @@ def test_nestings_equal_dense_autodiff(mapped):
     """`num_empty` is traced."""
     case = Case(T=12, C=9, N=4, G=2, H=5, window=4, num_empty=3)
     x, y = case.problem(0, jnp.float32), case.problem(1, jnp.float32)
-    bar = np.random.default_rng(2).normal(size=(case.T, case.N, case.H)).astype(np.float32)
+    bar = np.random.default_rng(2).normal(size=(case.N, case.T, case.H)).astype(np.float32)
     names = ["vjp_of_jvp", "inner_jvp"] if mapped else ["jvp", "vjp_of_vjp", "inner_vjp"]
 
     def derivatives(backend):

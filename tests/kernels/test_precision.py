@@ -50,7 +50,7 @@ def test_error_is_within_twice_that_of_dense_attention(backend, dtype, common):
     if common:  # every key moves by the same large vector, on which every query has a positive component
         y = {name: 0.1 * a + (common * 0.1 if name in ("k", "cached_k") else 0) for name, a in y.items()}
         x |= {"q": abs(x["q"])}
-    bars = tuple(np.random.default_rng(2).normal(size=(2, case.T, case.N, case.H)))
+    bars = tuple(np.random.default_rng(2).normal(size=(2, case.N, case.T, case.H)))
     exact = [jax.tree.map(lambda a: np.asarray(jnp.asarray(a, dtype).astype(jnp.float32)), z) for z in (x, y, bars)]
     actual, dense = (derivatives(case, name, dtype, *exact) for name in (backend, "reference"))
     with jax.enable_x64(True):
@@ -69,7 +69,7 @@ def test_no_derivative_is_nan_where_the_softmax_saturates(score, window):
     case = Case(T=12, C=4, N=2, G=1, H=4, window=window, num_empty=2)
     x, y = case.problem(0, jnp.float32), case.problem(1, jnp.float32)
     x["q"] = x["q"].at[..., 0].set(1e2)
-    x["k"] = x["k"].at[6, :, 0].set(score / 1e2 * case.H**0.5)
+    x["k"] = x["k"].at[:, 6, 0].set(score / 1e2 * case.H**0.5)
 
     def loss(x):
         return jnp.sum(case.attend(x) ** 2)

@@ -138,7 +138,7 @@ def _first_order_errors(variant: str, shape, window: int, num_empty: int, dtype)
         return {"all": {"skipped": "needs an NVIDIA GPU"}}
     B, R, T, _, H = shape
     random = np.random.default_rng(0)
-    exact = [np.asarray(random.normal(size=(B, T, n, H)).astype(dtype), np.float64) for n in (R, 1, 1, R)]
+    exact = [np.asarray(random.normal(size=(B, n, T, H)).astype(dtype), np.float64) for n in (R, 1, 1, R)]
 
     def results(backend, as_dtype):
         *x, bar = (jnp.asarray(a, as_dtype) for a in exact)

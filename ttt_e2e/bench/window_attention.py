@@ -77,7 +77,7 @@ def _measure(variant: str, sizes: dict, repeats: int) -> list[dict]:
     """A row for every pass that the variant has."""
     B, T, C, window, N, H, dtype = sizes.values()
     keys = jax.random.split(jax.random.key(0), 10)
-    arrays = [jax.random.normal(key, (B, C if i < 2 else T, N, H), dtype) for i, key in enumerate(keys)]
+    arrays = [jax.random.normal(key, (B, N, C if i < 2 else T, H), dtype) for i, key in enumerate(keys)]
     visible = bands.num_visible(T, T + C, window)
     rows = []
     for name in PASSES:
@@ -100,7 +100,7 @@ def _measure(variant: str, sizes: dict, repeats: int) -> list[dict]:
 
 
 def _pass(name: str, variant: str, window: int):
-    """A function of cached keys and values [B, C, N, H] and of [B, T, N, H]: q, k, v, tangents, two cotangents."""
+    """A function of cached keys and values [B, N, C, H] and of [B, N, T, H]: q, k, v, tangents, two cotangents."""
     derivatives = "reverse_of_tangent" if "tangent" in name else "first_order"
 
     def program(cached_k, cached_v, *arrays):
@@ -108,7 +108,7 @@ def _pass(name: str, variant: str, window: int):
 
         def attend(*x):
             def one(cached_k, cached_v, q, k, v):
-                cached = {"cached_k": cached_k, "cached_v": cached_v} if cached_k.shape[0] else {}
+                cached = {"cached_k": cached_k, "cached_v": cached_v} if cached_k.shape[1] else {}
                 return window_attention(q, k, v, window=window, backend=variant, derivatives=derivatives, **cached)
 
             return jax.vmap(one)(cached_k, cached_v, *x)
@@ -134,10 +134,9 @@ def _passes(name: str, variant: str, window: int):
     kernels = import_module(f"ttt_e2e.kernels.{variant}")
 
     def program(cached_k, cached_v, *arrays):
-        heads_first = [a.swapaxes(1, 2) for a in arrays]  # [B, N, T, H]
-        q, q_dot, o_bar, o_dot_bar = (heads_first[i][:, :, None] for i in (0, 3, 6, 7))  # a query head per key head
-        k, v = (jnp.concatenate([c.swapaxes(1, 2), a], axis=2) for c, a in zip((cached_k, cached_v), heads_first[1:3]))
-        x, y = (q, k, v, jnp.zeros(len(q), jnp.int32)), (q_dot, *heads_first[4:6])
+        q, q_dot, o_bar, o_dot_bar = (arrays[i][:, :, None] for i in (0, 3, 6, 7))  # a query head per key head
+        k, v = (jnp.concatenate([c, a], axis=2) for c, a in zip((cached_k, cached_v), arrays[1:3]))
+        x, y = (q, k, v, jnp.zeros(len(q), jnp.int32)), (q_dot, *arrays[4:6])
         new = {"window": window, "num_keys": y[1].shape[2]}
         if name == "forward":
             return kernels.forward(*x, window=window)

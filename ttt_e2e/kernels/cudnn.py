@@ -6,9 +6,10 @@ Shapes: `T` positions, `N` query heads, `G` key/value heads, `H` head width.
 import jax
 
 
-def attend(q_TNH, k_TGH, v_TGH, *, window: int, implementation: str = "cudnn"):
-    """Attention [T, N, H] of a whole sequence to itself; `implementation="xla"` runs it anywhere, for tests."""
-    local = (min(window, q_TNH.shape[0]) - 1, 0) if window else None
+def attend(q_NTH, k_GTH, v_GTH, *, window: int, implementation: str = "cudnn"):
+    """Attention [N, T, H] of a whole sequence to itself; `implementation="xla"` runs it anywhere, for tests."""
+    local = (min(window, q_NTH.shape[1]) - 1, 0) if window else None
+    by_position = (a.swapaxes(0, 1) for a in (q_NTH, k_GTH, v_GTH))  # the layout of JAX's entry point
     return jax.nn.dot_product_attention(
-        q_TNH, k_TGH, v_TGH, is_causal=True, local_window_size=local, implementation=implementation
-    )
+        *by_position, is_causal=True, local_window_size=local, implementation=implementation
+    ).swapaxes(0, 1)

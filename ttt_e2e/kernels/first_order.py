@@ -13,24 +13,23 @@ BACKENDS = {"cudnn": cudnn.attend, "splash": splash.attend}
 MAX_WIDTH = 128  # of heads
 
 
-def attend(attend_square, q_TNH, k_SGH, v_SGH, *, window: int, num_empty=0):
-    """Attention [T, N, H] of the last T of S positions by a kernel that takes as many queries as keys.
+def attend(attend_square, q_NTH, k_GSH, v_GSH, *, window: int, num_empty=0):
+    """Attention [N, T, H] of the last T of S positions by a kernel that takes as many queries as keys.
 
     Queries stand at their own places among the keys. Empty keys, the first `num_empty` of the K, move behind the last
     query, where none sees them. Of the work, the scores that the K places before the queries see are wasted.
     """
-    T, S = q_TNH.shape[0], k_SGH.shape[0]
+    (N, T, H), S = q_NTH.shape, k_GSH.shape[1]
     if S == T:
-        return attend_square(q_TNH, k_SGH, v_SGH, window=window)
+        return attend_square(q_NTH, k_GSH, v_GSH, window=window)
 
-    def without_empty(a_SGH):
-        return jax.lax.dynamic_slice_in_dim(jnp.pad(a_SGH, ((0, S - T), (0, 0), (0, 0))), num_empty, S)
+    def without_empty(a_GSH):
+        return jax.lax.dynamic_slice_in_dim(jnp.pad(a_GSH, ((0, 0), (0, S - T), (0, 0))), num_empty, S, axis=1)
 
     first = S - T - num_empty
-    q_SNH = jnp.zeros((S, *q_TNH.shape[1:]), q_TNH.dtype)
-    q_SNH = jax.lax.dynamic_update_slice_in_dim(q_SNH, q_TNH, first, 0)
-    out_SNH = attend_square(q_SNH, *map(without_empty, (k_SGH, v_SGH)), window=window)
-    return jax.lax.dynamic_slice_in_dim(out_SNH, first, T)
+    q_NSH = jax.lax.dynamic_update_slice_in_dim(jnp.zeros((N, S, H), q_NTH.dtype), q_NTH, first, axis=1)
+    out_NSH = attend_square(q_NSH, *map(without_empty, (k_GSH, v_GSH)), window=window)
+    return jax.lax.dynamic_slice_in_dim(out_NSH, first, T, axis=1)
 
 
 def serves(problem) -> bool:

@@ -47,9 +47,9 @@ class Problem(NamedTuple):
     is_known: bool
 
     def arrays(self) -> list[jax.ShapeDtypeStruct]:
-        """Queries [T, N, H], new keys and values [T, G, H]."""
+        """Queries [N, T, H], new keys and values [G, T, H]."""
         T, G, dtype = self.num_queries, self.num_key_heads, self.dtypes[0]
-        shapes = ((T, self.num_heads, self.width), (T, G, self.width), (T, G, self.value_width))
+        shapes = ((self.num_heads, T, self.width), (G, T, self.width), (G, T, self.value_width))
         return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
 
     def __str__(self):

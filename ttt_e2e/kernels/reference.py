@@ -1,6 +1,7 @@
 """Window attention over the dense score matrix: what every other backend is tested against.
 
-Shapes: `T` queries, `S` keys, `N` query heads, `G` key/value heads, `H` head width.
+Shapes: `T` queries, `S` keys, `N` query heads, `G` key/value heads, `R` = N / G,
+`H` head width.
 """
 
 import jax
@@ -18,14 +19,14 @@ def visible_keys(num_queries: int, num_keys: int, window: int, num_empty=0):
     return visible_TS & (query_T - key_S < window) if window else visible_TS
 
 
-def attend(q_TNH, k_SGH, v_SGH, *, window: int, num_empty=0):
-    """Softmax attention [T, N, H] and its lse [T, N]; scores and their statistics in float32 or wider."""
-    T, N, H = q_TNH.shape
-    S, G, _ = k_SGH.shape
-    q_TGRH = q_TNH.reshape(T, G, N // G, H)
-    wide = jnp.promote_types(q_TNH.dtype, jnp.float32)
-    scores_GRTS = jnp.einsum("tgrh,sgh->grts", q_TGRH, k_SGH, preferred_element_type=wide) * H**-0.5
+def attend(q_NTH, k_GSH, v_GSH, *, window: int, num_empty=0):
+    """Softmax attention [N, T, H] and its lse [N, T]; scores and their statistics in float32 or wider."""
+    N, T, H = q_NTH.shape
+    G, S, _ = k_GSH.shape
+    q_GRTH = q_NTH.reshape(G, N // G, T, H)
+    wide = jnp.promote_types(q_NTH.dtype, jnp.float32)
+    scores_GRTS = jnp.einsum("grth,gsh->grts", q_GRTH, k_GSH, preferred_element_type=wide) * H**-0.5
     scores_GRTS = jnp.where(visible_keys(T, S, window, num_empty), scores_GRTS, MASKED_SCORE)
-    weights_GRTS = jax.nn.softmax(scores_GRTS, axis=-1).astype(v_SGH.dtype)
-    out_TNH = jnp.einsum("grts,sgh->tgrh", weights_GRTS, v_SGH).reshape(T, N, -1)
-    return out_TNH, jax.nn.logsumexp(scores_GRTS, axis=-1).reshape(N, T).T
+    weights_GRTS = jax.nn.softmax(scores_GRTS, axis=-1).astype(v_GSH.dtype)
+    out_NTH = jnp.einsum("grts,gsh->grth", weights_GRTS, v_GSH).reshape(N, T, -1)
+    return out_NTH, jax.nn.logsumexp(scores_GRTS, axis=-1).reshape(N, T)

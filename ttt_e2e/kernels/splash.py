@@ -9,21 +9,20 @@ import jax.numpy as jnp
 TILE = 128  # the kernel takes multiples of it, in positions and in head width
 
 
-def attend(q_TNH, k_TGH, v_TGH, *, window: int, interpret: bool = False):
-    """Attention [T, N, H] of a whole sequence to itself; `interpret` runs it on any platform, slowly."""
+def attend(q_NTH, k_GTH, v_GTH, *, window: int, interpret: bool = False):
+    """Attention [N, T, H] of a whole sequence to itself; `interpret` runs it on any platform, slowly."""
     from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import, and only TPUs want it
 
-    T, N, H = q_TNH.shape
-    G, width = v_TGH.shape[1:]
-    q_GRTH = (q_TNH * H**-0.5).astype(q_TNH.dtype).reshape(T, G, N // G, H).transpose(1, 2, 0, 3)
-    q_GRTH, k_GTH, v_GTH = (_pad(_lowered(a)) for a in (q_GRTH, k_TGH.swapaxes(0, 1), v_TGH.swapaxes(0, 1)))
+    (N, T, H), (G, _, width), dtype = q_NTH.shape, v_GTH.shape, v_GTH.dtype
+    q_GRTH = (q_NTH * H**-0.5).astype(q_NTH.dtype).reshape(G, N // G, T, H)
+    q_GRTH, k_GTH, v_GTH = (_pad(_lowered(a)) for a in (q_GRTH, k_GTH, v_GTH))
     padded_T = k_GTH.shape[1]
     band = splash_attention.LocalMask((padded_T, padded_T), (window - 1 if window else None, 0), offset=0)
     kernel = splash_attention.make_splash_mqa_single_device(
         splash_attention.MultiHeadMask([band] * (N // G)), interpret=interpret
     )
     out_GRTH = jax.vmap(kernel)(q_GRTH, k_GTH, v_GTH)[..., :T, :width]
-    return out_GRTH.transpose(2, 0, 1, 3).reshape(T, N, width).astype(v_TGH.dtype)
+    return out_GRTH.reshape(N, T, width).astype(dtype)
 
 
 def _lowered(a):

@@ -59,9 +59,9 @@ def _try(problem: Problem, attend: Callable, arrays: dict, expected, usual: list
 def _numbers(problem: Problem) -> dict[str, np.ndarray]:
     """Queries, new and cached keys and values, tangents `y_*` of those that are new, and a cotangent of the output."""
     T, K, N, G, H = problem[1:6]
-    shapes = {"q": (T, N, H), "k": (T, G, H), "v": (T, G, problem.value_width)}
+    shapes = {"q": (N, T, H), "k": (G, T, H), "v": (G, T, problem.value_width)}
     shapes |= {f"y_{name}": shape for name, shape in shapes.items()}
-    shapes |= {"cached_k": (K, G, H), "cached_v": (K, G, problem.value_width), "bar": (T, N, problem.value_width)}
+    shapes |= {"cached_k": (G, K, H), "cached_v": (G, K, problem.value_width), "bar": (N, T, problem.value_width)}
     random = np.random.default_rng(0)
     return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
@@ -71,8 +71,8 @@ def _known(problem: Problem, arrays: dict) -> dict:
     if not problem.is_known:
         return {}
     call = _call(problem._replace(is_known=False, with_lse=True), ORACLE, problem.num_cached // 3)
-    out_TNH, lse_TN = jax.jit(call)(arrays)
-    return {"out": out_TNH, "lse": lse_TN}
+    out_NTH, lse_NT = jax.jit(call)(arrays)
+    return {"out": out_NTH, "lse": lse_NT}
 
 
 def _call(problem: Problem, attend: Callable, num_empty):

@@ -16,9 +16,9 @@ DERIVATIVES = ("any", "first_order", "reverse_of_tangent")
 
 
 def window_attention(
-    q_TNH,
-    k_SGH,
-    v_SGH,
+    q_NTH,
+    k_GSH,
+    v_GSH,
     *,
     window: int,
     num_empty=0,
@@ -36,12 +36,12 @@ def window_attention(
     T x S. Written for one sequence; batch it with `jax.vmap`, which runs all sequences side by side.
 
     Args:
-      q_TNH: queries; they are the last T of the S positions (S >= T).
-      k_SGH: keys; N must be a multiple of G (grouped-query heads). With cached keys: the T new ones, [T, G, H].
-      v_SGH: values, likewise.
+      q_NTH: queries; they are the last T of the S positions (S >= T).
+      k_GSH: keys; N must be a multiple of G (grouped-query heads). With cached keys: the T new ones, [G, T, H].
+      v_GSH: values, likewise.
       window: k, number of positions a query sees; 0 = all before it.
       num_empty: how many leading keys are empty (may be traced); no query sees them.
-      cached_k: keys [C, G, H] of the positions before the new ones. Equivalent to leading keys in `k_SGH`, but where
+      cached_k: keys [G, C, H] of the positions before the new ones. Equivalent to leading keys in `k_GSH`, but where
         they are constant no work is spent on their tangents and gradients.
       cached_v: their values.
       derivatives: what the caller takes. "first_order": one derivative at most, which admits the fused kernels of GPUs
@@ -54,63 +54,60 @@ def window_attention(
         fastest on the device, see docs/kernels.md.
 
     Returns:
-      Attention output [T, N, H] in the dtype of the values; `with_lse`, (output, lse [T, N]).
+      Attention output [N, T, H] in the dtype of the values; `with_lse`, (output, lse [N, T]).
 
     Raises:
       UserError: shapes that do not fit, or a backend that cannot do this.
     """
     cached = (cached_k, cached_v)
-    _check_shapes(q_TNH, k_SGH, v_SGH, cached, window)
+    _check_shapes(q_NTH, k_GSH, v_GSH, cached, window)
     _check_one_of("derivatives", derivatives, DERIVATIVES)
     _check_one_of("backend", backend, ("auto", *BACKENDS))
-    T, N, _ = q_TNH.shape
-    G = k_SGH.shape[1]
-    problem = _problem(q_TNH, k_SGH, v_SGH, cached, window, num_empty, derivatives, with_lse, known is not None)
+    problem = _problem(q_NTH, k_GSH, v_GSH, cached, window, num_empty, derivatives, with_lse, known is not None)
     if backend == "auto" or not problems.serves(backend, problem):
         backend = problems.choose(problem)
     elif obstacle := problems.obstacle(backend, problem):
         raise UserError(f"backend = {backend!r} of window_attention {obstacle}: use auto, xla or reference")
     if backend == "reference" or backend in first_order.BACKENDS:
-        k_SGH, v_SGH = (a if c is None else jnp.concatenate([c, a]) for c, a in zip(cached, (k_SGH, v_SGH)))
-    if backend in first_order.BACKENDS:
-        attend = first_order.BACKENDS[backend]
-        return first_order.attend(attend, q_TNH, k_SGH, v_SGH, window=window, num_empty=num_empty)
-    if backend == "reference":
-        out_TNH, lse_TN = reference.attend(q_TNH, k_SGH, v_SGH, window=window, num_empty=num_empty)
-        return (out_TNH, lse_TN) if with_lse else out_TNH
+        joined = (a if c is None else jnp.concatenate([c, a], axis=1) for c, a in zip(cached, (k_GSH, v_GSH)))
+        if backend != "reference":
+            attend = first_order.BACKENDS[backend]
+            return first_order.attend(attend, q_NTH, *joined, window=window, num_empty=num_empty)
+        out_NTH, lse_NT = reference.attend(q_NTH, *joined, window=window, num_empty=num_empty)
+        return (out_NTH, lse_NT) if with_lse else out_NTH
     if cached_k is None:  # an empty cache; its tangent is known to be zero
-        cached = (jnp.zeros((0, *a.shape[1:]), a.dtype) for a in (k_SGH, v_SGH))
+        cached = (jnp.zeros((a.shape[0], 0, a.shape[2]), a.dtype) for a in (k_GSH, v_GSH))
+    (N, T, _), G = q_NTH.shape, k_GSH.shape[0]
 
-    def by_head(a_TN):  # [T, N, ...] -> [G, R, T, ...]
-        return jnp.moveaxis(a_TN.reshape(T, G, N // G, *a_TN.shape[2:]), 0, 2)
+    def grouped(a_NT):  # [N, T, ...] -> [G, R, T, ...]
+        return a_NT.reshape(G, N // G, *a_NT.shape[1:])
 
-    def by_position(a_GRT):
-        return jnp.moveaxis(a_GRT, 2, 0).reshape(T, N, *a_GRT.shape[3:])
-
-    keys = (a.swapaxes(0, 1) for a in (*cached, k_SGH, v_SGH))
     out_GRTH, lse_GRT = primitives.attend(
-        by_head(q_TNH),
-        *keys,
+        grouped(q_NTH),
+        *cached,
+        k_GSH,
+        v_GSH,
         jnp.asarray(num_empty, jnp.int32),
-        *(map(by_head, known) if known else ()),
+        *(map(grouped, known) if known else ()),
         window=window,
         backend=backend,
         fused=derivatives == "reverse_of_tangent",
     )
-    return (by_position(out_GRTH), by_position(lse_GRT)) if with_lse else by_position(out_GRTH)
+    out_NTH = out_GRTH.reshape(N, T, -1)
+    return (out_NTH, lse_GRT.reshape(N, T)) if with_lse else out_NTH
 
 
-def _problem(q_TNH, k_SGH, v_SGH, cached, window, num_empty, derivatives, with_lse, is_known) -> Problem:
-    (T, N, H), (S, G, value_width) = q_TNH.shape, v_SGH.shape
+def _problem(q_NTH, k_GSH, v_GSH, cached, window, num_empty, derivatives, with_lse, is_known) -> Problem:
+    (N, T, H), (G, S, value_width) = q_NTH.shape, v_GSH.shape
     return Problem(
         kind=targets.current().kind,
         num_queries=T,
-        num_cached=S - T + (0 if cached[0] is None else cached[0].shape[0]),
+        num_cached=S - T + (0 if cached[0] is None else cached[0].shape[1]),
         num_heads=N,
         num_key_heads=G,
         width=H,
         value_width=value_width,
-        dtypes=tuple(sorted({str(a.dtype) for a in (q_TNH, k_SGH, v_SGH, *cached) if a is not None})),
+        dtypes=tuple(sorted({str(a.dtype) for a in (q_NTH, k_GSH, v_GSH, *cached) if a is not None})),
         window=window,
         may_be_empty=not isinstance(num_empty, int) or num_empty > 0,
         derivatives=derivatives,
@@ -124,18 +121,20 @@ def _check_one_of(name: str, value: str, legal: tuple[str, ...]) -> None:
         raise UserError(f"{name} = {value!r} of window_attention: legal are {', '.join(legal)}")
 
 
-def _check_shapes(q_TNH, k_SGH, v_SGH, cached, window) -> None:
+def _check_shapes(q_NTH, k_GSH, v_GSH, cached, window) -> None:
     """Raises a `UserError` where shapes do not fit."""
-    (T, N, H), (S, G, _) = q_TNH.shape, k_SGH.shape
-    if v_SGH.shape[:2] != (S, G) or k_SGH.shape[2] != H or N % G or S < T or window < 0:
+    (N, T, H), (G, S, _) = q_NTH.shape, k_GSH.shape
+    if v_GSH.shape[:2] != (G, S) or k_GSH.shape[2] != H or N % G or S < T or window < 0:
         raise UserError(
-            f"window_attention: queries {q_TNH.shape}, keys {k_SGH.shape}, values {v_SGH.shape}, window {window}: "
-            "legal are [T, N, H], [S, G, H], [S, G, any] with S >= T, N a multiple of G, and window >= 0"
+            f"window_attention: queries {q_NTH.shape}, keys {k_GSH.shape}, values {v_GSH.shape}, window {window}: "
+            "legal are [N, T, H], [G, S, H], [G, S, any] with S >= T, N a multiple of G, and window >= 0"
         )
     if (cached[0] is None) != (cached[1] is None):
         raise UserError("window_attention: give cached_k and cached_v, or neither")
-    if cached[0] is not None and (S != T or any(c.shape[1:] != a.shape[1:] for c, a in zip(cached, (k_SGH, v_SGH)))):
+    if cached[0] is not None and (
+        S != T or any(c.shape[::2] != a.shape[::2] for c, a in zip(cached, (k_GSH, v_GSH)))  # but for the positions
+    ):
         raise UserError(
             f"window_attention: cached keys {cached[0].shape} and values {cached[1].shape} with {T} queries and new "
-            f"keys {k_SGH.shape}: legal are [C, G, H] and as many new keys as queries"
+            f"keys {k_GSH.shape}: legal are [G, C, H] and as many new keys as queries"
         )

@@ -93,13 +93,13 @@ class Attention(nnx.Module):
         positions_T = parts.positions(T) if parts else jnp.arange(K, K + T)
         q_TNH, k_TGH = (self._rotated(a, positions_T) for a in (q_TNH, k_TGH))
         backend = self.config.attention_backend
+        attention = partial(_by_position, compute.attention, backend=backend)
         if parts:
-            attention = partial(compute.attention, backend=backend)
             return self._output(parts.attend(attention, q_TNH, k_TGH, v_TGH, window=window), compute), new
         # Cached keys and values go in apart: constants to the inner gradient, which then spends nothing on them.
         cached = {} if cache is None else {"cached_k": self._rotated(cache.k, jnp.arange(K)), "cached_v": cache.v}
-        options = {"window": window, "num_empty": num_empty, "backend": backend}
-        return self._output(compute.attention(q_TNH, k_TGH, v_TGH, **options, **cached), compute), new
+        options = {"window": window, "num_empty": num_empty}
+        return self._output(attention(q_TNH, k_TGH, v_TGH, **options, **cached), compute), new
 
     def decode(self, x_1D, compute: Pass, *, window: int, before: Unfinished, num_empty, count):
         """As `__call__`, for one position of an unfinished mini-batch, without copying what precedes it.
@@ -152,3 +152,9 @@ class Attention(nnx.Module):
 
     def _heads(self, x_T):
         return x_T.reshape(*x_T.shape[:-1], -1, self.config.head_dim)
+
+
+def _by_position(attention, *arrays, **options):
+    """`window_attention`, whose arrays are heads first, of arrays [..., positions, heads, H]."""
+    cached = {name: a.swapaxes(-3, -2) for name, a in options.items() if name.startswith("cached")}
+    return attention(*(a.swapaxes(-3, -2) for a in arrays), **options | cached).swapaxes(-3, -2)
