@@ -61,17 +61,14 @@ class ModelConfig:
         return self.num_hidden_layers - self.num_fast_blocks
 
     @property
-    def stacks(self) -> dict[str, int]:
-        """Number of blocks of each stack that has any, in the order in which they run."""
-        counts = {"prefix": self.num_prefix_blocks, "suffix": self.num_fast_blocks}
-        return {name: count for name, count in counts.items() if count}
+    def mixers(self) -> tuple[str, ...]:
+        """Kind of mixer of each block of the pattern, which repeats over the blocks."""
+        return tuple(self.mixer.split(",")) if self.mixer else ("window" if self.sliding_window else "attention",)
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Window of each block of the mixer pattern, which repeats over the blocks; 0 = full attention."""
-        if not self.mixer:
-            return (self.sliding_window,)
-        return tuple(self.sliding_window if name == "window" else 0 for name in self.mixer.split(","))
+        """Windows of the pattern's mixers that have one."""
+        return tuple(self.sliding_window for name in self.mixers if name == "window")
 
 
 @dataclass(frozen=True)

@@ -175,16 +175,17 @@ def test_values_are_read_before_they_are_derived_from():
 
 
 @pytest.mark.parametrize(
-    "model, windows",
+    "model, mixers, windows",
     [
-        ({}, (0,)),
-        ({"sliding_window": 16}, (16,)),
-        ({"sliding_window": 16, "mixer": "window,attention"}, (16, 0)),
-        ({"sliding_window": 16, "mixer": "attention", "num_fast_blocks": 3}, (0,)),
+        ({}, ("attention",), ()),
+        ({"sliding_window": 16}, ("window",), (16,)),
+        ({"sliding_window": 16, "mixer": "window,attention"}, ("window", "attention"), (16,)),
+        ({"sliding_window": 16, "mixer": "attention", "num_fast_blocks": 3}, ("attention",), ()),
     ],
 )
-def test_windows_of_the_mixer_pattern(model, windows):
-    assert from_config_dict({"model": model}).model.windows == windows
+def test_mixers_of_the_pattern(model, mixers, windows):
+    config = from_config_dict({"model": model}).model
+    assert (config.mixers, config.windows) == (mixers, windows)
 
 
 def test_mixer_pattern_must_fit_prefix_and_suffix_alike():

@@ -63,7 +63,7 @@ def test_pieces_give_the_same_state_within_a_mini_batch(learning, cuts):
         whole, _ = read_in_pieces(reader, tokens_BT1[:, :-2], [])
         assert_same_state(state, whole, **EXACT)
         assert_same_state(state.fast, whole.fast)
-        assert_same_state(state.cache_LBGKH, whole.cache_LBGKH)
+        assert_same_state(state.states, whole.states)
 
 
 def test_one_by_one_equals_one_shot(learning):
@@ -124,7 +124,7 @@ def test_bfloat16_caches_and_float32_fast_weights(learning):
     reader = reader_of(learning_model(compute_dtype="bfloat16", param_dtype="bfloat16"))
     state, nll_BT = reader.read(reader.start(tokens_BT1[:, 0], B), tokens_BT1[:, 1:])
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.fast)} == {"float32"}
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.cache_LBGKH)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.states)} == {"bfloat16"}
     assert nll_BT.dtype == np.float32
     np.testing.assert_allclose(nll_BT.mean(), expected.token_nll_T.mean(), rtol=0.05)
     _, token_B, nll_B = jax.eval_shape(lambda: reader.step(state, lambda logits_BV: logits_BV.argmax(-1)))

@@ -130,7 +130,7 @@ def make_shapes(config: Config, *, step: bool) -> None:
     mesh = sharding.make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
     state = jax.eval_shape(lambda: init_state(config, optimizer))
-    placed = sharding.shardings(state, mesh)
+    placed = sharding.shardings(state, mesh, config.model)
     if not step:
         return
     tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.train.seq_len + 1), jnp.int32)

@@ -59,15 +59,21 @@ def block(p, x_TD, config, window):
     return add(x_TD, "mlp", lambda y_TD: swiglu(p["mlp"], y_TD))
 
 
+def _blocks(tree, part):
+    """Parameters of each block of a part, first to last; where there are several stacks, these take turns."""
+    names = sorted(name for name in tree if name.split("_")[0] == part)
+    length = len(jax.tree.leaves(tree[names[0]])[0]) if names else 0
+    return [jax.tree.map(lambda a, i=i: a[i], tree[name]) for i in range(length) for name in names]
+
+
 def prefix_blocks(slow, config):
     """The parameters of each prefix block, first to last."""
-    return [jax.tree.map(lambda a, i=i: a[i], slow["prefix"]) for i in range(config.num_prefix_blocks)]
+    return _blocks(slow, "prefix")
 
 
 def suffix_blocks(fast, slow, config):
     """The parameters of each suffix block, first to last, the fast ones among them."""
-    stack = {**slow["suffix"], **fast["suffix"]} if config.num_fast_blocks else {}
-    return [jax.tree.map(lambda a, i=i: a[i], stack) for i in range(config.num_fast_blocks)]
+    return [{**s, **f} for s, f in zip(_blocks(slow, "suffix"), _blocks(fast, "suffix"), strict=True)]
 
 
 def nll(slow, config, x_TD, targets_T):

@@ -3,7 +3,7 @@
 In float64, where agreement up to rounding is agreement.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,29 +12,31 @@ import pytest
 
 from tests.model.tiny import TINY, tiny_model
 from ttt_e2e.bench import compiled
-from ttt_e2e.model import KeyValues
+from ttt_e2e.model.mixers import Context
+from ttt_e2e.model.mixers.attention import KeyValues
 from ttt_e2e.model.parameters import Directed, merge, split
 from ttt_e2e.model.passes import DualPass, Pass, Recording
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 T, K, D = 4, 6, TINY["hidden_size"]
-CONTEXT = {"window": 5, "num_empty": 1}
+WINDOW = 5
+CONTEXT = Context(start=K - 1)  # one position of the cache is empty
 MOVING = pytest.mark.parametrize("moves", [False, True], ids=["x at rest", "x moves"])
 
 
 @cache
 def case():
     """A fast block's structure, and its operands (fast, u, slow, cache, x, tangent of x, cotangents of both)."""
-    model = tiny_model(num_hidden_layers=1, num_fast_blocks=1)
-    graphdef, fast, slow = split(model.merge().make_suffix().blocks)
+    model = tiny_model(num_hidden_layers=1, num_fast_blocks=1, sliding_window=WINDOW)
+    graphdef, fast, slow = split(model.merge().make_suffix().suffix)
     fast, slow = jax.tree.map(lambda a: a[0], (fast, slow))
     random = np.random.default_rng(1)
 
     def draw(*shape):
         return jnp.asarray(random.normal(size=shape))
 
-    heads = (K, TINY["num_key_value_heads"], TINY["head_dim"])
+    heads = (TINY["num_key_value_heads"], K, TINY["head_dim"])
     u = jax.tree.map(lambda w: draw(*w.shape), fast)
     operands = fast, u, slow, KeyValues(draw(*heads), draw(*heads)), draw(T, D), draw(T, D), (draw(T, D), draw(T, D))
     return graphdef, operands
@@ -44,29 +46,29 @@ def by_jvp(fast, u, slow, cache, x_TD, x_dot_TD):
     """Hidden states [T, D] after the block, and their tangents."""
 
     def run(fast, x_TD):
-        return merge(case()[0], fast, slow)(x_TD, Pass(), cache=cache, **CONTEXT)[0]
+        return merge(case()[0], fast, slow).extend(x_TD, Pass(), cache, CONTEXT)[0]
 
     return jax.jvp(run, (fast, x_TD), (u, x_dot_TD))
 
 
-def by_pass(fast, u, slow, cache, x_PTD, known=()):
+def by_pass(fast, u, slow, cache, x_PTD, recorded=None):
     """The same."""
     block = merge(case()[0], jax.tree.map(Directed, fast, u), slow)
-    y_2TD, new = block(x_PTD, DualPass(known), cache=cache, **CONTEXT)
-    assert new.k.shape == (T, *cache.k.shape[1:])
+    y_2TD, entry = block.extend(x_PTD, DualPass(recorded), cache, CONTEXT)
+    assert entry.k.shape == (cache.k.shape[0], T, cache.k.shape[2])
     return y_2TD[0], y_2TD[1]
 
 
 @MOVING
-@pytest.mark.parametrize("is_known", [False, True], ids=["computed", "known"])
-def test_a_dual_pass_and_its_reverse_are_those_of_autodiff(moves, is_known):
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["computed", "recorded"])
+def test_a_dual_pass_and_its_reverse_are_those_of_autodiff(moves, is_recorded):
     graphdef, (fast, u, slow, cache, x_TD, x_dot_TD, bars) = case()
     x_dot_TD = x_dot_TD if moves else jnp.zeros_like(x_TD)
-    known = ()
-    if is_known:
+    recorded = None
+    if is_recorded:
         compute = Recording()
-        merge(graphdef, fast, slow)(x_TD, compute, cache=cache, **CONTEXT)
-        known = compute.kept
+        merge(graphdef, fast, slow).extend(x_TD, compute, cache, CONTEXT)
+        recorded = compute.results
 
     def pulled_back(function, x):
         out, pull = jax.vjp(function, fast, slow, cache, x)
@@ -77,7 +79,7 @@ def test_a_dual_pass_and_its_reverse_are_those_of_autodiff(moves, is_known):
     )()
     x_PTD = jnp.stack([x_TD, x_dot_TD]) if moves else x_TD[None]
     got, (*got_bars, got_x_bar) = jax.jit(
-        lambda: pulled_back(lambda fast, slow, cache, x: by_pass(fast, u, slow, cache, x, known), x_PTD)
+        lambda: pulled_back(lambda fast, slow, cache, x: by_pass(fast, u, slow, cache, x, recorded), x_PTD)
     )()
     got_all, want_all = (got, got_bars, got_x_bar[0]), (want, want_bars, want_x_bar)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11), got_all, want_all)
@@ -87,7 +89,7 @@ def test_a_slow_weight_is_read_once_in_each_direction():
     w_DF, x_2TD = jnp.ones((D, 3)), jnp.ones((2, T, D))
 
     def pulled_back(x_2TD, w_DF):
-        y_2TF, pull = jax.vjp(DualPass().product, x_2TD, w_DF)
+        y_2TF, pull = jax.vjp(partial(DualPass().product, "w"), x_2TD, w_DF)
         return pull(y_2TF)
 
     jaxpr = jax.make_jaxpr(pulled_back)(x_2TD, w_DF)

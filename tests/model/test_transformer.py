@@ -12,7 +12,9 @@ from tests.model import naive
 from tests.model.tiny import tiny_model
 from ttt_e2e.config import ModelConfig
 from ttt_e2e.inner import read_sequence
-from ttt_e2e.model import FastParam, KeyValues, Transformer
+from ttt_e2e.model import FastParam, Transformer, abstract_transformer
+from ttt_e2e.model.mixers import Context
+from ttt_e2e.model.mixers.attention import KeyValues
 from ttt_e2e.model.parameters import merge, split
 
 T = 12
@@ -75,19 +77,22 @@ def test_suffix_over_window_caches_equals_a_loop_over_blocks_of_the_whole_sequen
         expected_TD = naive.block(p, expected_TD, model.config.model, window=5)
 
     suffix = model.merge().make_suffix()
-    assert suffix.cache_size(T) == 5
-    empty = suffix.empty_cache(5)
-    assert empty.k.shape == (2, 5, 2, 4)  # blocks, window, key/value heads, head width
-    first, new, _ = suffix(x_TD[:3], empty, 5)
-    second, newer, _ = suffix(x_TD[3:7], empty.append(new), 2)
-    third, *_ = suffix(x_TD[7:], empty.append(new).append(newer), 0)
+    states = suffix.empty(T)
+    assert states["suffix"].k.shape == (2, 2, 5, 4)  # blocks, key/value heads, window, head width
+    outputs = []
+    for start, stop in ((0, 3), (3, 7), (7, T)):
+        x_bD, entries, _ = suffix.extend(x_TD[start:stop], states, Context(start=start))
+        states = suffix.advance(states, entries)
+        outputs.append(x_bD)
     expected_TD = suffix.final_norm(expected_TD)
-    np.testing.assert_allclose(jnp.concatenate([first, second, third]), expected_TD, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(jnp.concatenate(outputs), expected_TD, rtol=1e-10, atol=1e-12)
 
 
 def test_cache_keeps_the_most_recent_positions():
+    attention = abstract_transformer(ModelConfig()).prefix.mixer
+
     def positions(*values):
-        array = jnp.asarray(values, jnp.float32)[None, :, None, None]
+        array = jnp.asarray(values, jnp.float32)[None, :, None]
         return KeyValues(array, -array)
 
     def held(cache):
@@ -95,9 +100,11 @@ def test_cache_keeps_the_most_recent_positions():
         return cache.k.ravel().tolist()
 
     cache = positions(1, 2, 3)
-    assert held(cache.append(positions(4))) == [2, 3, 4]
-    assert held(cache.append(positions(4, 5, 6))) == [4, 5, 6]
-    assert held(cache.append(positions(4, 5, 6, 7, 8))) == [6, 7, 8]
+    assert held(attention.advance(cache, positions(4))) == [2, 3, 4]
+    assert held(attention.advance(cache, positions(4, 5, 6))) == [4, 5, 6]
+    assert held(attention.advance(cache, positions(4, 5, 6, 7, 8))) == [6, 7, 8]
+    assert held(attention.resize(cache, 2)) == [2, 3]
+    assert held(attention.resize(cache, 5)) == [0, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("window, num_blocks, reach", [(3, 2, 4), (1, 2, 0), (0, 2, T)])
@@ -158,10 +165,10 @@ def bfloat16_forward():
     def forward(params):
         transformer = merge(model.graphdef, params["fast"], params["slow"])
         suffix = transformer.make_suffix()
-        tokens_T, cache = jnp.arange(T), suffix.empty_cache(4)
+        tokens_T, states = jnp.arange(T), suffix.empty(4)
         x_TD = transformer.run_prefix(transformer.embed(tokens_T))
-        y_TD, new, _ = suffix(x_TD, cache, 0)
-        return {"narrow": (x_TD, y_TD, cache, new), "wide": suffix.nll(y_TD, tokens_T)}
+        y_TD, entries, _ = suffix.extend(x_TD, states, Context())
+        return {"narrow": (x_TD, y_TD, states, entries), "wide": suffix.nll(y_TD, tokens_T)}
 
     return forward, model.params
 

@@ -18,7 +18,7 @@ def trained(request):
     mesh = sharding.make_mesh(MeshConfig(data=1))
     optimizer = make_optimizer(case.config.optimizer, case.params)
     state = TrainState(case.params, optimizer.init(case.params), np.int32(0))
-    placed = sharding.shardings(state, mesh)
+    placed = sharding.shardings(state, mesh, case.config.model)
     state = jax.device_put(state, placed)
     train_step = make_train_step(case.config, optimizer, mesh, placed)
     metrics = []

@@ -77,7 +77,7 @@ def loss_and_gradient(config: Config):
 def gradient_program(config: Config):
     mesh = sharding.make_mesh(config.mesh)
     _, shapes = abstract_model(config.model)
-    placed = sharding.shardings(shapes, mesh)
+    placed = sharding.shardings(shapes, mesh, config.model)
     params = jax.tree.map(
         lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape, w.dtype), initial_params(config)
     )

@@ -44,7 +44,7 @@ class Held:
     def __init__(self, config):
         self.config, self.mesh = config, sharding.make_mesh(config.mesh)
         self.graphdef, abstract = abstract_model(config.model)
-        placed = sharding.shardings(abstract, self.mesh)
+        placed = sharding.shardings(abstract, self.mesh, config.model)
         self.params = jax.jit(lambda: steps.init_state(config, optax.identity()).params, out_shardings=placed)()
         self.eval_step = steps.make_eval_step(config, self.mesh, placed)
         self.store = TokenStore.open(config.data.path, "val")

@@ -22,14 +22,14 @@ PRECISION = {"float32": "HIGHEST", "bfloat16": "DEFAULT"}
 def train_step(config: Config, mesh):
     optimizer = optax.sgd(0.1)
     state = jax.eval_shape(lambda: steps.init_state(config, optimizer))
-    placed = sharding.shardings(state, mesh)
+    placed = sharding.shardings(state, mesh, config.model)
     tokens = jax.ShapeDtypeStruct((8, T + 1), jnp.int32)
     return {"train": (steps.make_train_step(config, optimizer, mesh, placed), (state, tokens))}
 
 
 def eval_step(config: Config, mesh):
     _, params = abstract_model(config.model)
-    step = steps.make_eval_step(config, mesh, sharding.shardings(params, mesh))
+    step = steps.make_eval_step(config, mesh, sharding.shardings(params, mesh, config.model))
     return {"eval": (step, (params, jax.ShapeDtypeStruct((4, T + 1), jnp.int32), 0.5, 4))}
 
 

@@ -27,7 +27,7 @@ def lowered_step(spec: str, **model):
     mesh = sharding.make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
     state = jax.eval_shape(lambda: init_state(config, optimizer))
-    step = make_train_step(config, optimizer, mesh, sharding.shardings(state, mesh))
+    step = make_train_step(config, optimizer, mesh, sharding.shardings(state, mesh, config.model))
     return config, step.lower(state, jax.ShapeDtypeStruct((8, config.train.seq_len + 1), jnp.int32))
 
 

@@ -103,10 +103,10 @@ def program_figures(reader: Reader, state: ReaderState) -> dict:
     B, b = state.tokens_Bb.shape
     programs = {name: compiled.measure(function, *a) for name, (function, a) in reader.programs(state).items()}
     resident = sum(leaf.nbytes for leaf in jax.tree.leaves((reader.params, state)))
-    rotated = programs["rotate"].call.memory_analysis().output_size_in_bytes
+    prepared = programs["prepare"].call.memory_analysis().output_size_in_bytes
     results = {name: program.call.memory_analysis().output_size_in_bytes for name, program in programs.items()}
     return {
-        "peak_bytes": resident + rotated + max(program.temp_bytes + results[n] for n, program in programs.items()),
+        "peak_bytes": resident + prepared + max(program.temp_bytes + results[n] for n, program in programs.items()),
         "prefill_flops_per_token": programs["mini_batch"].flops / (B * b),
         "decode_flops_per_token": programs["predict"].flops / B + programs["mini_batch"].flops / (B * b),
         "compile_seconds": sum(program.trace_seconds + program.compile_seconds for program in programs.values()),
@@ -145,7 +145,7 @@ def notes(variants: list[Variant], rows: list[dict]) -> str:
             f"decode {spread['decode']:.2f}."
         )
     learning = [v.name for v in variants if v.config.model.num_fast_blocks]
-    full = [v.name for v in variants if not v.config.model.num_fast_blocks and not v.reader.has_window]
+    full = [v.name for v in variants if not v.config.model.num_fast_blocks and v.reader.grows]
     for ours, other, kind in itertools.product(learning, full, COSTS):
         at = crossover(lengths, costs[ours, kind], costs[other, kind])
         where = f"from about {at:.0f} tokens on" if at else f"not up to {lengths[-1]} tokens"

@@ -21,6 +21,7 @@ from ttt_e2e.inner.division import Division, fetch
 from ttt_e2e.inner.loop import make_mini_batches, suffix_weights
 from ttt_e2e.inner.step import MiniBatch, mini_batch_loss
 from ttt_e2e.model import abstract_model
+from ttt_e2e.model.mixers import Context
 from ttt_e2e.model.parameters import merge, split
 from ttt_e2e.train import policies
 from ttt_e2e.train.batches import check_batch
@@ -127,7 +128,7 @@ def _measure(variant: str, config: Config, mesh: Mesh, repeats: int) -> dict:
     """Figures of one variant; it is not run where `repeats` is 0."""
     _, params = abstract_model(config.model)
     tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.train.seq_len + 1), jnp.int32)
-    placed = (sharding.shardings(params, mesh), NamedSharding(mesh, sharding.BATCH))
+    placed = (sharding.shardings(params, mesh, config.model), NamedSharding(mesh, sharding.BATCH))
     loss_and_gradient = _loss_and_gradient(variant, config, mesh)
     gradient = jax.jit(
         lambda params, tokens: loss_and_gradient(params, tokens, jnp.float32(config.inner.learning_rate)),
@@ -163,7 +164,7 @@ def _loss_of_suffix(graphdef, config: Config, division: Division, adapt, params,
     """The loss where `adapt`, (suffix_def, fast, slow, mini_batches) -> losses, is none of the package's own."""
     model = merge(graphdef, fetch(division.fast, params["fast"]), params["slow"])
     suffix_def, fast, slow = split(model.make_suffix())
-    slow = fetch(suffix_weights(division), slow)
+    slow = fetch(suffix_weights(division, slow), slow)
     inner = dataclasses.replace(config.inner, remat="mini_batch")
     mini_batches = make_mini_batches(model, tokens, inner, 0, division)
     return jax.vmap(partial(adapt, suffix_def, fast, slow))(mini_batches).mean()
@@ -173,16 +174,14 @@ def _without_inner_loop(config: Config, suffix_def, fast, slow, mini_batches: Mi
     """The same network read mini-batch by mini-batch, each rematerialised, its fast MLPs as static as the others."""
     suffix = merge(suffix_def, fast, slow)
     M, b, _ = mini_batches.x_bD.shape
-    K = suffix.cache_size(M * b)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def read(cache, step):
+    def read(states, step):
         mini_batch, i = step
-        num_empty = jnp.maximum(K - i * b, 0)
-        loss, (_, new) = mini_batch_loss(suffix_def, fast, slow, cache, num_empty, mini_batch)
-        return cache.append(new), loss
+        loss, (_, states) = mini_batch_loss(suffix_def, fast, slow, states, Context(start=i * b), mini_batch)
+        return states, loss
 
-    return jax.lax.scan(read, suffix.empty_cache(K), (mini_batches, jnp.arange(M)))[1]
+    return jax.lax.scan(read, suffix.empty(M * b), (mini_batches, jnp.arange(M)))[1]
 
 
 def _nested_remat(config: Config, suffix_def, fast, slow, mini_batches: MiniBatch):

@@ -154,7 +154,7 @@ def _train(config: Config, mesh: Mesh) -> Task:
     check_batch("config.train.global_batch_size", train.global_batch_size, mesh, train.accumulation_steps)
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
     state = jax.eval_shape(lambda: init_state(config, optimizer))
-    placed = sharding.shardings(state, mesh)
+    placed = sharding.shardings(state, mesh, config.model)
     tokens = jax.ShapeDtypeStruct((train.global_batch_size, train.seq_len + 1), jnp.int32)
     arguments = (_placed(state, placed), _placed(tokens, NamedSharding(mesh, sharding.BATCH)))
     num_tokens = train.global_batch_size * train.seq_len
@@ -166,7 +166,7 @@ def _read(config: Config, mesh: Mesh) -> Task:
     batch = config.eval.batch_size
     check_batch("config.eval.batch_size", batch, mesh)
     params = abstract_model(config.model)[1]
-    placed = sharding.shardings(params, mesh)
+    placed = sharding.shardings(params, mesh, config.model)
     tokens = jax.ShapeDtypeStruct((batch, config.train.seq_len + 1), jnp.int32)
     rate, count = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
     arguments = (
@@ -186,11 +186,13 @@ def _decode(config: Config, mesh: Mesh) -> Task:
         return Reader(graphdef, params, config, max_length=T + config.inner.mini_batch_size)
 
     reader = make_reader(params)
-    state = jax.eval_shape(lambda params: make_reader(params).start(config.data.bos_id), params)
-    state = state._replace(position=np.int64(T))
-    K = reader.cache_size(T)
-    longer = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*a.shape[:3], K, a.shape[4]), a.dtype), state.cache_LBGKH)
-    function, arguments = reader.programs(state._replace(cache_LBGKH=longer))["predict"]
+
+    def start(params):
+        reader = make_reader(params)
+        return reader.with_room(reader.start(config.data.bos_id)._replace(position=np.int64(T)))
+
+    state = jax.eval_shape(start, params)._replace(position=np.int64(T))
+    function, arguments = reader.programs(state)["predict"]
     return Task(function, _placed(arguments, NamedSharding(mesh, P())), 1)
 
 

@@ -6,8 +6,7 @@ means for the computation of a step (inner/division.py).
 """
 
 import math
-import re
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import numpy as np
@@ -17,18 +16,11 @@ from jax.sharding import PartitionSpec as P
 from ttt_e2e.config import Config, MeshConfig, ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner.division import DATA, MODEL, Division, Leaf, Weights
-from ttt_e2e.model.parameters import parameter_name
+from ttt_e2e.model import abstract_transformer
+from ttt_e2e.model.parameters import parameter_axes, parameter_name
 
-# End of a parameter's name -> mesh axes of its last dimensions. First match wins.
-RULES = (
-    (r"embedding", ("model", "data")),
-    (r"head", ("data", "model")),
-    (r"attention\.w[qkv]", ("data", "model")),
-    (r"attention\.wo", ("model", "data")),
-    (r"mlp\.w[13]", ("data", "model")),
-    (r"mlp\.w2", ("model", "data")),
-    (r"norm\.weight", (None,)),
-)
+# What a dimension of a parameter is (model/parameters.py) -> the mesh axis that divides it.
+MESH_AXES = {"width": DATA, "vocabulary": MODEL, "heads": MODEL, "mlp": MODEL, "head_width": None, None: None}
 BATCH = P("data")
 
 
@@ -50,17 +42,18 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:size])
 
 
-def shardings(tree, mesh: Mesh):
-    """A NamedSharding for every leaf of a tree of parameters, or of anything that contains such trees.
+def shardings(tree, mesh: Mesh, model: ModelConfig):
+    """A NamedSharding for every leaf of a tree of a model's parameters, or of anything that contains such trees.
 
-    A dimension that its axis does not divide stays whole.
+    A dimension that its axis does not divide stays whole; so do leaves that are no parameters.
     """
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh, model))
 
 
-def specs(tree, mesh: Mesh):
+def specs(tree, mesh: Mesh, model: ModelConfig):
     """As `shardings`: a PartitionSpec for every leaf."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: _spec(path, x.shape, mesh), tree)
+    axes = _axes_of_parameters(model)
+    return jax.tree_util.tree_map_with_path(lambda path, x: _spec(_axes_of(path, axes), x.shape, mesh), tree)
 
 
 def divide(config: Config, params, mesh: Mesh, *, by_sequence: bool) -> Division:
@@ -69,10 +62,12 @@ def divide(config: Config, params, mesh: Mesh, *, by_sequence: bool) -> Division
     by_sequence: whether the prefix divides positions over `model`, and not matrices.
     """
     model, num_parts = config.model, mesh.shape[MODEL]
+    all_axes = _axes_of_parameters(model)
 
     def leaf(path, x):
-        spec = P(*(axis if axis and mesh.shape[axis] > 1 else None for axis in _spec(path, x.shape, mesh)))
-        return _leaf(parameter_name(path), spec, model, num_parts, by_sequence)
+        axes = _axes_of(path, all_axes)
+        spec = P(*(axis if axis and mesh.shape[axis] > 1 else None for axis in _spec(axes, x.shape, mesh)))
+        return _leaf(parameter_name(path), axes, spec, model, num_parts, by_sequence)
 
     leaves = jax.tree_util.tree_map_with_path(leaf, params)
     head = leaves["slow"].get("head") or _transposed(leaves["slow"]["embedding"])
@@ -94,20 +89,20 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
-def _leaf(name: str, spec: P, model: ModelConfig, num_parts: int, by_sequence: bool) -> Leaf:
-    """Of a weight that is stored as `spec` says."""
+def _leaf(name: str, axes: tuple, spec: P, model: ModelConfig, num_parts: int, by_sequence: bool) -> Leaf:
+    """Of a weight with these dimensions that is stored as `spec` says."""
     place = {axis: i - len(spec) for i, axis in enumerate(spec) if axis}
     data, divided = place.get(DATA, 0), place.get(MODEL, 0)
-    leaf = Leaf(not name.endswith("norm.weight"), data, unsummed=() if data else (DATA,))
+    leaf = Leaf(len(axes) > 1, data, unsummed=() if data else (DATA,))
     whole = leaf._replace(gathered=divided)
-    if by_sequence and name.startswith("slow.prefix."):  # each device has other positions: all cotangents are terms
+    if by_sequence and name.startswith("slow.prefix"):  # each device has other positions: all cotangents are terms
         return whole._replace(sums=True, unsummed=leaf.unsummed + (() if divided else (MODEL,)))
     if by_sequence and not model.num_fast_blocks and name == "slow.final_norm.weight":
         return leaf._replace(unsummed=(*leaf.unsummed, MODEL))
-    if num_parts > 1 and ".attention." in name:
+    if num_parts > 1 and ("heads" in axes or "head_width" in axes):
         if model.num_key_value_heads % num_parts:
             return whole
-        if name.endswith((".q_norm.weight", ".k_norm.weight")):  # each device has other heads
+        if "head_width" in axes:  # each device has other heads
             return leaf._replace(unsummed=(*leaf.unsummed, MODEL))
     return leaf
 
@@ -117,12 +112,20 @@ def _transposed(leaf: Leaf) -> Leaf:
     return leaf._replace(data=-3 - leaf.data if leaf.data else 0)
 
 
-def _spec(path, shape, mesh: Mesh) -> P:
-    if math.prod(shape) == 1:
+@lru_cache
+def _axes_of_parameters(model: ModelConfig) -> dict[str, tuple]:
+    return parameter_axes(abstract_transformer(model))
+
+
+def _axes_of(path, axes: dict[str, tuple]) -> tuple:
+    """What the last dimensions of a leaf are whose path ends in a parameter's name; () where none does."""
+    keys = parameter_name(path).split(".")
+    begin = next((i for i, key in enumerate(keys) if key in ("fast", "slow")), len(keys))
+    return axes.get(".".join(keys[begin:]), ())
+
+
+def _spec(axes: tuple, shape, mesh: Mesh) -> P:
+    mesh_axes = (None,) * (len(shape) - len(axes)) + tuple(MESH_AXES[axis] for axis in axes)
+    if math.prod(shape) == 1 or len(mesh_axes) != len(shape):
         return P()
-    name = parameter_name(path)
-    for pattern, axes in RULES:
-        if re.search(pattern + "$", name):
-            axes = (None,) * (len(shape) - len(axes)) + axes
-            return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True)))
-    raise ValueError(f"no sharding rule for {name}")
+    return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(mesh_axes, shape, strict=True)))

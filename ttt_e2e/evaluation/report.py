@@ -96,7 +96,7 @@ def _sections(runs: list[Run]) -> tuple[int, str]:
     That is the shortest window if two of them fit, as past it a block's attention no longer sees all; else a quarter.
     """
     lengths = [len(run.nll_T) for run in runs if run.nll_T is not None]
-    windows = [window for run in runs for window in run.config.model.windows if window]
+    windows = [window for run in runs for window in run.config.model.windows]
     shortest = min(lengths, default=4)
     if windows and 2 * min(windows) <= shortest:
         return min(windows), "window"
@@ -146,16 +146,18 @@ def _by_position(run: Run, length: int, unit: str) -> list[dict]:
 
 
 def model_kind(model: ModelConfig) -> str:
-    """`e2e` (has fast weights), `window`, `full` (attention), or `mixed` (some blocks of each)."""
+    """`e2e` (has fast weights), `window`, `full` (attention), or `mixed` (blocks of other or several mixers)."""
     if model.num_fast_blocks:
         return "e2e"
-    return "window" if all(model.windows) else "mixed" if any(model.windows) else "full"
+    kinds = set(model.mixers)
+    return "window" if kinds == {"window"} else "full" if kinds == {"attention"} else "mixed"
 
 
 def _describe(model: ModelConfig) -> str:
     kind = model_kind(model)
-    window = f"window {model.sliding_window}" if any(model.windows) else ""
-    return window if kind == "window" else f"{kind}, {window}" if window else kind
+    window = f"window {model.sliding_window}"
+    mixers = ", ".join(window if name == "window" else name for name in dict.fromkeys(model.mixers))
+    return mixers if kind == "window" else kind if kind == "full" else f"{kind}, {mixers}"
 
 
 def _num_parameters(model: ModelConfig) -> int:

@@ -38,7 +38,7 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
     store = open_store(config, config.data.eval_split)
     step_directory = find_step(checkpoint)
     _, abstract = abstract_model(config.model)
-    placed = sharding.shardings(abstract, mesh)
+    placed = sharding.shardings(abstract, mesh, config.model)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
     params = load_params(step_directory, abstract)
     eval_step = make_eval_step(config, mesh, placed)

@@ -3,7 +3,7 @@
 A directory with two items of Orbax: `state` (arrays) and `about` (JSON), which names the model. Orbax writes under a
 temporary name and renames when all is written.
 
-Shapes: `B` sequences, `K` positions of a window cache, `L` blocks, `G` key/value heads, `H` head width.
+Shapes: `B` sequences, `L` blocks of a stack, `K` positions of a KV cache, `G` key/value heads, `H` head width.
 """
 
 import dataclasses
@@ -17,7 +17,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.inference import older_state
 from ttt_e2e.inference.reader import Reader, ReaderState
+from ttt_e2e.model.parameters import parameter_name
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -37,12 +39,11 @@ def save_state(path, reader: Reader, state: ReaderState, *, precision: str = "fl
     path = epath.Path(path).resolve()
     check_can_save(path, precision)
     tree = state._asdict()
-    tree.pop("rotated_LBGKH")  # made again when it is wanted
+    tree.pop("prepared")  # made again when it is wanted
     about = {
         "model": dataclasses.asdict(reader.config.model),
         "parameters": parameters_digest(reader.params),
         "mini_batch_size": reader.mini_batch_size,
-        "cache_size": jax.tree.leaves(state.cache_LBGKH)[0].shape[-2],
         "batch_size": len(state.tokens_Bb),
         "position": int(tree.pop("position")),
         "precision": precision,
@@ -67,32 +68,38 @@ def load_state(path, reader: Reader) -> ReaderState:
     path = epath.Path(path).resolve()
     about = read_about(path)
     _check_model(path, about, reader)
-    abstract = jax.eval_shape(lambda: reader.start(0, about["batch_size"]))._asdict()
-    del abstract["position"], abstract["rotated_LBGKH"]
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def stored(name: str, leaf):
-        shape, dtype = leaf.shape, leaf.dtype
-        if name == "cache_LBGKH":
-            shape = (*shape[:3], about["cache_size"], *shape[4:])
-        if name == "fast" and about["precision"] == "bfloat16":
-            dtype = jnp.bfloat16
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
-
-    wanted = {name: jax.tree.map(lambda leaf, name=name: stored(name, leaf), tree) for name, tree in abstract.items()}
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(path / "state", wanted)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"state {path} is damaged: {str(error).splitlines()[0]}") from error
+    start = reader.start(0, about["batch_size"])._asdict()
+    del start["position"], start["prepared"]
+    is_older = "cache_size" in about
+    tree = _restore(path, older_state.layout(start, reader) if is_older else start, about["precision"])
     if about["precision"] == "bfloat16":
         tree["fast"] = jax.tree.map(
-            lambda difference, w_0, leaf: (w_0 + difference.astype(leaf.dtype)).astype(leaf.dtype),
+            lambda difference, w, w_0: (w_0 + difference.astype(w.dtype)).astype(w.dtype),
             tree["fast"],
+            start["fast"],
             reader.params["fast"],
-            abstract["fast"],
         )
+    if is_older:
+        tree = older_state.convert(tree, reader)
     return ReaderState(**tree, position=np.int64(about["position"]))
+
+
+def _restore(path, like: dict, precision: str) -> dict:
+    """The saved arrays, in the containers of `like`, whose States may have had room for another number of tokens."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(path / "state").item_metadata.tree
+            shapes = {parameter_name(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(stored)}
+
+            def wanted(key, leaf):
+                name = parameter_name(key)
+                dtype = jnp.bfloat16 if name.startswith("fast.") and precision == "bfloat16" else leaf.dtype
+                return jax.ShapeDtypeStruct(shapes[name], dtype, sharding=device)
+
+            return checkpointer.restore(path / "state", jax.tree_util.tree_map_with_path(wanted, like))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"state {path} is damaged: {str(error).splitlines()[0]}") from error
 
 
 def check_can_save(path, precision: str) -> None:
@@ -146,5 +153,5 @@ def _check_model(path, about: dict, reader: Reader) -> None:
         raise UserError(
             f"state {path} was made with config.inner.mini_batch_size {theirs}; here it is {reader.mini_batch_size}"
         )
-    if not reader.has_window and (length := about["position"]) > reader.max_length:
+    if reader.grows and (length := about["position"]) > reader.max_length:
         raise UserError(f"state {path} has {length} tokens; max_length is {reader.max_length}, but must not be less")

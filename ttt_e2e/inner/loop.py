@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ttt_e2e.config import InnerConfig
 from ttt_e2e.inner import meta_gradient, reference
 from ttt_e2e.inner.division import MODEL, UNDIVIDED, Division, Weights, embed, fetch, fetch_block, gather_alike
-from ttt_e2e.inner.step import MiniBatch
+from ttt_e2e.inner.step import MiniBatch, is_target
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.loss import masked_mean, nll_forward, nll_reverse
 from ttt_e2e.model.parameters import at_least_float32, merge, split
@@ -71,7 +71,7 @@ def read_batch(
 
     suffix_def, fast, slow = split(model.make_suffix())
     fast = jax.tree.map(lambda w: w.astype(at_least_float32(w.dtype)), fast)
-    weights = suffix_weights(division)
+    weights = suffix_weights(division, slow)
     learning_rate = jax.lax.stop_gradient(learning_rate)
     if inner.gradient == "reference":
         adapt = jax.vmap(partial(reference.adapt, suffix_def, inner), in_axes=(0, None, 0, None))
@@ -79,7 +79,7 @@ def read_batch(
     else:
         adapt = partial(meta_gradient.adapt, suffix_def, inner, weights)
         loss_BM, nll_BMb, fast = adapt(fast, slow, mini_batches, learning_rate)
-    return Reading(loss_BM.mean(axis=1), loss_BM, nll_BMb.reshape(B, M * b), {"suffix": fast["blocks"]})
+    return Reading(loss_BM.mean(axis=1), loss_BM, nll_BMb.reshape(B, M * b), fast)
 
 
 def make_mini_batches(
@@ -91,28 +91,29 @@ def make_mini_batches(
     here; those of a model without are this device's part, [B, P, D] without a division into mini-batches.
     """
     inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
-    is_target_BT = targets_BT != bos_id if bos_id else jnp.ones_like(targets_BT, dtype=bool)
     config = model.config
     x_BPD = embed(division, model.embedding[...], inputs_BT, config.vocab_size, jnp.dtype(config.compute_dtype))
     parts = SequenceParts(division.num_parts) if division.by_sequence else None
-    fetch_weights = partial(fetch_block, division.slow.of("prefix")) if config.num_prefix_blocks else fetch_block
+
+    def fetch_weights(stack, state):
+        return fetch_block(division.slow.of(stack), state)
+
     run_prefix = partial(model.run_prefix, remat=inner.remat != "keep", fetch=fetch_weights, parts=parts)
     x_BPD = jax.vmap(run_prefix)(x_BPD)
     B, b = len(tokens), inner.mini_batch_size
-    of_targets = (a.reshape(B, -1, b) for a in (targets_BT, is_target_BT))
+    of_targets = (a.reshape(B, -1, b) for a in (targets_BT, is_target(targets_BT, bos_id)))
     if division.by_sequence and not config.num_fast_blocks:
         return MiniBatch(x_BPD, *of_targets)
     x_BTD = gather_alike(x_BPD, 1, division.num_parts) if division.by_sequence else x_BPD
     return MiniBatch(x_BTD.reshape(B, -1, b, x_BTD.shape[-1]), *of_targets)
 
 
-def suffix_weights(division: Division) -> Weights:
-    """How the slow weights of a model's `Suffix` are stored."""
-    slow = division.slow
-    if slow.leaves is None:
-        return slow
-    leaves = {"blocks": slow.leaves["suffix"], "final_norm": slow.leaves["final_norm"], "head": division.head.leaves}
-    return slow._replace(leaves=leaves)
+def suffix_weights(division: Division, slow) -> Weights:
+    """How the slow weights of a model's `Suffix` are stored, of which `slow` has the names."""
+    if division.slow.leaves is None:
+        return division.slow
+    leaves = {name: division.head.leaves if name == "head" else division.slow.leaves[name] for name in slow}
+    return division.slow._replace(leaves=leaves)
 
 
 def _static_nll(model: Transformer, division: Division, mini_batches: MiniBatch):

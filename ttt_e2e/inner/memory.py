@@ -17,6 +17,7 @@ from ttt_e2e.config import InnerConfig
 from ttt_e2e.inner import meta_gradient, trajectory
 from ttt_e2e.inner.division import UNDIVIDED, Division, fetch
 from ttt_e2e.inner.loop import make_mini_batches, suffix_weights
+from ttt_e2e.model.mixers import Context
 from ttt_e2e.model.parameters import at_least_float32, merge, split
 
 # (trajectory, remat) by the matrix products that they take. Those of a slow suffix weight, in forward passes of it:
@@ -76,7 +77,7 @@ def held_bytes(inner: InnerConfig, graphdef, fast, slow, tokens, division: Divis
         carried = 3 * size["fast"] + size["slow"]
     if inner.trajectory == "segment":
         length = trajectory.segment_length(inner, tokens.shape[1] // inner.mini_batch_size)
-        carried += length * (size["fast"] + size["kept"])
+        carried += length * (size["fast"] + size["recorded"])
     suffix = size["prefix"] + size["scan"] + size["mini_batch"] + size["block"] + carried
     return max(prefix, suffix)
 
@@ -101,25 +102,25 @@ def _held(inner: InnerConfig, graphdef, division: Division, fast, slow, tokens) 
 
     suffix_def, one_fast, slow_suffix = split(merge(graphdef, fast, slow).make_suffix())
     fast_B = jax.tree.map(lambda w: jnp.broadcast_to(w, (len(tokens), *w.shape)), one_fast)
-    weights = suffix_weights(division)
+    weights = suffix_weights(division, slow_suffix)
     _, scan = meta_gradient.forward_scan(
         suffix_def, inner, weights, fast_B, slow_suffix, mini_batches(slow, inner.remat), jnp.float32(1)
     )
     slow_suffix = scan.slow
     mini_batch = jax.tree.map(lambda a: a[0], scan.mini_batches_M)
-    b, stream = mini_batch.targets_b.shape[1], scan.stream_BLSGH
-    K = stream.k.shape[2] - len(scan.scale_MB) * b
-    cache, num_empty = meta_gradient.window_cache(stream, 0, b, K)
-    seen = (cache, num_empty)
-    _, head, _, kept = meta_gradient.inner_gradient(suffix_def, inner, fast_B, slow_suffix, seen, mini_batch)
+    suffix, context = merge(suffix_def, one_fast, slow_suffix), Context()
+    states = suffix.at(scan.log, 0)
+    _, head, _, recorded = meta_gradient.gradient_of_suffix(
+        suffix_def, inner, fast_B, slow_suffix, states, context, mini_batch
+    )
 
     def saved_by_reverse(remat):
         policies = dataclasses.replace(inner, remat=remat)
-        program = meta_gradient.reverse_program(suffix_def, policies, fast_B, mini_batch, num_empty, head, kept)
-        return jax.vjp(program, fast_B, cache, slow_suffix, mini_batch.x_bD)[1]
+        program = meta_gradient.reverse_program(suffix_def, policies, fast_B, mini_batch, context, head, recorded)
+        return jax.vjp(program, fast_B, states, slow_suffix, mini_batch.x_bD)[1]
 
     gradients = jax.tree.map(lambda w: jnp.zeros(w.shape, at_least_float32(w.dtype)), slow_suffix)
-    held |= {"fast": fast_B, "slow": gradients, "scan": scan, "kept": (head, kept), "block": ()}
+    held |= {"fast": fast_B, "slow": gradients, "scan": scan, "recorded": (head, recorded), "block": ()}
     held["mini_batch"] = saved_by_reverse(inner.remat)
     if inner.remat == "block":
         held["block"] = _share(saved_by_reverse("mini_batch"), config.num_fast_blocks)

@@ -2,15 +2,18 @@
 
 The reverse of mini-batch i, given the cotangent W_bar of W_{i+1}, takes one reverse pass over the dual program
 
-    (W, cache, slow, x) -> (loss, nll, cache', d/de loss(W + e u)),    u = -eta s (W_bar - D <D, W_bar> / |D|^2),
+    (W, states, slow, x) -> (nll, states', d/de loss(W + e u)),    u = -eta s (W_bar - D <D, W_bar> / |D|^2),
 
 where D = W_i - W_{i+1} and s is the clip scale; the projection stands only where the gradient was clipped. That pass
 holds one mini-batch's residuals at a time and differentiates nothing twice in reverse.
 
 All sequences of a batch go through together, so that the gradients of the slow weights are summed over them at once.
 
-Shapes: `B` sequences, `M` mini-batches of a sequence, `b` inner mini-batch, `D` model width, `L` suffix blocks,
-`K` cached positions, `S` = K + M b positions of the key/value stream, `G` key/value heads, `H` head width.
+What the mixers carry from mini-batch to mini-batch (their States: KV caches, or recurrent states) is kept as Logs, of
+which each mini-batch's States are slices. The reverse scan carries the cotangents of the States between two
+mini-batches (model/mixers/base.py).
+
+Shapes: `B` sequences, `M` mini-batches of a sequence, `b` inner mini-batch, `D` model width, `L` blocks of a stack.
 """
 
 from functools import partial
@@ -22,10 +25,10 @@ import jax.numpy as jnp
 from ttt_e2e.config import InnerConfig
 from ttt_e2e.inner import by_block, trajectory
 from ttt_e2e.inner.division import Weights
-from ttt_e2e.inner.step import MiniBatch, clip_scale, inner_product, is_cut, sgd_update, target_weights
-from ttt_e2e.model import KeyValues
-from ttt_e2e.model.dual_loss import HeadPass, dual_nll, head_pass
+from ttt_e2e.inner.step import MiniBatch, clip_scale, inner_gradient, inner_product, is_cut, sgd_update, target_weights
+from ttt_e2e.model.dual_loss import HeadPass, dual_nll
 from ttt_e2e.model.loss import token_nll
+from ttt_e2e.model.mixers import Context
 from ttt_e2e.model.parameters import Directed, at_least_float32, merge
 from ttt_e2e.model.passes import DualPass, Pass, Recording
 
@@ -41,7 +44,7 @@ class Residuals(NamedTuple):
     stored_dtypes: Any  # of what it stores of that: scalars
     mini_batches_M: MiniBatch
     learning_rate: jax.Array
-    stream_BLSGH: KeyValues  # K empty positions, then all keys and values; window caches are slices of it
+    log: Any  # {stack: Log [B, L, ...]} of its mixers
     scale_MB: jax.Array  # clip scales
     trajectory: Any  # what rebuilds W_i, and what else is known of each mini-batch
 
@@ -71,76 +74,77 @@ def forward_scan(suffix_def, inner: InnerConfig, weights: Weights, fast, slow, m
     stored_dtypes, slow = jax.tree.map(lambda w: jnp.zeros((), w.dtype), slow), weights.whole(slow)
     B, M, b, _ = mini_batches.x_bD.shape
     suffix = merge(suffix_def, fast, slow)
-    K, divided = suffix.cache_size(M * b), suffix.divides_fast
 
     def inner_step(carry, step):
-        fast, cache = carry
+        fast, states = carry
         mini_batch, i = step
-        seen = cache, jnp.maximum(K - i * b, 0)
-        gradient, head, new, kept = inner_gradient(suffix_def, inner, fast, slow, seen, mini_batch)
-        scale_B = jax.vmap(partial(clip_scale, clip_norm=inner.clip_norm, divided=divided))(gradient)
+        gradient, head, entries, recorded = gradient_of_suffix(
+            suffix_def, inner, fast, slow, states, Context(start=i * b), mini_batch
+        )
+        clip = partial(clip_scale, clip_norm=inner.clip_norm, divided=suffix.divides_fast)
+        scale_B = jax.vmap(clip)(gradient)
         next_fast, saved = jax.vmap(partial(trajectory.take_step, inner))(fast, gradient, learning_rate * scale_B)
-        return (next_fast, cache.append(new)), ((head.nll_T, scale_B, new), (saved, (head, kept)))
+        next_states = jax.vmap(suffix.advance)(states, entries)
+        return (next_fast, next_states), ((head.nll_T, scale_B, entries), (saved, (head, recorded)))
 
-    empty = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape)), suffix.empty_cache(K))
+    first = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape)), suffix.empty(M * b))
     mini_batches_M = jax.tree.map(lambda a: a.swapaxes(0, 1), mini_batches)
     steps = (mini_batches_M, jnp.arange(M))
-    (final, _), ((nll_MBb, scale_MB, new_M), saved) = trajectory.scan(inner, inner_step, (fast, empty), steps)
-    # Not carried through the scan: XLA would copy the whole stream for every mini-batch that writes to it.
-    new = jax.tree.map(lambda n: jnp.moveaxis(n, 0, 2).reshape(*n.shape[1:3], M * b, *n.shape[4:]), new_M)
-    stream = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), empty, new)
+    (final, _), ((nll_MBb, scale_MB, entries_M), saved) = trajectory.scan(inner, inner_step, (fast, first), steps)
+    # Not carried through the scan: XLA would copy the whole Log for every mini-batch that writes to it.
+    log = jax.vmap(suffix.log, in_axes=(0, 1))(first, entries_M)
     nll_BMb = nll_MBb.swapaxes(0, 1)
     loss_BM = jnp.sum(target_weights(mini_batches.is_target_b, nll_BMb.dtype) * nll_BMb, axis=-1)
-    residuals = Residuals(slow, stored_dtypes, mini_batches_M, learning_rate, stream, scale_MB, saved)
+    residuals = Residuals(slow, stored_dtypes, mini_batches_M, learning_rate, log, scale_MB, saved)
     return (loss_BM, nll_BMb, final), residuals
 
 
 def _reverse(suffix_def, inner: InnerConfig, weights: Weights, residuals: Residuals, cotangents):
     loss_bar_BM, nll_bar_BMb, final_bar = cotangents
-    slow, stored_dtypes, mini_batches_M, learning_rate, stream, scale_MB, saved = residuals
+    slow, stored_dtypes, mini_batches_M, learning_rate, log, scale_MB, saved = residuals
     M, _, b, _ = mini_batches_M.x_bD.shape
-    divided = merge(suffix_def, final_bar, slow).divides_fast
-    K = stream.k.shape[2] - M * b
+    suffix = merge(suffix_def, final_bar, slow)  # for its structure
 
     def replay_step(fast, step):
         mini_batch, i, scale_B, *_ = step
-        seen = window_cache(stream, i, b, K)
-        gradient, head, _, kept = inner_gradient(suffix_def, inner, fast, slow, seen, mini_batch)
-        return jax.vmap(sgd_update)(fast, gradient, learning_rate * scale_B), (head, kept)
+        states, context = suffix.at(log, i), Context(start=i * b)
+        gradient, head, _, recorded = gradient_of_suffix(suffix_def, inner, fast, slow, states, context, mini_batch)
+        return jax.vmap(sgd_update)(fast, gradient, learning_rate * scale_B), (head, recorded)
 
-    def reverse_step(carry, taken, known, step):
-        fast_bar, slow_bar, cache_bar = carry
+    def reverse_step(carry, inner_step: trajectory.Step | trajectory.RoundedStep, forward, step):
+        fast_bar, slow_bar, states_bar = carry
         mini_batch, i, scale_B, loss_bar_B, nll_bar_Bb = step
         weight_Bb = target_weights(mini_batch.is_target_b, nll_bar_Bb.dtype)
         seeds = nll_bar_Bb + loss_bar_B[:, None] * weight_Bb, weight_Bb
-        fast, update = taken.weights()
-        rate_B = learning_rate * scale_B
-        parallel_B = jax.vmap(partial(_parallel_part, divided))(fast_bar, update, scale_B < 1)
+        fast, update = inner_step.weights()
+        rate_B, context = learning_rate * scale_B, Context(start=i * b)
+        parallel_B = jax.vmap(partial(_parallel_part, suffix.divides_fast))(fast_bar, update, scale_B < 1)
         if inner.remat == "block" and inner.gradient != "first_order":
 
-            def of_block(block, fast_bar):
-                fast, update = taken.weights(block)
-                cache = jax.tree.map(lambda s: _block_of_cache(s, block, i * b, K), stream)
-                return fast, jax.vmap(_update_cotangent)(fast_bar, update, rate_B, parallel_B), cache
+            def of_block(stack, block, fast_bar):
+                fast, update = inner_step.weights(stack, block)
+                state = suffix.at({stack: log[stack]}, i, partial(_take_of_block, block))[stack]
+                return fast, jax.vmap(_update_cotangent)(fast_bar, update, rate_B, parallel_B), state
 
-            sums, num_empty, head = by_block.Sums(*carry), jnp.maximum(K - i * b, 0), known[0]
-            sums, x_bar_BbD = by_block.pull_back(suffix_def, sums, slow, of_block, num_empty, mini_batch, head, seeds)
-            fast_bar, slow_bar, cache_bar = sums
+            sums = by_block.Cotangents(*carry)
+            sums, x_bar_BbD = by_block.pull_back(
+                suffix_def, sums, slow, of_block, context, mini_batch, forward[0], seeds
+            )
+            fast_bar, slow_bar, states_bar = sums
         else:
-            cache, num_empty = window_cache(stream, i, b, K)
             direction = jax.vmap(_update_cotangent)(fast_bar, update, rate_B, parallel_B)
-            program = reverse_program(suffix_def, inner, direction, mini_batch, num_empty, *known)
-            seeds = (seeds[0], cache_bar, *(() if inner.gradient == "first_order" else seeds[1:]))
-            _, pull_back = jax.vjp(program, fast, cache, slow, mini_batch.x_bD)
-            fast_bar_i, cache_bar, slow_bar_i, x_bar_BbD = pull_back(seeds)
+            program = reverse_program(suffix_def, inner, direction, mini_batch, context, *forward)
+            seeds = (seeds[0], states_bar, *(() if inner.gradient == "first_order" else seeds[1:]))
+            _, pull_back = jax.vjp(program, fast, suffix.at(log, i), slow, mini_batch.x_bD)
+            fast_bar_i, states_bar, slow_bar_i, x_bar_BbD = pull_back(seeds)
             fast_bar, slow_bar = jax.tree.map(jnp.add, (fast_bar, slow_bar), (fast_bar_i, slow_bar_i))
         if inner.truncate:
             fast_bar = jax.tree.map(lambda w: jnp.where(is_cut(inner, i), 0, w), fast_bar)
-        return (fast_bar, slow_bar, cache_bar), x_bar_BbD
+        return (fast_bar, slow_bar, states_bar), x_bar_BbD
 
     steps = (mini_batches_M, jnp.arange(M), scale_MB, loss_bar_BM.T, nll_bar_BMb.swapaxes(0, 1))
     slow_bar = jax.tree.map(lambda w: jnp.zeros(w.shape, at_least_float32(w.dtype)), slow)
-    carry = (final_bar, slow_bar, jax.tree.map(jnp.zeros_like, window_cache(stream, 0, b, K)[0]))
+    carry = (final_bar, slow_bar, jax.tree.map(jnp.zeros_like, suffix.at(log, 0)))
     (fast_bar, slow_bar, _), x_bar_M = trajectory.reverse_scan(inner, reverse_step, replay_step, carry, saved, steps)
     slow_bar = weights.reduced(jax.tree.map(lambda bar, like: bar.astype(like.dtype), slow_bar, stored_dtypes))
     return fast_bar, slow_bar, MiniBatch(x_bar_M.swapaxes(0, 1), None, None), None
@@ -149,73 +153,76 @@ def _reverse(suffix_def, inner: InnerConfig, weights: Weights, residuals: Residu
 adapt.defvjp(forward_scan, _reverse)
 
 
-def reverse_program(suffix_def, inner: InnerConfig, direction, mini_batch: MiniBatch, num_empty, head: HeadPass, kept):
-    """What the reverse of a mini-batch differentiates: a function of (fast, cache, slow, x)."""
-    run = partial(_run_suffix, suffix_def, known=kept, num_empty=num_empty, remat=inner.remat == "block")
+def reverse_program(
+    suffix_def, inner: InnerConfig, direction, mini_batch: MiniBatch, context: Context, head: HeadPass, recorded
+):
+    """What the reverse of a mini-batch differentiates: a function of (fast, states, slow, x)."""
+    run = partial(_run_suffix, suffix_def, context=context, recorded=recorded, remat=inner.remat == "block")
     if inner.gradient == "first_order":
         return partial(_first_order_program, suffix_def, run, mini_batch.targets_b)
     return partial(_dual_program, suffix_def, run, direction, mini_batch.targets_b, head)
 
 
-def _run_suffix(suffix_def, fast, slow, cache: KeyValues, x_BbD, *, num_empty, make_pass=Pass, known=(), remat: bool):
-    """The suffix over a mini-batch of every sequence: normed hidden states [B, b, D], in a `DualPass` [B, 2, b, D], new
-    keys and values, and what the pass kept."""
+def _run_suffix(
+    suffix_def, fast, slow, states: dict, x_BbD, *, context: Context, make_pass=Pass, recorded=None, remat: bool
+):
+    """The suffix over a mini-batch of every sequence: normed hidden states [B, b, D], in a `DualPass` [B, 2, b, D], the
+    mixers' Entries, and what the pass recorded."""
 
-    def run(fast, cache, x_bD, known):
+    def run(fast, states, x_bD, recorded):
         suffix = merge(suffix_def, fast, slow)
         unroll = suffix.config.num_fast_blocks <= MAX_UNROLLED and not remat
-        return suffix(x_bD, cache, num_empty, make_pass=make_pass, known=known, remat=remat, unroll=unroll)
+        options = {"make_pass": make_pass, "recorded": recorded, "remat": remat, "unroll": unroll}
+        return suffix.extend(x_bD, states, context, **options)
 
-    return jax.vmap(run)(fast, cache, x_BbD, known)
+    return jax.vmap(run)(fast, states, x_BbD, recorded)
 
 
-def inner_gradient(suffix_def, inner: InnerConfig, fast, slow, seen, mini_batch: MiniBatch):
-    """Gradient of each sequence's loss_i at its fast weights, the head's forward pass, new keys and values, and what
-    the reverse of the mini-batch is to know already; `seen` is what `window_cache` says."""
-    cache, num_empty = seen
+def gradient_of_suffix(
+    suffix_def, inner: InnerConfig, fast, slow, states: dict, context: Context, mini_batch: MiniBatch
+):
+    """Gradient of each sequence's loss_i at its fast weights; the head's forward pass; the mixers' Entries; and the
+    results that the reverse of the mini-batch need not compute again."""
     make_pass, remat = (Recording if inner.remat == "keep" else Pass), inner.remat == "block"
 
     def run(fast):
-        hidden_BbD, new, kept = _run_suffix(
-            suffix_def, fast, slow, cache, mini_batch.x_bD, num_empty=num_empty, make_pass=make_pass, remat=remat
+        hidden_BbD, *others = _run_suffix(
+            suffix_def, fast, slow, states, mini_batch.x_bD, context=context, make_pass=make_pass, remat=remat
         )
-        return hidden_BbD, (new, kept)
+        return hidden_BbD, others
 
-    hidden_BbD, pull_back, (new, kept) = jax.vjp(run, fast, has_aux=True)
     vocab_size = merge(suffix_def, fast, slow).config.vocab_size
-    head = head_pass(hidden_BbD, slow["head"], mini_batch.targets_b, vocab_size)
-    weight_Bb = target_weights(mini_batch.is_target_b, head.nll_T.dtype)
-    (gradient,) = pull_back((weight_Bb[..., None] * head.gradient_TD).astype(hidden_BbD.dtype))
-    return gradient, head, new, kept
+    gradient, head, (entries, recorded) = inner_gradient(run, fast, slow["head"], mini_batch, vocab_size)
+    return gradient, head, entries, recorded
 
 
-def _dual_program(suffix_def, run, direction, targets_Bb, head: HeadPass, fast, cache: KeyValues, slow, x_BbD):
-    """(NLL, window cache after the mini-batch, derivative of the NLL along `direction` of the fast weights)."""
-
-    directed = jax.tree.map(Directed, fast, direction)
-    hidden_B2bD, new, _ = run(directed, slow, cache, x_BbD, make_pass=DualPass)
-    vocab_size = merge(suffix_def, fast, slow).config.vocab_size
-    nll_Bb, nll_dot_Bb = dual_nll(hidden_B2bD[:, 0], hidden_B2bD[:, 1], slow["head"], targets_Bb, head, vocab_size)
-    return nll_Bb, cache.append(new), nll_dot_Bb
-
-
-def _first_order_program(suffix_def, run, targets_Bb, fast, cache: KeyValues, slow, x_BbD):
-    """(NLL, window cache after the mini-batch): what is left where updates are constants."""
-    hidden_BbD, new, _ = run(fast, slow, cache, x_BbD)
-    nll = partial(token_nll, vocab_size=merge(suffix_def, fast, slow).config.vocab_size)
-    return jax.vmap(nll, in_axes=(0, None, 0))(hidden_BbD, slow["head"], targets_Bb), cache.append(new)
+def _dual_program(suffix_def, run, direction, targets_Bb, head: HeadPass, fast, states: dict, slow, x_BbD):
+    """(NLL, States after the mini-batch, derivative of the NLL along `direction` of the fast weights)."""
+    directed, suffix = jax.tree.map(Directed, fast, direction), merge(suffix_def, fast, slow)
+    hidden_B2bD, entries, _ = run(directed, slow, states, x_BbD, make_pass=DualPass)
+    nll_Bb, nll_dot_Bb = dual_nll(
+        hidden_B2bD[:, 0], hidden_B2bD[:, 1], slow["head"], targets_Bb, head, suffix.config.vocab_size
+    )
+    return nll_Bb, jax.vmap(suffix.advance)(states, entries), nll_dot_Bb
 
 
-def window_cache(stream_BLSGH: KeyValues, i, b: int, K: int):
-    """The window caches [B, L, K, G, H] that mini-batch i sees, and how many of their leading positions are empty."""
-    cache = jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, i * b, K, axis=2), stream_BLSGH)
-    return cache, jnp.maximum(K - i * b, 0)
+def _first_order_program(suffix_def, run, targets_Bb, fast, states: dict, slow, x_BbD):
+    """(NLL, States after the mini-batch): what is left where updates are constants."""
+    suffix = merge(suffix_def, fast, slow)
+    hidden_BbD, entries, _ = run(fast, slow, states, x_BbD)
+    nll = partial(token_nll, vocab_size=suffix.config.vocab_size)
+    nll_Bb = jax.vmap(nll, in_axes=(0, None, 0))(hidden_BbD, slow["head"], targets_Bb)
+    return nll_Bb, jax.vmap(suffix.advance)(states, entries)
 
 
-def _block_of_cache(stream_BLSGH, block, start, K: int):
-    """[B, K, G, H]: `window_cache` of one block, in one slice."""
-    B, _, _, G, H = stream_BLSGH.shape
-    return jax.lax.dynamic_slice(stream_BLSGH, (0, block, start, 0, 0), (B, 1, K, G, H))[:, 0]
+def _take_of_block(block, array, start, size: int, axis: int):
+    """Of one block of a stack [B, L, ...]: a slice along an axis (from the end), in one slice of the array.
+
+    Two slices, one after the other, would make XLA copy the block's whole entry.
+    """
+    starts, sizes = [0] * array.ndim, list(array.shape)
+    starts[1], sizes[1], starts[axis], sizes[axis] = block, 1, start, size
+    return jnp.squeeze(jax.lax.dynamic_slice(array, starts, sizes), 1)
 
 
 def _update_cotangent(fast_bar, update, rate, parallel):

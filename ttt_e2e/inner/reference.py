@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ttt_e2e.config import InnerConfig
 from ttt_e2e.inner.step import MiniBatch, clip_scale, is_cut, mini_batch_loss, sgd_update
+from ttt_e2e.model.mixers import Context
 from ttt_e2e.model.parameters import merge
 
 
@@ -25,21 +26,19 @@ def adapt(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, l
 
 
 def inner_loop(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, learning_rate):
-    """The operands of `jax.lax.scan`: first carry (W_0, empty window caches), steps, and the function of both."""
+    """The operands of `jax.lax.scan`: first carry (W_0, States before anything was read), steps, function of both."""
     M, b, _ = mini_batches.x_bD.shape
     suffix = merge(suffix_def, fast, slow)
-    K = suffix.cache_size(M * b)
 
     def inner_step(carry, step):
-        fast, cache = carry
+        fast, states = carry
         mini_batch, i = step
         if inner.truncate:
             fast = jax.tree.map(lambda w: jnp.where(is_cut(inner, i), jax.lax.stop_gradient(w), w), fast)
-        (loss_i, (nll_b, new)), gradient = jax.value_and_grad(partial(mini_batch_loss, suffix_def), has_aux=True)(
-            fast, slow, cache, jnp.maximum(K - i * b, 0), mini_batch
-        )
+        (loss_i, (nll_b, next_states)), gradient = jax.value_and_grad(
+            partial(mini_batch_loss, suffix_def), has_aux=True
+        )(fast, slow, states, Context(start=i * b), mini_batch)
         rate = learning_rate * clip_scale(gradient, inner.clip_norm, suffix.divides_fast)
-        fast = sgd_update(fast, gradient, rate)
-        return (fast, cache.append(new)), (loss_i, nll_b)
+        return (sgd_update(fast, gradient, rate), next_states), (loss_i, nll_b)
 
-    return (fast, suffix.empty_cache(K)), (mini_batches, jnp.arange(M)), inner_step
+    return (fast, suffix.empty(M * b)), (mini_batches, jnp.arange(M)), inner_step

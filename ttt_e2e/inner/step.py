@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from ttt_e2e.config import InnerConfig
-from ttt_e2e.model import KeyValues
+from ttt_e2e.model.dual_loss import head_pass
 from ttt_e2e.model.loss import masked_mean
+from ttt_e2e.model.mixers import Context
 from ttt_e2e.model.parameters import merge
 from ttt_e2e.model.parts import copy_to_all, sum_to_all
 
@@ -23,12 +24,30 @@ class MiniBatch(NamedTuple):
     is_target_b: jax.Array  # False where a target does not count
 
 
-def mini_batch_loss(suffix_def, fast, slow, cache: KeyValues, num_empty, mini_batch: MiniBatch):
-    """Mean NLL over the unmasked targets, and (NLL [b] of all targets, the window cache after the mini-batch)."""
+def mini_batch_loss(suffix_def, fast, slow, states: dict, context: Context, mini_batch: MiniBatch):
+    """Mean NLL over the unmasked targets, and (NLL [b] of all targets, the mixers' States after the mini-batch)."""
     suffix = merge(suffix_def, fast, slow)
-    x_bD, new, _ = suffix(mini_batch.x_bD, cache, num_empty)
+    x_bD, entries, _ = suffix.extend(mini_batch.x_bD, states, context)
     nll_b = suffix.nll(x_bD, mini_batch.targets_b)
-    return masked_mean(nll_b, mini_batch.is_target_b), (nll_b, new)
+    return masked_mean(nll_b, mini_batch.is_target_b), (nll_b, suffix.advance(states, entries))
+
+
+def is_target(targets, bos_id: int):
+    """Which targets count in the loss: all but BOS, where there is one (`bos_id` 0 = none)."""
+    return targets != bos_id if bos_id else jnp.ones_like(targets, dtype=bool)
+
+
+def inner_gradient(run, fast, head_DV, mini_batch: MiniBatch, vocab_size: int):
+    """Gradient of loss_i at the fast weights, the head's forward pass, and what `run` gives besides.
+
+    run: fast -> (normed hidden states of the mini-batch, anything else). Of one mini-batch, or of one of each sequence
+        of a batch; `fast` and the arrays of the mini-batch then have a leading axis B.
+    """
+    hidden_bD, pull_back, others = jax.vjp(run, fast, has_aux=True)
+    head = head_pass(hidden_bD, head_DV, mini_batch.targets_b, vocab_size)
+    weight_b = target_weights(mini_batch.is_target_b, head.nll_T.dtype)
+    (gradient,) = pull_back((weight_b[..., None] * head.gradient_TD).astype(hidden_bD.dtype))
+    return gradient, head, others
 
 
 def target_weights(is_target_b, dtype):

@@ -30,10 +30,12 @@ class Step(NamedTuple):
     next_n: Any  # W after each of them
     i: jax.Array  # which of them this is
 
-    def weights(self, block=None):
-        """(W_i, W_i - W_{i+1}); of one block of stacks [B, L, ...] where `block`, its index, is given."""
-        first = self.first if block is None else jax.tree.map(partial(_entry, i=block, axis=1), self.first)
-        next_fast, before = (jax.tree.map(partial(_entry, i=i, block=block), self.next_n) for i in (self.i, self.i - 1))
+    def weights(self, stack: str = "", block=None):
+        """(W_i, W_i - W_{i+1}); of one block of a stack [B, L, ...] where its name and the block's index are given."""
+        first, next_n = (self.first[stack], self.next_n[stack]) if stack else (self.first, self.next_n)
+        if stack:
+            first = jax.tree.map(partial(_entry, i=block, axis=1), first)
+        next_fast, before = (jax.tree.map(partial(_entry, i=i, block=block), next_n) for i in (self.i, self.i - 1))
         fast = jax.tree.map(partial(jnp.where, self.i == 0), first, before)
         return fast, jax.tree.map(jnp.subtract, fast, next_fast)
 
@@ -44,11 +46,11 @@ class RoundedStep(NamedTuple):
     next_fast: Any
     update: Any
 
-    def weights(self, block=None):
+    def weights(self, stack: str = "", block=None):
         """As of `Step`."""
         next_fast, update = self
-        if block is not None:
-            next_fast, update = jax.tree.map(partial(_entry, i=block, axis=1), (next_fast, update))
+        if stack:
+            next_fast, update = jax.tree.map(partial(_entry, i=block, axis=1), (next_fast[stack], update[stack]))
         update = jax.tree.map(lambda d, w: d.astype(w.dtype), update, next_fast)
         return jax.tree.map(jnp.add, next_fast, update), update
 

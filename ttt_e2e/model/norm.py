@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ttt_e2e.model.parameters import at_least_float32
+from ttt_e2e.model.parameters import at_least_float32, vector
 
 
 class RMSNorm(nnx.Module):
     """Normalises the last axis by its root mean square and multiplies by a weight, in float32; casts back after."""
 
-    def __init__(self, size: int, config):
-        self.weight = nnx.Param(jnp.ones(size, jnp.dtype(config.param_dtype)))
+    def __init__(self, size: int, config, axis: str | None = None):
+        self.weight = vector(jnp.ones(size), config, axis)
         self.eps = config.rms_norm_eps
 
     def __call__(self, x):

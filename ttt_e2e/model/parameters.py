@@ -11,10 +11,18 @@ class FastParam(nnx.Param):
     """A weight that the inner loop changes; its stored value is the meta-learned initialisation W_0."""
 
 
-def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], config, kind: type[nnx.Param] = nnx.Param) -> nnx.Param:
-    """A matrix stored [in, out], drawn from a normal of standard deviation `config.initializer_range`."""
+def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], config, axes: tuple, kind: type[nnx.Param] = nnx.Param) -> nnx.Param:
+    """A matrix stored [in, out], drawn from a normal of standard deviation `config.initializer_range`.
+
+    axes: what its dimensions are (`parameter_axes`).
+    """
     init = jax.nn.initializers.normal(config.initializer_range)
-    return kind(init(rngs.params(), shape, jnp.dtype(config.param_dtype)))
+    return kind(init(rngs.params(), shape, jnp.dtype(config.param_dtype)), axes=axes)
+
+
+def vector(value, config, axis: str | None = None) -> nnx.Param:
+    """A parameter [size] that is used in its own dtype, as the weights of norms are; `axis`: what its dimension is."""
+    return nnx.Param(jnp.asarray(value, jnp.dtype(config.param_dtype)), axes=(axis,))
 
 
 def at_least_float32(dtype):
@@ -36,6 +44,18 @@ def merge(graphdef, fast, slow) -> nnx.Module:
 def parameter_name(path) -> str:
     """Dotted name of a leaf, e.g. "slow.prefix.attention.wq"."""
     return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def parameter_axes(model: nnx.Module) -> dict[str, tuple]:
+    """{dotted name: what its last dimensions are} of all parameters of a model, or of its shapes.
+
+    A dimension is "vocabulary", "width" (of the model), "heads" (columns of several heads), "head_width", "mlp", or
+    None: nothing that others have in common. cluster/mesh.py says which of these the devices divide among them.
+    """
+    _, fast, slow = nnx.split(model, FastParam, ...)
+    leaves = [(("fast", *path), p) for path, p in nnx.to_flat_state(fast)]
+    leaves += [(("slow", *path), p) for path, p in nnx.to_flat_state(slow)]
+    return {".".join(map(str, path)): parameter.get_metadata()["axes"] for path, parameter in leaves}
 
 
 class Directed(NamedTuple):

@@ -1,8 +1,8 @@
 """How a block computes its results in each kind of pass over it.
 
 A block is written once and run in several kinds of pass: on values alone, by whose shapes its arrays are named, or on
-values and their tangents at once. A pass is used for one run of one block; it tells its expensive results apart by
-their order.
+values and their tangents at once. A pass is used for one run of one block. Its expensive results have names, by which a
+reverse pass finds what the forward pass recorded.
 
 Shapes: `T` positions, `D` width in, `F` width out, `N` query heads, `H` head width; `P` = 2 for a value and its
 tangent, stacked, or 1 for a value that has none.
@@ -20,39 +20,45 @@ from ttt_e2e.model.parts import sum_to_all
 
 
 class Pass:
-    """Computes everything and keeps nothing: for reading, and where JAX's autodiff is left to itself."""
+    """Computes everything and records nothing: for reading, and where JAX's autodiff is left to itself."""
 
     derivatives = "any"  # as of `window_attention`
-    kept: tuple[Any, ...] = ()
 
-    def __init__(self, known: tuple[Any, ...] = ()):
-        """`known`: what a `Recording` pass over the same block kept."""
-        self._known = iter(known) if known else None
+    def __init__(self, recorded: dict[str, Any] | None = None):
+        """recorded: results of a `Recording` pass over the same block, which are not computed again."""
+        self._recorded = recorded or {}
+        self.results: dict[str, Any] = {}  # what this pass recorded
 
     def begin(self, x_TD, *, in_scan: bool):
         """What enters the first block. `in_scan`: it keeps its shape from block to block, as a scan's carry must."""
         return x_TD
 
-    def lift(self, function, *arrays):
-        """What becomes of a cheap function: applied to arrays, gives an array."""
-        return function(*arrays)
+    def call(self, function, arrays, *constants):
+        """Runs any JAX function, (arrays, *constants) -> (outputs, values).
+
+        arrays: a pytree of arrays of this pass, which may have tangents; what comes out of them, `outputs`, has, too.
+        constants: have no tangents; nor do `values`, such as a mixer's Entry.
+        """
+        return function(arrays, *constants)
+
+    def apply(self, function, *arrays):
+        """One array from a cheap function of arrays, such as a norm or a sum."""
+        return self.call(lambda arrays: (function(*arrays), None), arrays)[0]
 
     def value(self, array):
         """An array without its tangent, where it has one."""
         return array
 
-    def product(self, x_TD, w_DF, *, divided: bool = False):
+    def product(self, name: str, x_TD, w_DF, *, divided: bool = False):
         """x w, [T, F], in the dtype of x. `divided`: both are one device's part of D, and the result is summed."""
-        known_TF, operands = self._next_known(), (x_TD, w_DF.astype(x_TD.dtype))
-        product = partial(_product, divided)
-        return product(*operands) if known_TF is None else _known(product, operands, known_TF)
+        operands, product = (x_TD, w_DF.astype(x_TD.dtype)), partial(_product, divided)
+        if name in self._recorded:
+            return _recorded_result(product, operands, self._recorded[name])
+        return product(*operands)
 
-    def attention(self, *arrays, **options):
+    def attention(self, name: str, *arrays, **options):
         """`window_attention` of the same arguments."""
-        return window_attention(*arrays, derivatives=self.derivatives, known=self._next_known(), **options)
-
-    def _next_known(self):
-        return None if self._known is None else next(self._known)
+        return window_attention(*arrays, derivatives=self.derivatives, known=self._recorded.get(name), **options)
 
 
 class FirstOrderPass(Pass):
@@ -62,15 +68,19 @@ class FirstOrderPass(Pass):
 
 
 class Recording(Pass):
-    """Keeps the results, in order."""
+    """Records its expensive results."""
 
-    def product(self, x_TD, w_DF, *, divided: bool = False):  # noqa: D102 (as of `Pass`)
-        self.kept += (super().product(x_TD, w_DF, divided=divided),)
-        return self.kept[-1]
+    def product(self, name: str, x_TD, w_DF, *, divided: bool = False):  # noqa: D102 (as of `Pass`)
+        return self._record(name, super().product(name, x_TD, w_DF, divided=divided))
 
-    def attention(self, *arrays, **options):  # noqa: D102
-        self.kept += (super().attention(*arrays, with_lse=True, **options),)
-        return self.kept[-1][0]
+    def attention(self, name: str, *arrays, **options):  # noqa: D102
+        return self._record(name, super().attention(name, *arrays, with_lse=True, **options))[0]
+
+    def _record(self, name: str, result):
+        if name in self.results:
+            raise ValueError(f"two results of a block are named {name!r}: a reverse pass could not tell them apart")
+        self.results[name] = result
+        return result
 
 
 class DualPass(Pass):
@@ -78,36 +88,41 @@ class DualPass(Pass):
 
     Tangents come from those of the hidden states and from fast weights, which are `Directed`. Products of a value and
     of its tangent with the same weight are one product over stacked rows. So is its transpose, and the gradient of the
-    weight is one over a stacked contraction: the weight is read once each time. What is known is not computed again.
+    weight is one over a stacked contraction: the weight is read once each time. What was recorded is not computed
+    again.
     """
 
     def begin(self, x_TD, *, in_scan: bool):
         """Hidden states before any fast MLP have no tangents, or in a scan tangents of 0."""
         return jnp.stack([x_TD, jnp.zeros_like(x_TD)]) if in_scan else x_TD[None]
 
-    def lift(self, function, *arrays_P):  # noqa: D102
-        parts = [_parts(a) for a in arrays_P]
-        values = [part[0] for part in parts]
+    def call(self, function, arrays, *constants):  # noqa: D102
+        leaves, structure = jax.tree.flatten(arrays)
+        parts = [_parts(leaf) for leaf in leaves]
+        values = structure.unflatten([part[0] for part in parts])
         if all(len(part) == 1 for part in parts):
-            return function(*values)[None]
-        tangents = [part[1] if len(part) == 2 else jnp.zeros_like(part[0]) for part in parts]
-        return jnp.stack(jax.jvp(function, values, tangents))
+            outputs, extra = function(values, *constants)
+            return jax.tree.map(lambda a: a[None], outputs), extra
+        tangents = structure.unflatten([part[1] if len(part) == 2 else jnp.zeros_like(part[0]) for part in parts])
+        outputs, tangents, extra = jax.jvp(lambda x: function(x, *constants), (values,), (tangents,), has_aux=True)
+        return jax.tree.map(lambda *pair: jnp.stack(pair), outputs, tangents), extra
 
     def value(self, array_P):  # noqa: D102
         return array_P[0]
 
-    def product(self, x_PTD, w_DF, *, divided: bool = False):  # noqa: D102
+    def product(self, name: str, x_PTD, w_DF, *, divided: bool = False):  # noqa: D102
         weights = [w.astype(x_PTD.dtype) for w in (w_DF if isinstance(w_DF, Directed) else [w_DF])]
-        known_TF, product, operands = self._next_known(), partial(_dual_product, divided), (x_PTD, *weights)
-        if known_TF is None:
+        product, operands = partial(_dual_product, divided), (x_PTD, *weights)
+        if name not in self._recorded:
             return product(*operands)
         tangent = sum_to_all(_along(x_PTD, *weights), divided)
-        return _known(product, operands, jnp.concatenate([known_TF[None], tangent]))
+        return _recorded_result(product, operands, jnp.concatenate([self._recorded[name][None], tangent]))
 
-    def attention(self, *arrays_P, **options):  # noqa: D102
+    def attention(self, name: str, *arrays_P, **options):  # noqa: D102
         has_tangent = len(arrays_P[0]) == 2
-        options |= {"derivatives": "reverse_of_tangent" if has_tangent else "first_order", "known": self._next_known()}
-        return self.lift(lambda *arrays: window_attention(*arrays, **options), *arrays_P)
+        options |= {"derivatives": "reverse_of_tangent" if has_tangent else "first_order"}
+        options |= {"known": self._recorded.get(name)}
+        return self.apply(lambda *arrays: window_attention(*arrays, **options), *arrays_P)
 
 
 def _parts(array_P):
@@ -138,12 +153,12 @@ def _along(x_PTD, w_DF, u_DF=None):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _known(function, operands, result):
-    """`function` of the operands, whose result is known: not computed, but differentiated as if it were."""
+def _recorded_result(function, operands, result):
+    """`function` of the operands, whose result was recorded: not computed, but differentiated as if it were."""
     return result
 
 
-@_known.defjvp
-def _known_jvp(function, primals, tangents):
+@_recorded_result.defjvp
+def _recorded_result_jvp(function, primals, tangents):
     operands, result = primals
-    return _known(function, operands, result), jax.jvp(function, operands, tangents[0])[1]
+    return _recorded_result(function, operands, result), jax.jvp(function, operands, tangents[0])[1]

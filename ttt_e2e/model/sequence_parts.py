@@ -33,34 +33,34 @@ class SequenceParts(NamedTuple):
         """Of this device's part, [T]."""
         return jax.lax.axis_index(AXIS) * T + jnp.arange(T)
 
-    def attend(self, attention, q_TNH, k_TGH, v_TGH, *, window: int):
-        """Output [T, N, H] of this device's positions.
+    def attend(self, attention, q_NTH, k_GTH, v_GTH, *, window: int):
+        """Output [N, T, H] of this device's positions.
 
         Args:
           attention: what computes it from queries, keys and values, as `window_attention` does.
-          q_TNH: rotated queries.
-          k_TGH: rotated keys.
-          v_TGH: values.
+          q_NTH: rotated queries.
+          k_GTH: rotated keys.
+          v_GTH: values.
           window: k; 0 = full attention.
         """
-        T, G, _ = k_TGH.shape
+        G, T, _ = k_GTH.shape
         if by_heads(window, T, G, self.num_parts):
-            by_head = (jax.lax.all_to_all(a, AXIS, 1, 0, tiled=True) for a in (q_TNH, k_TGH, v_TGH))
-            return jax.lax.all_to_all(attention(*by_head, window=window, num_empty=0), AXIS, 0, 1, tiled=True)
+            by_head = (jax.lax.all_to_all(a, AXIS, 0, 1, tiled=True) for a in (q_NTH, k_GTH, v_GTH))
+            return jax.lax.all_to_all(attention(*by_head, window=window, num_empty=0), AXIS, 1, 0, tiled=True)
         reach = _reach(window, T, self.num_parts)
-        cached = {name: self._preceding(a, reach) for name, a in (("cached_k", k_TGH), ("cached_v", v_TGH))}
+        cached = {name: self._preceding(a, reach) for name, a in (("cached_k", k_GTH), ("cached_v", v_GTH))}
         num_empty = jnp.maximum(reach - jax.lax.axis_index(AXIS) * T, 0)
-        return attention(q_TNH, k_TGH, v_TGH, window=window, num_empty=num_empty, **cached)
+        return attention(q_NTH, k_GTH, v_GTH, window=window, num_empty=num_empty, **cached)
 
-    def _preceding(self, a_TGH, reach: int):
+    def _preceding(self, a_GTH, reach: int):
         """The `reach` positions before this device's own, of its neighbours; zeros before the sequence begins."""
-        T = len(a_TGH)
+        T = a_GTH.shape[1]
         parts = []
         for hop in range(-(-reach // T), 0, -1):
             count = min(T, reach - (hop - 1) * T)
             pairs = [(source, source + hop) for source in range(self.num_parts - hop)]
-            parts.append(jax.lax.ppermute(a_TGH[T - count :], AXIS, pairs))
-        return jnp.concatenate(parts)
+            parts.append(jax.lax.ppermute(a_GTH[:, T - count :], AXIS, pairs))
+        return jnp.concatenate(parts, axis=1)
 
 
 def by_heads(window: int, T: int, G: int, num_parts: int) -> bool:

@@ -3,7 +3,8 @@
 import jax
 
 from ttt_e2e import targets
-from ttt_e2e.config import Config, ModelConfig
+from ttt_e2e.config import Config
+from ttt_e2e.model import abstract_transformer
 
 
 def peak_flops() -> float | None:
@@ -18,21 +19,13 @@ def model_flops_per_token(config: Config) -> float:
     and at the weight); with one, in the suffix and the head, 7 for a slow and 10 for a fast matrix (the forward
     scan's activations kept; docs/meta_gradient.md), 4 and 6 under the first-order gradient.
     """
-    model = config.model
+    model, seq_len = config.model, config.train.seq_len
     head = 2 * model.hidden_size * model.vocab_size
-    prefix = model.num_prefix_blocks * _block_flops(model, config.train.seq_len)
+    mixers = [stack.mixer.flops(seq_len) for stack in abstract_transformer(model).stacks.values()]
+    block = sum(mixers) / len(mixers) + 6 * model.hidden_size * model.intermediate_size
+    prefix, suffix = model.num_prefix_blocks * block, model.num_fast_blocks * block
     if not model.num_fast_blocks:
         return 3 * (prefix + head)
-    suffix = model.num_fast_blocks * _block_flops(model, config.train.seq_len)
     fast = model.num_fast_blocks * 6 * model.hidden_size * model.fast_intermediate_size
     slow_units, fast_units = (4, 6) if config.inner.gradient == "first_order" else (7, 10)
     return 3 * prefix + slow_units * (suffix + head) + fast_units * fast
-
-
-def _block_flops(model: ModelConfig, seq_len: int) -> float:
-    """Forward FLOPs per token of a block's slow matrices and attention, averaged over the mixer pattern."""
-    D, H = model.hidden_size, model.head_dim
-    projections = 4 * D * H * (model.num_attention_heads + model.num_key_value_heads)
-    seen = [(seq_len + 1) / 2 if not k or k >= seq_len else k - k * (k - 1) / (2 * seq_len) for k in model.windows]
-    attention = 4 * model.num_attention_heads * H * sum(seen) / len(seen)
-    return projections + attention + 6 * D * model.intermediate_size

@@ -162,7 +162,7 @@ def restore_or_init(
     3. fresh parameters.
     """
     abstract = jax.eval_shape(lambda: init_state(config, optimizer))
-    placed = sharding.shardings(abstract, mesh)
+    placed = sharding.shardings(abstract, mesh, config.model)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
     if newest := checkpoints.restore_newest(abstract):
         state, progress = newest

@@ -7,14 +7,16 @@ import os
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from ttt_e2e import targets
 from ttt_e2e.cluster import sharding
 from ttt_e2e.config import Config
+from ttt_e2e.errors import UserError
 from ttt_e2e.inner import memory
 from ttt_e2e.inner.division import Division
-from ttt_e2e.model.sequence_parts import received_positions
+from ttt_e2e.model import abstract_transformer
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ def for_training(config: Config, graphdef, params, mesh: Mesh, division: Divisio
         choices.append(memory.choose(inner, graphdef, params["fast"], params["slow"], tokens, budget, division))
         return tokens
 
-    specs = (sharding.specs(params, mesh), sharding.BATCH)
+    specs = (sharding.specs(params, mesh, config.model), sharding.BATCH)
     jax.eval_shape(
         jax.shard_map(on_a_device, mesh=mesh, in_specs=specs, out_specs=sharding.BATCH, check_vma=False), params, tokens
     )
@@ -72,8 +74,16 @@ def prefix_by_sequence(config: Config, mesh: Mesh) -> bool:
     model, num_parts = config.model, mesh.shape["model"]
     if num_parts == 1 or not model.num_prefix_blocks or config.train.seq_len % num_parts:
         return False
-    if config.mesh.prefix != "auto":
-        return config.mesh.prefix == "sequence"
+    if config.mesh.prefix == "matrices":
+        return False
+    obstacles = {s.mixer.obstacle("sequence axis"): s for s in abstract_transformer(model).prefix_stacks.values()}
+    obstacle = next(filter(None, obstacles), "")
+    if config.mesh.prefix == "sequence":
+        if obstacle:
+            raise UserError(f"config.mesh.prefix is 'sequence', but a mixer of {model.mixer!r} {obstacle}")
+        return True
+    if obstacle:
+        return False
     parts = config.train.accumulation_steps * mesh.shape["data"]
     sequences = max(1, config.train.global_batch_size // parts)
     received = {name: prefix_bytes(config, sequences, num_parts, name) for name in ("sequence", "matrices")}
@@ -97,13 +107,14 @@ def prefix_bytes(config: Config, sequences: int, num_parts: int, divided: str) -
     """
     model, T = config.model, config.train.seq_len
     size, share = jnp.dtype(model.compute_dtype).itemsize, (num_parts - 1) / num_parts
-    D, N, G, H = model.hidden_size, model.num_attention_heads, model.num_key_value_heads, model.head_dim
     if divided == "matrices":
-        return model.num_prefix_blocks * 6 * 2 * share * sequences * T * D * size
-    weights = 2 * D * H * (N + G) + 3 * D * model.intermediate_size
-    fetched = share * weights * (2 * size + jnp.dtype(model.param_dtype).itemsize)
-    heads = [received_positions(window, T // num_parts, N, G, num_parts) for window in model.windows]
-    return model.num_prefix_blocks * (fetched + 3 * sequences * H * size * sum(heads) / len(heads))
+        return model.num_prefix_blocks * 6 * 2 * share * sequences * T * model.hidden_size * size
+    stacks = abstract_transformer(model).prefix_stacks.values()
+    parameters = [leaf for stack in stacks for leaf in jax.tree.leaves(nnx.state(stack))]
+    num_weights = sum(leaf.size for leaf in parameters if leaf.ndim > 2)  # of all blocks: matrices, stacked
+    fetched = share * num_weights * (2 * size + jnp.dtype(model.param_dtype).itemsize)
+    numbers = sum(stack.mixer.received(T // num_parts, num_parts) for stack in stacks) / len(stacks)
+    return fetched + model.num_prefix_blocks * 3 * sequences * numbers * size
 
 
 def free_bytes(params, mesh: Mesh) -> int:

@@ -106,7 +106,7 @@ def make_gradient(config: Config, mesh: Mesh, division: Division, mean_loss: Cal
     `read_batch` gives.
     """
     graphdef, params = abstract_model(config.model)
-    specs = sharding.specs(params, mesh)
+    specs = sharding.specs(params, mesh, config.model)
     read = _reader(config, graphdef, division)
     if mean_loss is None:
 
@@ -145,7 +145,7 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
         reading = read(params, tokens, inner_rate)
         return reading.loss, reading.token_nll_T
 
-    specs = (sharding.specs(params, mesh), sharding.BATCH, P())
+    specs = (sharding.specs(params, mesh, config.model), sharding.BATCH, P())
     read_all = jax.shard_map(on_a_device, mesh=mesh, in_specs=specs, out_specs=sharding.BATCH, check_vma=False)
 
     def eval_step(params, tokens, inner_rate, num_sequences):

@@ -1,0 +1,182 @@
+"""A mixer in one file: everything that a user gets for a class and a line that registers it.
+
+The class is also the example of docs/mixers.md.
+"""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.inference.conftest import assert_same_state, learning_model, read_at_once, reader_of, some_tokens
+from tests.inner.conftest import b
+from tests.inner.test_exact import assert_equal, gradients
+from tests.tiny_run import tiny_run
+from ttt_e2e.cluster import sharding
+from ttt_e2e.config import Config, from_config_dict, to_dict
+from ttt_e2e.errors import UserError
+from ttt_e2e.evaluation.report import write_report
+from ttt_e2e.inference.state import load_state, save_state
+from ttt_e2e.model import abstract_model
+from ttt_e2e.model.mixers import Mixer, register
+from ttt_e2e.model.parameters import vector
+from ttt_e2e.train.loop import train
+from ttt_e2e.train.steps import init_state, make_gradient, take_policies
+
+# --------------------------------------------------------------------------------------- the mixer, as in docs/mixers.md
+
+
+class MovingAverage(Mixer):
+    """Exponential moving average of each channel: s_t = a s_{t-1} + (1 - a) x_t, with a learned decay a."""
+
+    label = "ema"
+
+    def __init__(self, config, rngs):
+        self.config = config
+        self.decay = vector(jnp.linspace(0.0, 3.0, config.hidden_size), config)  # before the sigmoid
+
+    def whole(self, x_TD, compute, context):
+        return self.extend(x_TD, compute, self.empty(0), context)[0]
+
+    def extend(self, x_bD, compute, state_D, context):
+        def average(x_bD, state_D):
+            a_D = jax.nn.sigmoid(self.decay[...]).astype(x_bD.dtype)
+
+            def step(state_D, x_D):
+                state_D = a_D * state_D + (1 - a_D) * x_D
+                return state_D, state_D
+
+            last_D, y_bD = jax.lax.scan(step, state_D, x_bD)
+            return y_bD, last_D if context.count is None else y_bD[context.count - 1]
+
+        return compute.call(average, x_bD, state_D)
+
+    def decode(self, x_1D, compute, state_D, draft_D, context):
+        return self.extend(x_1D, compute, draft_D, context._replace(count=None))
+
+    def empty(self, capacity):
+        return jnp.zeros(self.config.hidden_size, self.config.compute_dtype)
+
+    def flops(self, seq_len):
+        return 3 * self.config.hidden_size
+
+
+register("ema", MovingAverage)
+
+# -------------------------------------------------------------------------------------------------- what one gets for it
+
+MIXED = {"mixer": "window,ema", "num_hidden_layers": 6, "num_fast_blocks": 4, "sliding_window": 6}
+ALONE = {"mixer": "ema", "num_hidden_layers": 3, "num_fast_blocks": 2}
+POLICIES = tuple(itertools.product(("store", "segment"), ("keep", "mini_batch", "block")))
+T = 6 * b
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return gradients({"gradient": "reference", "clip_norm": 0.5}, **MIXED)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids="/".join)
+def test_the_meta_gradient_is_that_of_autodiff(policy, reference):
+    trajectory, remat = policy
+    inner = {"clip_norm": 0.5, "trajectory": trajectory, "remat": remat, "segment_length": 2}
+    assert_equal(gradients(inner, **MIXED), reference)
+
+
+def test_a_tangent_that_is_lost_would_be_seen(reference, monkeypatch):
+    """The wrong variant: a mixer that does not go through `compute.call`, as if its output had no tangent."""
+
+    def extend(self, x_bD, compute, state_D, context):
+        y_bD, entry_D = extend_right(self, x_bD, compute, state_D, context)
+        return compute.apply(jax.lax.stop_gradient, y_bD), entry_D
+
+    extend_right = MovingAverage.extend
+    monkeypatch.setattr(MovingAverage, "extend", extend)
+    with pytest.raises(AssertionError):
+        assert_equal(gradients({"clip_norm": 0.5}, **MIXED), reference)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("fields", [MIXED, ALONE], ids=["window,ema", "ema"])
+def test_read_in_pieces_and_decoded_as_at_once_and_a_state_saved(fields, tmp_path):
+    model, tokens_BT1 = learning_model(**fields), some_tokens(2, T)
+    expected, reader = read_at_once(model, tokens_BT1), reader_of(model)
+    state, nlls = reader.start(tokens_BT1[:, 0], 2), []
+    for piece in np.split(tokens_BT1[:, 1:], [3, b + 1, 3 * b, 3 * b + 2], axis=1):
+        state, nll_Bn = reader.read(state, piece)
+        nlls.append(nll_Bn)
+    np.testing.assert_allclose(np.concatenate(nlls, axis=1), expected.token_nll_T, rtol=1e-9)
+
+    state, decoded = reader.start(tokens_BT1[:, 0], 2), []
+    for t in range(1, T - 1):
+        state, _, nll_B = reader.step(state, lambda _, t=t: tokens_BT1[:, t])
+        decoded.append(nll_B)
+    np.testing.assert_allclose(np.stack(decoded, axis=1), expected.token_nll_T[:, : T - 2], rtol=1e-9)
+
+    save_state(tmp_path / "state", reader, state)  # in the middle of a mini-batch
+    restored = load_state(tmp_path / "state", reader)
+    assert_same_state(restored, state)
+    rest = tokens_BT1[:, T - 1 :]
+    np.testing.assert_array_equal(reader.read(restored, rest)[1], reader.read(state, rest)[1])
+
+
+def divided(config: Config, mesh_shape) -> tuple:
+    """Loss and gradient of a batch on a mesh."""
+    config = from_config_dict({**to_dict(config), "mesh": {"data": mesh_shape[0], "model": mesh_shape[1]}})
+    mesh = sharding.make_mesh(config.mesh)
+    placed = sharding.shardings(abstract_model(config.model)[1], mesh, config.model)
+    params = jax.jit(lambda: init_state(config, _NoOptimizer).params)()
+    policies = take_policies(config, mesh)
+    gradient = make_gradient(policies.config, mesh, policies.division)
+    out = (NamedSharding(mesh, P()), placed)
+    program = jax.jit(lambda params, tokens: gradient(params, tokens, jnp.asarray(0.3, jnp.float64)), out_shardings=out)
+    tokens = np.random.default_rng(0).integers(1, config.model.vocab_size, (8, config.train.seq_len + 1))
+    rows = NamedSharding(mesh, sharding.BATCH)
+    return jax.device_get(program(jax.device_put(params, placed), jax.device_put(tokens.astype(np.int32), rows)))
+
+
+class _NoOptimizer:
+    @staticmethod
+    def init(params):
+        return ()
+
+
+@pytest.mark.usefixtures("float64")
+def test_divided_among_eight_devices(token_store):
+    dtypes = {"compute_dtype": "float64", "param_dtype": "float64", "initializer_range": 0.3}
+    config = tiny_run(token_store, model={**MIXED, "num_hidden_layers": 4, "num_fast_blocks": 2, **dtypes})
+    loss, gradient = divided(config, (1, 1))
+    other_loss, other = divided(config, (4, 2))
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-10)
+    errors = jax.tree.map(lambda a, e: np.max(np.abs(a - e)) / np.max(np.abs(e)), other, gradient)
+    assert max(jax.tree.leaves(errors)) < 1e-10, errors
+
+
+def test_trained_from_one_config_line_and_reported(token_store, tmp_path):
+    model = {"num_hidden_layers": 4, "num_fast_blocks": 2, "mixer": "window,ema"}
+    config = tiny_run(token_store, model=model, mesh={"data": 4, "model": 2})
+    metrics = train(config, tmp_path / "run")
+    assert np.isfinite(metrics["loss"])
+    write_report([tmp_path / "run"], tmp_path / "report")
+    row = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert "window 12, ema" in str(row)
+
+
+def test_what_a_mixer_cannot_do_is_said(token_store):
+    config = tiny_run(token_store, model={"mixer": "ema"}, mesh={"data": 4, "model": 2, "prefix": "sequence"})
+    with pytest.raises(UserError, match="'ema' does not divide the positions of a sequence over devices"):
+        take_policies(config, sharding.make_mesh(config.mesh))
+
+
+def test_the_documentation_shows_this_class():
+    from pathlib import Path
+
+    source = Path(__file__).read_text()
+    example = source[source.index("class MovingAverage") : source.index("# ----", source.index("class MovingAverage"))]
+    page = (Path(__file__).parents[1] / "docs" / "mixers.md").read_text()
+    assert example.strip() in page

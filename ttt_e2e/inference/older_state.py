@@ -1,0 +1,41 @@
+"""Saved states of before mixers had States of their own: one KV cache per part of the model, of all its blocks.
+
+    {"fast", "cache_LBGKH": {"prefix", "suffix"}, "recent_LBGbH": {"prefix", "suffix"}, "tokens_Bb"}
+
+The caches of all blocks were equally long, also under a pattern of several mixers, whose block i was of mixer i modulo
+their number.
+
+Shapes: `L` blocks, `B` sequences, `G` key/value heads, `K` positions of a KV cache, `b` inner mini-batch, `H` head
+width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ttt_e2e.checkpoints import older
+from ttt_e2e.inference.reader import ENDLESS, Reader
+from ttt_e2e.model.rope import rotate
+
+
+def layout(tree: dict, reader: Reader) -> dict:
+    """The fields of a `ReaderState` as they were saved."""
+    names = {"fast": "fast", "states": "cache_LBGKH", "drafts": "recent_LBGbH", "tokens_Bb": "tokens_Bb"}
+    return {old: older.one_stack(tree[new]) for new, old in names.items()}
+
+
+def convert(tree: dict, reader: Reader) -> dict:
+    """The fields of a `ReaderState`, from what was saved."""
+    config = reader.config.model
+    count, stacks = len(config.mixers), reader.model.stacks
+    states, drafts = (older.by_mixer(tree[name], count) for name in ("cache_LBGKH", "recent_LBGbH"))
+    for name, stack in stacks.items():
+        if stack.mixer.grows:
+            continue
+        K, capacity = states[name].k.shape[-2], stack.mixer.capacity(ENDLESS)
+        states[name] = stack.mixer.resize(states[name], capacity)
+        # Keys of the unfinished mini-batch are rotated at the positions that follow those of the cache.
+        moved = jnp.full(drafts[name].k.shape[-2], capacity - K)
+        k = rotate(drafts[name].k, moved, theta=config.rope_theta, style=config.rope_style) if capacity != K else None
+        drafts[name] = drafts[name] if k is None else drafts[name]._replace(k=k)
+    fast = older.by_mixer(tree["fast"], count, axis=1)
+    return {"fast": fast, "states": states, "drafts": drafts, "tokens_Bb": jax.device_put(tree["tokens_Bb"])}

@@ -1,0 +1,206 @@
+"""Attention to all positions before, or (window.py) to a window of the most recent ones.
+
+What it carries are keys, normed and *not* rotated, and values, heads first, as kernels and decoding read them. RoPE
+rotates them at positions that count from the beginning of the cache: absolute float32 angles would be wrong by 0.06 rad
+at position 2M.
+
+Shapes: `T` positions, `b` inner mini-batch, `K` cached positions, `M` mini-batches of a sequence, `D` model width,
+`N` query heads, `G` key/value heads, `H` head width.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ttt_e2e.kernels.one_query import Keys, attend_one
+from ttt_e2e.model import sequence_parts
+from ttt_e2e.model.mixers.base import Context, Mixer, register
+from ttt_e2e.model.norm import RMSNorm
+from ttt_e2e.model.parameters import matrix
+from ttt_e2e.model.parts import copy_to_all
+from ttt_e2e.model.passes import Pass
+from ttt_e2e.model.rope import rotate
+
+
+class KeyValues(NamedTuple):
+    """Keys and values [G, positions, H]: a State (the KV cache, empty positions at its front), an Entry, or a Draft
+    (keys rotated, zeros after the last token)."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["stream"], meta_fields=["capacity", "mini_batch_size"])
+@dataclass(frozen=True)
+class Log:
+    """K positions of the first cache, then those of all mini-batches: every cache is a slice of it."""
+
+    stream: KeyValues  # [G, K + M b, H]
+    capacity: int  # K
+    mini_batch_size: int  # b
+
+
+class Attention(Mixer):
+    """Grouped-query attention with optional QK-norm, applied before RoPE."""
+
+    label = "attention"
+
+    def __init__(self, config, rngs: nnx.Rngs, *, window: int):
+        """window: k, positions that each one attends to, itself included; 0 = all before it."""
+        D, H = config.hidden_size, config.head_dim
+        N, G = config.num_attention_heads, config.num_key_value_heads
+        self.wq = matrix(rngs, (D, N * H), config, ("width", "heads"))
+        self.wk = matrix(rngs, (D, G * H), config, ("width", "heads"))
+        self.wv = matrix(rngs, (D, G * H), config, ("width", "heads"))
+        self.wo = matrix(rngs, (N * H, D), config, ("heads", "width"))
+        if config.qk_norm:
+            self.q_norm = RMSNorm(H, config, "head_width")
+            self.k_norm = RMSNorm(H, config, "head_width")
+        self.config, self.window = config, window
+        self.grows = not window
+
+    def whole(self, x_TD, compute: Pass, context: Context):  # noqa: D102 (as of `Mixer`)
+        q_NTH, k_GTH, v_GTH = self._project(x_TD, compute)
+        parts, T = context.parts, x_TD.shape[-2]
+        positions_T = parts.positions(T) if parts else jnp.arange(T)
+        q_NTH, k_GTH = (self._rotated(a, positions_T) for a in (q_NTH, k_GTH))
+        attention = partial(compute.attention, "attention", backend=self.config.attention_backend)
+        attend = partial(parts.attend, attention) if parts else partial(attention, num_empty=0)
+        return self._output(attend(q_NTH, k_GTH, v_GTH, window=self.window), compute)
+
+    def extend(self, x_bD, compute: Pass, state: KeyValues, context: Context):  # noqa: D102
+        q_NbH, k_GbH, v_GbH = self._project(x_bD, compute)
+        entry = KeyValues(compute.value(k_GbH), compute.value(v_GbH))
+        K, b = state.k.shape[1], x_bD.shape[-2]
+        q_NbH, k_GbH = (self._rotated(a, K + jnp.arange(b)) for a in (q_NbH, k_GbH))
+        out_NbH = compute.attention(
+            "attention",
+            *(q_NbH, k_GbH, v_GbH),
+            window=self.window,
+            num_empty=_num_empty(K, context),
+            # Apart from the new ones: constants to the inner gradient, which then spends nothing on them.
+            cached_k=self._rotated(state.k, jnp.arange(K)),
+            cached_v=state.v,
+            backend=self.config.attention_backend,
+        )
+        return self._output(out_NbH, compute), entry
+
+    def decode(self, x_1D, compute: Pass, prepared: KeyValues, draft: KeyValues, context: Context):
+        """As of `Mixer`; no key before this one is copied, or rotated again."""
+        q_N1H, k_G1H, v_G1H = self._project(x_1D, compute)
+        K, b, count = prepared.k.shape[1], draft.k.shape[1], context.count
+        q_N1H, k_G1H = (self._rotated(a, K + count + jnp.arange(1)) for a in (q_N1H, k_G1H))
+        reach = self.window or K + b + 1
+        place_K, place_b = jnp.arange(K), jnp.arange(b)
+        is_visible_K = (place_K >= _num_empty(K, context)) & (place_K > K + count - reach)
+        out_NH = attend_one(
+            q_N1H[:, 0],
+            *([Keys(*prepared, is_visible_K)] if K else []),
+            Keys(*draft, (place_b < count) & (place_b > count - reach)),
+            Keys(k_G1H, v_G1H, jnp.ones(1, bool)),
+        )
+        return self._output(out_NH[:, None], compute), KeyValues(k_G1H, v_G1H)
+
+    def empty(self, capacity: int) -> KeyValues:  # noqa: D102
+        H = self.config.head_dim
+        heads = self.wk.get_value().shape[-1] // H  # those at hand: of one device's part of the matrices, fewer
+        zeros = jnp.zeros((heads, capacity, H), jnp.dtype(self.config.compute_dtype))
+        return KeyValues(zeros, zeros)
+
+    def capacity(self, seq_len: int) -> int:  # noqa: D102
+        return min(self.window, seq_len) if self.window else seq_len
+
+    def resize(self, state: KeyValues, capacity: int) -> KeyValues:
+        """As of `Mixer`. The newest position stands last: room is made, and taken away, at the front."""
+        lacking = capacity - state.k.shape[-2]
+
+        def at_the_front(a):
+            front = [(0, 0)] * (a.ndim - 2) + [(max(lacking, 0), 0), (0, 0)]
+            return jnp.pad(a, front)[..., max(-lacking, 0) :, :]
+
+        return jax.tree.map(at_the_front, state)
+
+    def advance(self, state: KeyValues, entry: KeyValues) -> KeyValues:
+        """As many of the most recent positions as the cache held before."""
+
+        def most_recent(old, new):
+            both = jnp.concatenate([old, new], axis=1)
+            return jax.lax.slice_in_dim(both, new.shape[1], both.shape[1], axis=1)
+
+        return jax.tree.map(most_recent, state, entry)
+
+    def log(self, first: KeyValues, entries_M: KeyValues) -> Log:  # noqa: D102
+        M, G, b, H = entries_M.k.shape
+        entries = jax.tree.map(lambda e: jnp.moveaxis(e, 0, 1).reshape(G, M * b, H), entries_M)
+        stream = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), first, entries)
+        return Log(stream, capacity=first.k.shape[1], mini_batch_size=b)
+
+    def at(self, log: Log, i, take) -> KeyValues:  # noqa: D102
+        return jax.tree.map(lambda a: take(a, i * log.mini_batch_size, log.capacity, -2), log.stream)
+
+    def draft(self, state: KeyValues, b: int, entry: KeyValues | None = None, count=0) -> KeyValues:  # noqa: D102
+        G, K, H = state.k.shape
+        if entry is None:
+            return jax.tree.map(lambda a: jnp.zeros((G, b, H), a.dtype), state)
+        rotated = entry._replace(k=self._rotated(entry.k, K + jnp.arange(b)))
+        return jax.tree.map(lambda a: jnp.where((jnp.arange(b) < count)[:, None], a, 0), rotated)
+
+    def append(self, draft: KeyValues, added: KeyValues, count) -> KeyValues:  # noqa: D102
+        return jax.tree.map(lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, count, 1), draft, added)
+
+    def prepare(self, state: KeyValues) -> KeyValues:
+        """The cache with its keys rotated at the positions in which they stand."""
+        return state._replace(k=self._rotated(state.k, jnp.arange(state.k.shape[1])))
+
+    def flops(self, seq_len: int) -> float:  # noqa: D102
+        config, k = self.config, self.window
+        N, G, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        keys = (seq_len + 1) / 2 if not k or k >= seq_len else k - k * (k - 1) / (2 * seq_len)  # of a query, on average
+        return 4 * config.hidden_size * H * (N + G) + 4 * N * H * keys
+
+    def received(self, T: int, num_parts: int) -> float:  # noqa: D102
+        config = self.config
+        heads = config.num_attention_heads, config.num_key_value_heads
+        return config.head_dim * sequence_parts.received_positions(self.window, T, *heads, num_parts)
+
+    def obstacle(self, use: str) -> str:  # noqa: D102
+        return "" if use == "sequence axis" else super().obstacle(use)
+
+    def _project(self, x_TD, compute: Pass):
+        """Queries [N, T, H], and keys and values [G, T, H]: normed, unrotated."""
+        x_TD = copy_to_all(x_TD, self.is_divided)
+        weights = {"attention.q": self.wq, "attention.k": self.wk, "attention.v": self.wv}
+        q_NTH, k_GTH, v_GTH = (self._heads(compute.product(name, x_TD, w[...])) for name, w in weights.items())
+        if self.config.qk_norm:
+            q_NTH, k_GTH = compute.apply(self.q_norm, q_NTH), compute.apply(self.k_norm, k_GTH)
+        return q_NTH, k_GTH, v_GTH
+
+    def _output(self, out_NTH, compute: Pass):
+        """[T, D]"""
+        out_T = out_NTH.swapaxes(-3, -2)
+        out_T = out_T.reshape(*out_T.shape[:-2], -1)
+        return compute.product("attention.o", out_T, self.wo[...], divided=self.is_divided)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether the matrices are those of one device's heads (parts.py)."""
+        return self.wo.get_value().shape[-2] < self.config.num_attention_heads * self.config.head_dim
+
+    def _rotated(self, x_NTH, positions_T):
+        return rotate(x_NTH, positions_T, theta=self.config.rope_theta, style=self.config.rope_style)
+
+    def _heads(self, x_T):
+        """[T, N H] to [N, T, H]."""
+        return x_T.reshape(*x_T.shape[:-1], -1, self.config.head_dim).swapaxes(-3, -2)
+
+
+def _num_empty(K: int, context: Context):
+    """Leading positions of a cache that hold nothing yet."""
+    return jnp.maximum(K - context.start, 0)
+
+
+register("attention", lambda config, rngs: Attention(config, rngs, window=0))

@@ -1,0 +1,177 @@
+"""Blocks in stacks: those of one slot of the mixer pattern are one `Block`, whose parameters have a leading axis.
+
+They run under `jax.lax.scan`, so that neither the program nor its compile time grows with depth. A pattern of several
+mixers, such as "window,window,attention", has a stack for each of its slots, and a step of the scan runs a block of
+each: slots may differ in kind, and nothing is sliced out of a stack. The stacks of the prefix are "prefix", or
+"prefix_0", "prefix_1", ...; those of the suffix likewise.
+
+Shapes: `T` positions, `M` mini-batches of a sequence, `D` model width, `L` blocks of a stack.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ttt_e2e.errors import UserError
+from ttt_e2e.model.block import Block
+
+
+def stack_names(part: str, config) -> list[str]:
+    """Names of the stacks of a part of the model, "prefix" or "suffix", in the order in which their blocks run."""
+    count = len(config.mixers)
+    return [part] if count == 1 else [f"{part}_{i}" for i in range(count)]
+
+
+def make_stacks(part: str, num_blocks: int, config, rngs: nnx.Rngs, *, fast: bool) -> dict[str, Block]:
+    """`num_blocks` independently initialised blocks, by stack."""
+    keys = jax.random.split(rngs.params(), num_blocks)
+    count = len(config.mixers)
+    stacks = {}
+    for i, (name, mixer) in enumerate(zip(stack_names(part, config), config.mixers)):
+
+        def make(key, mixer=mixer):
+            return Block(config, nnx.Rngs(params=key), mixer=mixer, fast=fast)
+
+        graphdef = nnx.graphdef(nnx.eval_shape(lambda make=make: make(keys[0])))
+        stacks[name] = nnx.merge(graphdef, jax.vmap(lambda key, make=make: nnx.state(make(key)))(keys[i::count]))
+    return stacks
+
+
+class Stacks(nnx.Module):
+    """A module with stacks of blocks, and what is asked of the mixers of all of them.
+
+    States, Entries, Logs and Drafts (mixers/base.py) are by stack, {name: pytree}, of one sequence, with a leading axis
+    L over the blocks of the stack.
+    """
+
+    def _set_stacks(self, stacks: dict[str, Block]) -> None:
+        self.names = tuple(stacks)
+        for name, stack in stacks.items():
+            setattr(self, name, stack)
+
+    @property
+    def stacks(self) -> dict[str, Block]:
+        """The stacks, in the order in which their blocks run."""
+        return {name: getattr(self, name) for name in self.names}
+
+    @property
+    def grows(self) -> bool:
+        """Whether the State of some mixer grows with the sequence."""
+        return any(stack.mixer.grows for stack in self.stacks.values())
+
+    def check_use(self, use: str) -> None:
+        """Raises `UserError` where some mixer has an obstacle to a use (mixers/base.py)."""
+        for mixer, stack in zip(self.config.mixers * len(self.names), self.stacks.values()):
+            if obstacle := stack.mixer.obstacle(use):
+                raise UserError(f"config.model.mixer names {mixer!r}, which {obstacle}")
+
+    def empty(self, seq_len: int) -> dict:
+        """States before anything was read, with room for a sequence of `seq_len` tokens."""
+
+        def of_stack(stack: Block):
+            L = stack.mlp_norm.weight.get_value().shape[0]
+            state = stack.mixer.empty(stack.mixer.capacity(seq_len))
+            return jax.tree.map(lambda a: jnp.broadcast_to(a, (L, *a.shape)), state)
+
+        return {name: of_stack(stack) for name, stack in self.stacks.items()}
+
+    def resize(self, states: dict, seq_len: int) -> dict:
+        """States with room for a sequence of `seq_len` tokens."""
+
+        def of_stack(mixer, state):
+            return jax.vmap(lambda block_state: mixer.resize(block_state, mixer.capacity(seq_len)))(state)
+
+        return {name: of_stack(self.stacks[name].mixer, state) for name, state in states.items()}
+
+    def advance(self, states: dict, entries: dict) -> dict:
+        """States after a mini-batch."""
+        return {name: jax.vmap(self.stacks[name].mixer.advance)(state, entries[name]) for name, state in states.items()}
+
+    def log(self, first: dict, entries_ML: dict) -> dict:
+        """Logs of M mini-batches, from the States before them and all their Entries."""
+        return {
+            name: jax.vmap(self.stacks[name].mixer.log, in_axes=(0, 1))(state, entries_ML[name])
+            for name, state in first.items()
+        }
+
+    def at(self, log: dict, i, take: Callable = jax.lax.dynamic_slice_in_dim) -> dict:
+        """States that mini-batch i saw. The Logs may have more leading axes, which the States then have, too.
+
+        take: (array, start, size, axis) -> that slice of it.
+        """
+        return {name: self.stacks[name].mixer.at(stack_log, i, take) for name, stack_log in log.items()}
+
+    def prepare(self, states: dict) -> dict:
+        """States as decoding reads them."""
+        return {name: jax.vmap(self.stacks[name].mixer.prepare)(state) for name, state in states.items()}
+
+    def append(self, drafts: dict, added: dict, count) -> dict:
+        """Drafts with another token in them, after the first `count` of the mini-batch."""
+
+        def of_stack(mixer, draft, added):
+            return jax.vmap(lambda *block: mixer.append(*block, count))(draft, added)
+
+        return {name: of_stack(self.stacks[name].mixer, draft, added[name]) for name, draft in drafts.items()}
+
+    def draft(self, states: dict, b: int, entries: dict | None = None, count=0) -> dict:
+        """Drafts after the first `count` tokens of a mini-batch of b, whose Entries are `entries`."""
+
+        def of_stack(mixer, state, entry):
+            return jax.vmap(lambda *block: mixer.draft(block[0], b, block[1], count))(state, entry)
+
+        return {
+            name: of_stack(self.stacks[name].mixer, state, entries and entries[name]) for name, state in states.items()
+        }
+
+
+def scan_blocks(
+    stacks: dict[str, Block],
+    run_block: Callable,
+    x_TD,
+    of_blocks: dict | None = None,
+    *,
+    remat: bool = False,
+    unroll: bool = False,
+    fetch: Callable = lambda name, state: state,
+):
+    """Runs blocks one after another, one of each stack at a time.
+
+    Args:
+      stacks: by name, in order.
+      run_block: (block, x_TD, *of_block) -> (x_TD, output).
+      x_TD: hidden states before the first block.
+      of_blocks: {stack: tuple of pytrees with a leading axis L}, the other arguments of `run_block`.
+      remat: whether each block is rematerialised in the backward pass.
+      unroll: whether the program repeats the block's, and slices nothing out of stacked arrays in a loop. Not with
+        `remat`: XLA would see that a block is computed twice, and keep what it has.
+      fetch: (stack, state of a block as it is stored) -> as it is computed with; part of what is rematerialised.
+
+    Returns:
+      Hidden states after the last block, and {stack: outputs with a leading axis L}.
+    """
+    graphdefs, blocks = {}, {}
+    for name, stack in stacks.items():
+        graphdefs[name], state = nnx.split(stack)
+        blocks[name] = state, (of_blocks[name] if of_blocks else ())
+
+    def run(name, x_TD, state, of_block):
+        return run_block(nnx.merge(graphdefs[name], fetch(name, state)), x_TD, *of_block)
+
+    if remat:
+        run = jax.checkpoint(run, static_argnums=0, prevent_cse=False)
+
+    def run_period(x_TD, period):
+        outputs = {}
+        for name in stacks:
+            x_TD, outputs[name] = run(name, x_TD, *period[name])
+        return x_TD, outputs
+
+    if not unroll:
+        return jax.lax.scan(run_period, x_TD, blocks)
+    outputs = []
+    for i in range(len(jax.tree.leaves(blocks)[0])):
+        x_TD, output = run_period(x_TD, jax.tree.map(lambda a, i=i: a[i], blocks))
+        outputs.append(output)
+    return x_TD, jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)
