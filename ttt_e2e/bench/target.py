@@ -27,7 +27,7 @@ from ttt_e2e.targets.program import Collective, Program, exchanged
 from ttt_e2e.train import policies
 from ttt_e2e.train.batches import check_batch
 from ttt_e2e.train.flops import model_flops_per_token
-from ttt_e2e.train.optimizer import make_optimizer
+from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.steps import init_state, make_eval_step, make_train_step, take_policies
 
 SHOWN_COLLECTIVES = 12

@@ -118,9 +118,9 @@ def _transposed(leaf: Leaf) -> Leaf:
 
 
 def _spec(path, shape, mesh: Mesh) -> P:
-    if math.prod(shape) == 1:
-        return P()
     name = parameter_name(path)
+    if math.prod(shape) == 1 or not re.search(r"\b(fast|slow)\.", name):  # of no parameter: an optimizer's own
+        return P()
     for pattern, axes in RULES:
         if re.search(pattern + "$", name):
             axes = (None,) * (len(shape) - len(axes)) + axes

@@ -18,7 +18,7 @@ from ttt_e2e.kernels import choice
 from ttt_e2e.model import abstract_model
 from ttt_e2e.runs import directory as run_directory
 from ttt_e2e.train.batches import check_batch, held_out_loss, open_store, to_device
-from ttt_e2e.train.optimizer import make_optimizer
+from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.step_log import StepLog
 from ttt_e2e.train.steps import TrainState, init_state, make_eval_step, make_train_step, take_policies
 

@@ -1,5 +1,14 @@
-"""The outer optimizer: global-norm clip, then AdamW under warm-up and cosine decay."""
+"""Optimizers of the outer loop: global-norm clip, then what `optimizer.name` names, under warm-up and cosine decay.
 
+Each file of this directory is one, and its name the legal `optimizer.name`. It has a function
+
+    make(config: OptimizerConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation
+
+for trees {"fast", "slow"} of parameters; `train_only` leaves `optax.MaskedNode` in the place of those that are frozen.
+State that has the shape of the parameters is sharded as they are; any other array of it is on every device whole.
+"""
+
+import importlib
 import re
 
 import jax
@@ -28,11 +37,9 @@ def make_optimizer(config: OptimizerConfig, params) -> optax.GradientTransformat
     Raises:
       UserError: `train_only` is no regular expression, or matches no parameter.
     """
-    adamw = optax.adamw(
-        learning_rate_schedule(config), b1=config.b1, b2=config.b2, eps=1e-8, weight_decay=config.weight_decay
-    )
+    make = importlib.import_module(f"{__name__}.{config.name}").make
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    optimizer = optax.chain(clip, adamw)
+    optimizer = optax.chain(clip, make(config, learning_rate_schedule(config)))
     if not config.train_only:
         return optimizer
     return optax.selective_transform(optimizer, freeze_mask=_frozen(config.train_only, params))
