@@ -76,7 +76,7 @@ def test_muon_orthogonalizes_the_matrix_of_each_block_by_itself(trees):
 def test_muon_leaves_embedding_head_and_norms_to_adamw(trees):
     params, gradients = trees
     rate = learning_rate_schedule(CONFIG)
-    adamw = optax.nadamw(rate, b1=CONFIG.b1, b2=CONFIG.b2, weight_decay=CONFIG.weight_decay)
+    adamw = optax.adamw(rate, b1=CONFIG.b1, b2=CONFIG.b2, weight_decay=CONFIG.weight_decay)
     state = adamw.init(params)
     for gradient in gradients:
         expected, state = jax.jit(adamw.update)(gradient, state, params)
@@ -101,7 +101,7 @@ def test_muon_trains_only_what_it_is_told_to(trees):
     updates, all_updates = second_update(config, params, gradients), second_update(CONFIG, params, gradients)
     for name, update in updates.items():
         trained = "mlp" in name or "head" in name
-        np.testing.assert_array_equal(update, all_updates[name] if trained else 0)
+        np.testing.assert_allclose(update, all_updates[name] if trained else 0, rtol=1e-5, atol=1e-7 if trained else 0)
 
 
 def test_the_state_of_muon_is_sharded_as_the_parameters_are(trees):

@@ -227,11 +227,10 @@ class OptimizerConfig:
 
     name: str = field(
         "adamw",
-        'which one. `"adamw"`: AdamW with epsilon 1e-8. `"muon"`: Muon, as Optax has it, for the matrices of the '
+        'which one. `"adamw"`: AdamW with epsilon 1e-8. `"muon"`: Muon for the matrices of the '
         "blocks, fast MLPs included. The momentum of each block's matrix (decay 0.95, Nesterov) is orthogonalized by "
         "five Newton-Schulz steps, and scaled to a root mean square of 0.2, about that of AdamW's updates, so that the "
-        "same `learning_rate` and `weight_decay` serve. Embedding, head and norms are left to AdamW with Nesterov "
-        "momentum.",
+        "same `learning_rate` and `weight_decay` serve. Embedding, head and norms are left to AdamW.",
         choices=OPTIMIZERS,
     )
     learning_rate: float = field(1e-3, "the peak.", least=0, resume=LOGGED)

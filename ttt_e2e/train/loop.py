@@ -51,7 +51,7 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     train_store = open_store(config, config.data.train_split)
     eval_store = open_store(config, config.data.eval_split) if config.eval.every_steps else None
-    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], mesh)
     run_directory.claim(workdir, config)
     taken = take_policies(config, mesh)
     run_directory.record_start(workdir, overrides, taken.record())
