@@ -5,6 +5,8 @@ The class is also the example of docs/mixers.md.
 
 import itertools
 import json
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from tests.inner.test_exact import assert_equal, gradients
 from tests.tiny_run import tiny_run
 from ttt_e2e.cluster import sharding
 from ttt_e2e.config import Config, from_config_dict, to_dict
+from ttt_e2e.config.fields import field
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.report import write_report
 from ttt_e2e.inference.state import load_state, save_state
@@ -28,7 +31,14 @@ from ttt_e2e.model.parameters import vector
 from ttt_e2e.train.loop import train
 from ttt_e2e.train.steps import init_state, make_gradient, take_policies
 
-# --------------------------------------------------------------------------------------- the mixer, as in docs/mixers.md
+# -------------------------------------------------------------------------------------- the mixer, as in docs/mixers.md
+
+
+@dataclass(frozen=True)
+class MovingAverageConfig:
+    """Fields of the moving average: `config.model.ema`."""
+
+    slowest_decay: float = field(3.0, "initial decay, before the sigmoid, of the channel that forgets least.", least=0)
 
 
 class MovingAverage(Mixer):
@@ -38,7 +48,8 @@ class MovingAverage(Mixer):
 
     def __init__(self, config, rngs):
         self.config = config
-        self.decay = vector(jnp.linspace(0.0, 3.0, config.hidden_size), config)  # before the sigmoid
+        slowest = config.section("ema").slowest_decay
+        self.decay = vector(jnp.linspace(0.0, slowest, config.hidden_size), config)  # before the sigmoid
 
     def whole(self, x_TD, compute, context):
         return self.extend(x_TD, compute, self.empty(0), context)[0]
@@ -66,9 +77,9 @@ class MovingAverage(Mixer):
         return 3 * self.config.hidden_size
 
 
-register("ema", MovingAverage)
+register("ema", MovingAverage, MovingAverageConfig)
 
-# -------------------------------------------------------------------------------------------------- what one gets for it
+# ----------------------------------------------------------------------------------------------- what one gets for it
 
 MIXED = {"mixer": "window,ema", "num_hidden_layers": 6, "num_fast_blocks": 4, "sliding_window": 6}
 ALONE = {"mixer": "ema", "num_hidden_layers": 3, "num_fast_blocks": 2}
@@ -174,9 +185,7 @@ def test_what_a_mixer_cannot_do_is_said(token_store):
 
 
 def test_the_documentation_shows_this_class():
-    from pathlib import Path
-
     source = Path(__file__).read_text()
-    example = source[source.index("class MovingAverage") : source.index("# ----", source.index("class MovingAverage"))]
+    example = source[source.index("@dataclass") : source.index("# ----", source.index("@dataclass"))]
     page = (Path(__file__).parents[1] / "docs" / "mixers.md").read_text()
     assert example.strip() in page

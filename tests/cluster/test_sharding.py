@@ -14,7 +14,7 @@ from ttt_e2e.config import MeshConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.model import abstract_model
 from ttt_e2e.train.batches import check_batch
-from ttt_e2e.train.optimizer import make_optimizer
+from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.steps import init_state, make_train_step
 
 # Meshes, heads, and what a device may compute, in eighths of all matrix products: the vocabulary of 31 is filled up to

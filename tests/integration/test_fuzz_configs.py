@@ -22,7 +22,7 @@ from ttt_e2e.model import abstract_model
 from ttt_e2e.runs import directory as run_directory
 from ttt_e2e.runs.metrics import MetricsWriter
 from ttt_e2e.train import loop
-from ttt_e2e.train.optimizer import make_optimizer
+from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.steps import init_state, make_train_step
 
 FIELDS = sorted(f"{section}.{name}" for section, fields in default_config().items() for name in fields)

@@ -7,7 +7,7 @@ import pytest
 from tests.parity.golden import NUM_OUTER_STEPS, TRAINED_CASES, load_case
 from ttt_e2e.cluster import sharding
 from ttt_e2e.config import MeshConfig
-from ttt_e2e.train.optimizer import make_optimizer
+from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.steps import TrainState, make_train_step
 
 

@@ -12,7 +12,7 @@ from ttt_e2e.cluster import sharding
 from ttt_e2e.config import Config, MeshConfig, from_config_dict
 from ttt_e2e.flags import load_config_file
 from ttt_e2e.model import abstract_model
-from ttt_e2e.train.optimizer import make_optimizer
+from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.steps import init_state, make_train_step
 
 CONFIGS = Path(__file__).parents[2] / "configs"

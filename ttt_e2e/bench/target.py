@@ -27,7 +27,7 @@ from ttt_e2e.targets.program import Collective, Program, exchanged
 from ttt_e2e.train import policies
 from ttt_e2e.train.batches import check_batch
 from ttt_e2e.train.flops import model_flops_per_token
-from ttt_e2e.train.optimizer import make_optimizer
+from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.steps import init_state, make_eval_step, make_train_step, take_policies
 
 SHOWN_COLLECTIVES = 12
@@ -152,7 +152,7 @@ def _train(config: Config, mesh: Mesh) -> Task:
     """The training step, made as the trainer makes it."""
     train = config.train
     check_batch("config.train.global_batch_size", train.global_batch_size, mesh, train.accumulation_steps)
-    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], mesh)
     state = jax.eval_shape(lambda: init_state(config, optimizer))
     placed = sharding.shardings(state, mesh, config.model)
     tokens = jax.ShapeDtypeStruct((train.global_batch_size, train.seq_len + 1), jnp.int32)

@@ -5,7 +5,6 @@ has happened to it since, the digests of `progress` tell.
 """
 
 import contextlib
-import dataclasses
 import gc
 import hashlib
 import json
@@ -20,7 +19,7 @@ from etils import epath
 
 from ttt_e2e.checkpoints.digests import digests
 from ttt_e2e.cluster.distributed import any_process, barrier
-from ttt_e2e.config import CheckpointConfig, Config
+from ttt_e2e.config import CheckpointConfig, Config, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.parameters import parameter_name
 
@@ -210,7 +209,7 @@ def progress_of(step: int, next_batch: int, config: Config, **more) -> dict:
     due at this step was not finished; `productive_seconds` of the steps up to this one.
     """
     units = {field: getattr(config.train, field) for field in POSITION_UNITS}
-    return {"step": step, "next_batch": next_batch, **units, **more, "model": dataclasses.asdict(config.model)}
+    return {"step": step, "next_batch": next_batch, **units, **more, "model": to_dict(config)["model"]}
 
 
 def check_position(progress: dict, config: Config, fingerprint: str) -> None:

@@ -1,63 +1,73 @@
 """Layouts of before each mixer of a pattern had its own stack of blocks: one stack for each part of the model.
 
-Block i of "prefix" and of "suffix" was then of mixer i modulo their number. Patterns of one mixer have
-that layout still.
+Block i of "prefix" and of "suffix" was then of mixer i modulo their number. Patterns of one mixer have that layout
+still.
 
 Shapes: `L` blocks of a stack.
 """
 
 import re
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
-STACK = re.compile(r"(prefix|suffix)_(\d+)")  # model/stacks.py
+STACK = re.compile(r"(prefix|suffix)_\d+")  # model/stacks.py
 
 
-def one_stack(tree):
-    """Shapes, or anything with the structure, of a tree in which stacks were one: "prefix_0", "prefix_1" -> "prefix".
+def one_stack(tree, combine: Callable):
+    """A tree in which the stacks of a part are one: "prefix_0", "prefix_1" -> "prefix".
 
-    Lengths are summed along the leading axis, as those of parameters are; of a tree with other axes in front, only the
-    structure is right.
+    combine: leaves of those stacks -> a leaf; for example `interleave`, or `interleaved_shape`.
     """
 
     def join(node):
         if not isinstance(node, dict):
             return node
         joined, parts = {}, {}
-        for name, value in node.items():
+        for name in sorted(node, key=_place):
             if match := STACK.fullmatch(name):
-                parts.setdefault(match[1], []).append(value)
+                parts.setdefault(match[1], []).append(node[name])
             else:
-                joined[name] = value
-        return joined | {part: jax.tree.map(_sum_of_lengths, *stacks) for part, stacks in parts.items()}
+                joined[name] = node[name]
+        return joined | {part: jax.tree.map(combine, *stacks) for part, stacks in parts.items()}
 
     return jax.tree.map(join, tree, is_leaf=_has(STACK.fullmatch))
 
 
+def interleave(*stacks_L):
+    """Blocks of stacks that took turns, in the order in which they ran."""
+    return jnp.stack(stacks_L, axis=1).reshape(-1, *stacks_L[0].shape[1:])
+
+
+def interleaved_shape(*stacks_L) -> jax.ShapeDtypeStruct:
+    """The shape that `interleave` gives, of shapes; with their sharding."""
+    first, count = stacks_L[0], sum(stack.shape[0] for stack in stacks_L)
+    return jax.ShapeDtypeStruct((count, *first.shape[1:]), first.dtype, sharding=getattr(first, "sharding", None))
+
+
 def by_mixer(tree, count: int, axis: int = 0):
-    """The inverse, for arrays: of each part the stacks of `count` mixers, whose blocks lie along `axis`."""
+    """The inverse of `one_stack` by `interleave`, for arrays: the stacks of `count` mixers, whose blocks lie along
+    `axis`."""
 
     def divide(node):
-        if not isinstance(node, dict) or count == 1:
+        if not isinstance(node, dict):
             return node
-        divided = {}
-        for name, value in node.items():
-            if name in ("prefix", "suffix"):
-                for i in range(count):
-                    every = (slice(None),) * axis + (slice(i, None, count),)
-                    divided[f"{name}_{i}"] = jax.tree.map(lambda a, every=every: a[every], value)
-            else:
-                divided[name] = value
+        divided = {name: value for name, value in node.items() if name not in ("prefix", "suffix")}
+        for part in node.keys() - divided.keys():
+            for i in range(count):
+                every = (slice(None),) * axis + (slice(i, None, count),)
+                divided[f"{part}_{i}"] = jax.tree.map(lambda a, every=every: a[every], node[part])
         return divided
 
-    return jax.tree.map(divide, tree, is_leaf=_has(lambda name: name in ("prefix", "suffix")))
+    return tree if count == 1 else jax.tree.map(divide, tree, is_leaf=_has(("prefix", "suffix").__contains__))
 
 
-def _has(is_stack):
-    return lambda node: isinstance(node, dict) and any(is_stack(name) for name in node if isinstance(name, str))
+def _has(is_stack: Callable):
+    return lambda node: isinstance(node, dict) and any(isinstance(name, str) and is_stack(name) for name in node)
 
 
-def _sum_of_lengths(*leaves):
-    first = leaves[0]
-    shape = (sum(leaf.shape[0] for leaf in leaves), *first.shape[1:])
-    return jax.ShapeDtypeStruct(shape, first.dtype, sharding=getattr(first, "sharding", None))
+def _place(name: str):
+    """Sorts stacks by their number."""
+    part, _, number = name.rpartition("_")
+    return (part, int(number)) if STACK.fullmatch(name) else (name, 0)

@@ -11,7 +11,7 @@ import logging
 from etils import epath
 
 from ttt_e2e.checkpoints.checkpoint import find_step, load_progress
-from ttt_e2e.config import Config
+from ttt_e2e.config import Config, to_dict
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.reader import Reader
@@ -80,7 +80,7 @@ def identify(config: Config, checkpoint, reader: Reader, store: TokenStore, sett
     return {
         "step": load_progress(find_step(checkpoint))["step"],
         "parameters": parameters_digest(reader.params),
-        "model": dataclasses.asdict(config.model),
+        "model": to_dict(config)["model"],
         "inner": dataclasses.asdict(config.inner),
         "bos_id": config.data.bos_id,
         "data": store.fingerprint,

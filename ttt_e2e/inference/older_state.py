@@ -16,11 +16,12 @@ from ttt_e2e.checkpoints import older
 from ttt_e2e.inference.reader import ENDLESS, Reader
 from ttt_e2e.model.rope import rotate
 
+NAMES = {"fast": "fast", "states": "cache_LBGKH", "drafts": "recent_LBGbH", "tokens_Bb": "tokens_Bb"}
 
-def layout(tree: dict, reader: Reader) -> dict:
-    """The fields of a `ReaderState` as they were saved."""
-    names = {"fast": "fast", "states": "cache_LBGKH", "drafts": "recent_LBGbH", "tokens_Bb": "tokens_Bb"}
-    return {old: older.one_stack(tree[new]) for new, old in names.items()}
+
+def containers(tree: dict) -> dict:
+    """The fields of a `ReaderState` in the containers in which they were saved; arrays of any shape."""
+    return {old: older.one_stack(tree[new], lambda *stacks: stacks[0]) for new, old in NAMES.items()}
 
 
 def convert(tree: dict, reader: Reader) -> dict:

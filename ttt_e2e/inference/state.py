@@ -6,7 +6,6 @@ temporary name and renames when all is written.
 Shapes: `B` sequences, `L` blocks of a stack, `K` positions of a KV cache, `G` key/value heads, `H` head width.
 """
 
-import dataclasses
 import hashlib
 import json
 
@@ -16,6 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ttt_e2e.checkpoints import older
+from ttt_e2e.config import each_field, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference import older_state
 from ttt_e2e.inference.reader import Reader, ReaderState
@@ -41,7 +42,7 @@ def save_state(path, reader: Reader, state: ReaderState, *, precision: str = "fl
     tree = state._asdict()
     tree.pop("prepared")  # made again when it is wanted
     about = {
-        "model": dataclasses.asdict(reader.config.model),
+        "model": to_dict(reader.config)["model"],
         "parameters": parameters_digest(reader.params),
         "mini_batch_size": reader.mini_batch_size,
         "batch_size": len(state.tokens_Bb),
@@ -71,7 +72,7 @@ def load_state(path, reader: Reader) -> ReaderState:
     start = reader.start(0, about["batch_size"])._asdict()
     del start["position"], start["prepared"]
     is_older = "cache_size" in about
-    tree = _restore(path, older_state.layout(start, reader) if is_older else start, about["precision"])
+    tree = _restore(path, older_state.containers(start) if is_older else start, about["precision"])
     if about["precision"] == "bfloat16":
         tree["fast"] = jax.tree.map(
             lambda difference, w, w_0: (w_0 + difference.astype(w.dtype)).astype(w.dtype),
@@ -141,10 +142,15 @@ def _checksum(array):
 
 
 def _check_model(path, about: dict, reader: Reader) -> None:
-    for field, ours in dataclasses.asdict(reader.config.model).items():
-        if field != "attention_backend" and (theirs := about["model"].get(field)) != ours:
-            raise UserError(f"state {path} belongs to a model whose model.{field} is {theirs!r}; here it is {ours!r}")
-    if (digest := parameters_digest(reader.params)) != about["parameters"]:
+    saved = from_config_dict({"model": about["model"]})
+    for (section, f, ours), (_, _, theirs) in zip(each_field(reader.config), each_field(saved), strict=True):
+        if section.startswith("model") and f.name != "attention_backend" and theirs != ours:
+            raise UserError(
+                f"state {path} belongs to a model whose {section}.{f.name} is {theirs!r}; here it is {ours!r}"
+            )
+    # Of before mixers had their own stacks, there were digests of one stack.
+    params = older.one_stack(reader.params, older.interleave) if "cache_size" in about else reader.params
+    if (digest := parameters_digest(params)) != about["parameters"]:
         raise UserError(
             f"state {path} belongs to parameters {about['parameters']}; these are {digest}: "
             "load it with the checkpoint that it was made with"

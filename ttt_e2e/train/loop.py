@@ -18,7 +18,7 @@ from ttt_e2e.kernels import choice
 from ttt_e2e.model import abstract_model
 from ttt_e2e.runs import directory as run_directory
 from ttt_e2e.train.batches import check_batch, held_out_loss, open_store, to_device
-from ttt_e2e.train.optimizer import make_optimizer
+from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.step_log import StepLog
 from ttt_e2e.train.steps import TrainState, init_state, make_eval_step, make_train_step, take_policies
 
@@ -51,7 +51,7 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     train_store = open_store(config, config.data.train_split)
     eval_store = open_store(config, config.data.eval_split) if config.eval.every_steps else None
-    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], mesh)
     run_directory.claim(workdir, config)
     taken = take_policies(config, mesh)
     run_directory.record_start(workdir, overrides, taken.record())

@@ -24,7 +24,7 @@ from ttt_e2e.kernels.precision import matmul_precision
 from ttt_e2e.model import Transformer, abstract_model
 from ttt_e2e.model.parameters import split
 from ttt_e2e.train import policies
-from ttt_e2e.train.optimizer import gradient_norm, learning_rate_schedule
+from ttt_e2e.train.optimizers import gradient_norm, learning_rate_schedule
 
 
 class TrainState(NamedTuple):

@@ -15,6 +15,7 @@ The defaults are those of a recurrent mixer, whose Entry is its next State. docs
 Shapes: `T` positions, `b` inner mini-batch, `M` mini-batches of a sequence, `D` model width.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ttt_e2e.errors import UserError
+from ttt_e2e.config import MIXER_SECTIONS, MIXERS
 from ttt_e2e.model.passes import Pass
 from ttt_e2e.model.sequence_parts import SequenceParts
 
@@ -129,23 +130,28 @@ class Mixer(nnx.Module):
         return ""
 
 
-class Registered(NamedTuple):
-    """How a mixer is made."""
-
-    make: Callable  # (config.model, rngs) -> Mixer
-    section: type | None = None  # dataclass of its own fields: config.model.NAME
-
-
-_MIXERS: dict[str, Registered] = {}
+_MIXERS: dict[str, Callable] = {}
 
 
 def register(name: str, make: Callable, section: type | None = None) -> None:
-    """Makes a mixer known as `name`; where it has fields of its own, with a section `config.model.NAME`."""
-    _MIXERS[name] = Registered(make, section)
+    """Makes a mixer known as `name`.
+
+    Args:
+      name: by which `config.model.mixer` asks for it. A mixer of this directory has the name of the file in which it
+        registers itself; another one must be registered before the config is made.
+      make: (config.model, rngs) -> Mixer.
+      section: dataclass of fields that it alone has, each a `config.fields.field`: `config.model.NAME.FIELD`, which the
+        mixer reads as `config.section(NAME)`.
+    """
+    _MIXERS[name] = make
+    if name not in MIXERS:
+        MIXERS.append(name)
+    if section:
+        MIXER_SECTIONS[name] = section
 
 
 def make_mixer(name: str, config, rngs: nnx.Rngs) -> Mixer:
-    """A mixer with fresh parameters. Raises `UserError` for a name that is not registered."""
+    """A mixer with fresh parameters."""
     if name not in _MIXERS:
-        raise UserError(f"config.model.mixer names {name!r}, but there are only {', '.join(_MIXERS)}")
-    return _MIXERS[name].make(config, rngs)
+        importlib.import_module(f"ttt_e2e.model.mixers.{name}")
+    return _MIXERS[name](config, rngs)

@@ -1,10 +1,20 @@
-"""The outer optimizer: global-norm clip, then AdamW under warm-up and cosine decay."""
+"""Optimizers of the outer loop: global-norm clip, then what `optimizer.name` names, under warm-up and cosine decay.
 
+Each file of this directory is one, and its name the legal `optimizer.name`. It has a function
+
+    make(config: OptimizerConfig, learning_rate: optax.Schedule, mesh: Mesh | None) -> optax.GradientTransformation
+
+for trees {"fast", "slow"} of parameters; `train_only` leaves `optax.MaskedNode` in the place of those that are frozen.
+State that has the shape of the parameters is sharded as they are; any other array of it is on every device whole.
+"""
+
+import importlib
 import re
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from ttt_e2e.config import OptimizerConfig
 from ttt_e2e.errors import UserError
@@ -22,17 +32,17 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimizerConfig, params) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, params, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """The gradient transformation for `params` (or their shapes); decays every parameter it trains.
+
+    mesh: that of the training step which the updates are part of; it changes what devices exchange, and no update.
 
     Raises:
       UserError: `train_only` is no regular expression, or matches no parameter.
     """
-    adamw = optax.adamw(
-        learning_rate_schedule(config), b1=config.b1, b2=config.b2, eps=1e-8, weight_decay=config.weight_decay
-    )
+    make = importlib.import_module(f"{__name__}.{config.name}").make
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    optimizer = optax.chain(clip, adamw)
+    optimizer = optax.chain(clip, make(config, learning_rate_schedule(config), mesh))
     if not config.train_only:
         return optimizer
     return optax.selective_transform(optimizer, freeze_mask=_frozen(config.train_only, params))

@@ -1,0 +1,156 @@
+"""Optimizers: what they do to which parameters, sharded, and resumed to the bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.tiny_run import tiny_run
+from ttt_e2e.checkpoints.checkpoint import load_params
+from ttt_e2e.cluster import sharding
+from ttt_e2e.config import MeshConfig, OptimizerConfig
+from ttt_e2e.model import abstract_model
+from ttt_e2e.model.parameters import parameter_name
+from ttt_e2e.runs.metrics import read_metrics
+from ttt_e2e.train import loop
+from ttt_e2e.train.optimizers import learning_rate_schedule, make_optimizer
+
+L, D, F, V = 3, 16, 24, 31
+SHAPES = {
+    "fast": {"suffix": {"fast_mlp": {"w1": (L, D, F)}}},
+    "slow": {
+        "embedding": (V, D),
+        "head": (D, V),
+        "prefix": {"mlp": {"w2": (L, F, D)}, "attention_norm": {"weight": (L, D)}},
+        "final_norm": {"weight": (D,)},
+    },
+}
+MATRICES = {"fast.suffix.fast_mlp.w1", "slow.prefix.mlp.w2"}
+CONFIG = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, decay_steps=100, clip_norm=0.0)
+
+
+def random_tree(seed: int):
+    random = np.random.default_rng(seed)
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    return jax.tree.map(lambda shape: jnp.asarray(random.normal(size=shape), jnp.float32), SHAPES, is_leaf=is_shape)
+
+
+def by_name(tree) -> dict:
+    return {parameter_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def second_update(config: OptimizerConfig, params, gradients, jit=jax.jit) -> dict:
+    """{name: update} of the second of two steps."""
+    optimizer = make_optimizer(config, params)
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = jit(optimizer.update)(gradient, state, params)
+    return by_name(updates)
+
+
+@pytest.fixture(scope="module")
+def trees():
+    """Parameters, and the gradients of two steps."""
+    return random_tree(0), (random_tree(1), random_tree(2))
+
+
+def test_muon_orthogonalizes_the_matrix_of_each_block_by_itself(trees):
+    params, gradients = trees
+    config = OptimizerConfig(**vars(CONFIG) | {"weight_decay": 0.0})
+    updates = second_update(config, params, gradients)
+    for block in range(L):
+        one = lambda tree, block=block: jax.tree.map(lambda x: x[block : block + 1] if len(x) == L else x, tree)  # noqa: E731
+        alone = second_update(config, one(params), [one(gradient) for gradient in gradients])
+        for name in MATRICES:
+            np.testing.assert_allclose(updates[name][block], alone[name][0], rtol=1e-4, atol=1e-6)
+    for name in MATRICES:
+        # Newton-Schulz leaves singular values between 0.6 and 1.3 of one another's mean; the gradients' are far wider.
+        values = np.linalg.svd(updates[name], compute_uv=False)
+        assert values.max() < 2.5 * values.min()
+        gradient_values = np.linalg.svd(by_name(gradients[1])[name], compute_uv=False)
+        assert gradient_values.max() > 2.5 * gradient_values.min()  # the control
+        np.testing.assert_allclose(jnp.sqrt(jnp.mean(updates[name] ** 2)), 0.2, rtol=0.15)
+
+
+def test_muon_leaves_embedding_head_and_norms_to_adamw(trees):
+    params, gradients = trees
+    rate = learning_rate_schedule(CONFIG)
+    adamw = optax.adamw(rate, b1=CONFIG.b1, b2=CONFIG.b2, weight_decay=CONFIG.weight_decay)
+    state = adamw.init(params)
+    for gradient in gradients:
+        expected, state = jax.jit(adamw.update)(gradient, state, params)
+    expected, updates = by_name(expected), second_update(CONFIG, params, gradients)
+    for name, update in updates.items():
+        close = np.allclose(update, expected[name], rtol=1e-5, atol=1e-7)
+        assert close == (name not in MATRICES), name
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_muon_decays_matrices_by_the_same_weight_decay(name, trees):
+    params, gradients = trees
+    without = OptimizerConfig(**vars(CONFIG) | {"weight_decay": 0.0})
+    decayed = second_update(CONFIG, params, gradients)[name] - second_update(without, params, gradients)[name]
+    rate = learning_rate_schedule(CONFIG)(1)
+    np.testing.assert_allclose(decayed, -rate * CONFIG.weight_decay * by_name(params)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_muon_trains_only_what_it_is_told_to(trees):
+    params, gradients = trees
+    config = OptimizerConfig(**vars(CONFIG) | {"train_only": r"mlp|head"})
+    updates, all_updates = second_update(config, params, gradients), second_update(CONFIG, params, gradients)
+    for name, update in updates.items():
+        trained = "mlp" in name or "head" in name
+        np.testing.assert_allclose(update, all_updates[name] if trained else 0, rtol=1e-5, atol=1e-7 if trained else 0)
+
+
+def test_the_state_of_muon_is_sharded_as_the_parameters_are(trees):
+    params, gradients = trees
+    mesh = sharding.make_mesh(MeshConfig(data=4, model=2))
+    state = make_optimizer(CONFIG, params).init(params)
+    specs = by_name(sharding.specs(params, mesh))
+    of_parameters = 0
+    for path, spec in by_name(sharding.specs(state, mesh)).items():
+        matches = [name for name in specs if path.endswith(name)]
+        assert spec == (specs[matches[0]] if matches else sharding.P())
+        of_parameters += len(matches)
+    assert of_parameters == len(MATRICES) + 2 * (len(specs) - len(MATRICES))  # momentum; two moments
+    placed = [jax.device_put(tree, sharding.shardings(tree, mesh)) for tree in (params, *gradients)]
+    on_a_mesh, on_one = second_update(CONFIG, placed[0], placed[1:]), second_update(CONFIG, params, gradients)
+    for name, update in on_one.items():
+        np.testing.assert_allclose(on_a_mesh[name], update, rtol=1e-4, atol=1e-5)
+
+
+def test_adamw_keeps_the_state_that_checkpoints_have():
+    params = random_tree(0)
+    ours = make_optimizer(OptimizerConfig(decay_steps=100), params).init(params)
+    schedule = learning_rate_schedule(OptimizerConfig(decay_steps=100))
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule)).init(params)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+
+
+def test_muon_on_a_mesh_is_resumed_to_the_bit(token_store, tmp_path):
+    def run(workdir, num_steps: int):
+        config = tiny_run(
+            token_store,
+            optimizer={"name": "muon", "learning_rate": 3e-2, "decay_steps": 8},
+            train={"num_steps": num_steps},
+            mesh={"data": 4, "model": 2},
+            eval={"every_steps": 0},
+        )
+        loop.train(config, workdir)
+        losses = [line["loss"] for line in read_metrics(workdir / "metrics.jsonl") if "loss" in line]
+        placed = sharding.shardings(abstract_model(config.model)[1], sharding.make_mesh(config.mesh))
+        abstract = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            abstract_model(config.model)[1],
+            placed,
+        )
+        return losses, load_params(workdir, abstract)
+
+    losses, params = run(tmp_path / "whole", 8)
+    run(tmp_path / "halves", 4)
+    resumed_losses, resumed_params = run(tmp_path / "halves", 8)
+    assert resumed_losses == losses
+    jax.tree.map(np.testing.assert_array_equal, resumed_params, params)
+    assert losses[-1] < losses[0] - 0.02

@@ -1,0 +1,47 @@
+"""What a run is made of: frozen dataclasses made from a ConfigDict, and the one place that knows what is legal."""
+
+from ttt_e2e.config.fields import each_field, suggestion
+from ttt_e2e.config.sections import (
+    ATTENTION_BACKENDS,
+    MIXER_SECTIONS,
+    MIXERS,
+    OPTIMIZERS,
+    REMATS,
+    TRAJECTORIES,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    InnerConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from ttt_e2e.config.validation import default_config, differences, from_config_dict, to_dict
+
+__all__ = [
+    "ATTENTION_BACKENDS",
+    "MIXERS",
+    "MIXER_SECTIONS",
+    "OPTIMIZERS",
+    "REMATS",
+    "TRAJECTORIES",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "InnerConfig",
+    "LogConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+    "default_config",
+    "differences",
+    "each_field",
+    "from_config_dict",
+    "suggestion",
+    "to_dict",
+]

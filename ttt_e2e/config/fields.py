@@ -1,0 +1,106 @@
+"""A field of the config: what it says about itself, and the checks and the page that are made from that."""
+
+import dataclasses
+import difflib
+import math
+import operator
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from ttt_e2e.errors import UserError
+
+# What a resumed run does where a field differs from that of its last start.
+REFUSED = "refused"  # it would be another run: another model, loss, optimizer or order of the data
+LOGGED = "logged"  # the run goes on under other settings: schedules, and what its evaluations are of
+FREE = "free"  # nothing but rounding depends on it, or another check knows better
+
+# No size or number of steps is larger: JAX counts them in 32 bits, and products of two fit 64.
+LARGEST = 2**31 - 1
+
+BOUNDS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
+    "most": ("at most", operator.le),
+}
+
+
+def field(
+    default, help: str, *, least=None, above=None, below=None, most=None, choices: Collection[str] = (), resume=REFUSED
+):
+    """A dataclass field of a section, with what is legal for it.
+
+    Args:
+      default: of the field's type; never None, which a flag cannot override.
+      help: its entry in docs/configuration.md, which adds the range and the choices by itself.
+      least, above, below, most: bounds of a number. They hold once 0 has become what is derived for it.
+      choices: the legal strings. It may grow later: what it has counts when a config is validated.
+      resume: REFUSED, LOGGED or FREE.
+    """
+    bounds = {"least": least, "above": above, "below": below, "most": most}
+    bounds = {name: bound for name, bound in bounds.items() if bound is not None}
+    return dataclasses.field(
+        default=default, metadata={"help": help, "bounds": bounds, "choices": choices, "resume": resume}
+    )
+
+
+def each_field(config) -> Iterator[tuple[str, dataclasses.Field, object]]:
+    """(section, field, value) of every field of a config, in the order in which they are defined."""
+    for section, values in vars(config).items():
+        yield from _each_of_section(section, values)
+
+
+def _each_of_section(section: str, values) -> Iterator[tuple[str, dataclasses.Field, object]]:
+    for f in dataclasses.fields(values):
+        if f.name != "mixer_sections":
+            yield section, f, getattr(values, f.name)
+    for mixer, nested in getattr(values, "mixer_sections", ()):
+        yield from _each_of_section(f"{section}.{mixer}", nested)
+
+
+def file_names(directory: str) -> list[str]:
+    """Names of the modules in a directory of the package, where each file is a legal value; imports none of them."""
+    return sorted(file.stem for file in (Path(__file__).parents[1] / directory).glob("[a-z]*.py"))
+
+
+def suggestion(name: str, legal: Collection[str]) -> str:
+    """A hint for a mistyped name: the nearest legal one, else all of them."""
+    near = difflib.get_close_matches(str(name), legal, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"legal: {', '.join(legal)}"
+
+
+def require(condition: bool, name: str, value, legal: str) -> None:
+    """Raises `UserError` unless the condition holds: `name` is `value`, but it must be `legal`."""
+    if not condition:
+        raise UserError(f"{name} is {value!r}, but it must be {legal}")
+
+
+def coerce(name: str, value, kind: type):
+    """`value` as `kind` where nothing is lost by it (1 is a legal float, 8.0 a legal int); otherwise `UserError`."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is int and is_number and math.isfinite(value) and value == int(value):
+        return int(value)
+    if kind is float and is_number and math.isfinite(value):
+        return float(value)
+    legal = {
+        bool: "True or False",
+        int: "one integer below 2**63",
+        float: "one finite number below 2**63",
+        str: "one string",
+    }[kind]
+    raise UserError(f"{name} is {value!r}, but it takes {legal}")
+
+
+def check(name: str, value, f: dataclasses.Field) -> None:
+    """Raises `UserError` where a value of the right type is out of the field's range, or none of its choices."""
+    bounds, choices = f.metadata["bounds"], f.metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"{name} is {value!r}: {suggestion(value, choices)}")
+    legal = " and ".join(f"{BOUNDS[key][0]} {bound}" for key, bound in bounds.items())
+    require(all(BOUNDS[key][1](value, bound) for key, bound in bounds.items()), name, value, legal)
+    if type(value) is int and "most" not in bounds:
+        require(value <= LARGEST, name, value, f"at most {LARGEST}")

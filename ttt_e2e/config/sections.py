@@ -1,0 +1,390 @@
+"""The sections of a config. Their docstrings and help texts are Markdown: docs/configuration.md is made from them.
+
+In every field 0 or "" means "off" or "derived", as its help says; no field is None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ttt_e2e.config.fields import FREE, LOGGED, field, file_names
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+MIXERS = [name for name in file_names("model/mixers") if name != "base"]
+MIXER_SECTIONS: dict[str, type] = {}  # of mixers that have fields of their own
+GRADIENTS = ("exact", "first_order", "reference")
+TRAJECTORIES = ("auto", "store", "delta", "segment")
+ATTENTION_BACKENDS = ("auto", "reference", "xla", "pallas_tpu", "mosaic_gpu", "cudnn", "splash")
+REMATS = ("auto", "keep", "mini_batch", "block")
+PREFIXES = ("auto", "sequence", "matrices")
+OPTIMIZERS = file_names("train/optimizers")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the network. Names are those of Hugging Face configurations where one exists."""
+
+    vocab_size: int = field(
+        257,
+        "entries of the vocabulary; 257 is 256 bytes and BOS. Above `data.bos_id`, and not below the vocabulary of the "
+        "token store.",
+        least=1,
+    )
+    hidden_size: int = field(128, "width of the residual stream.", least=1)
+    intermediate_size: int = field(352, "width of the slow MLPs.", least=1)
+    num_hidden_layers: int = field(4, "blocks in all, prefix and suffix.", least=1)
+    num_attention_heads: int = field(4, "query heads. Must divide `hidden_size` unless `head_dim` is set.", least=1)
+    num_key_value_heads: int = field(
+        0,
+        "key and value heads, fewer than query heads in grouped-query attention; 0 = `num_attention_heads`. Must "
+        "divide `num_attention_heads`.",
+        least=1,
+    )
+    head_dim: int = field(0, "width of a head; 0 = `hidden_size / num_attention_heads`. Must be even.", least=1)
+    sliding_window: int = field(
+        0, "the window k, in positions that a token attends to, itself included; 0 = full attention.", least=0
+    )
+    rope_theta: float = field(500_000.0, "base of the RoPE frequencies.", above=0)
+    rope_style: str = field(
+        "interleaved",
+        'which channels of a head rotate together: adjacent pairs, or, with `"half"`, pairs half a head apart, as in '
+        "Hugging Face weights.",
+        choices=("interleaved", "half"),
+    )
+    rms_norm_eps: float = field(1e-6, "epsilon of every RMSNorm, QK-norm included.", above=0)
+    initializer_range: float = field(0.02, "standard deviation of the normal that every matrix starts from.", least=0)
+    tie_word_embeddings: bool = field(
+        True, "the head is the transposed embedding; otherwise it is a matrix of its own."
+    )
+    qk_norm: bool = field(True, "RMSNorm over each query and key head, before RoPE.")
+    post_norm: bool = field(
+        True,
+        "RMSNorm after attention and after each MLP, before the residual is added. (The one before them is always "
+        "there.)",
+    )
+    num_fast_blocks: int = field(
+        0,
+        "the suffix: how many of the last blocks carry a fast MLP; 0 = no fast weights. At most `num_hidden_layers`. "
+        "The paper takes a quarter.",
+        least=0,
+    )
+    fast_intermediate_size: int = field(0, "width of the fast MLPs; 0 = `intermediate_size`.", least=1)
+    compute_dtype: str = field(
+        "float32",
+        "dtype of the residual stream, matrix products and window caches. Norms, RoPE, logits and losses are computed "
+        'in float32 whatever it is. `"float32"` means products in float32 on accelerators, too, not in TF32 or '
+        "bfloat16, and is slow there.",
+        choices=DTYPES,
+    )
+    param_dtype: str = field(
+        "float32",
+        "dtype that parameters are stored in. Fast weights are float32 (or wider) while they change.",
+        choices=DTYPES,
+    )
+    attention_backend: str = field(
+        "auto",
+        'who computes attention. `"auto"`: on CPUs `xla`, on an accelerator [what is found right and fastest '
+        "there](kernels.md#backends). `cudnn` and `splash` serve what is differentiated once, as the prefix is; "
+        '`"auto"` takes the rest.',
+        choices=ATTENTION_BACKENDS,
+        resume=FREE,
+    )
+    mixer: str = field(
+        "",
+        "which blocks have the window and which full attention, as a comma-separated pattern repeated over the blocks, "
+        'such as `"window,window,attention"`; empty = all alike, by `sliding_window`. Of `window` and `attention`; '
+        "`window` needs `sliding_window` above 0; the pattern's length must divide the number of prefix blocks and "
+        "that of suffix blocks.",
+    )
+
+    # Fields of mixers that have some of their own, as (name of the mixer, its section): `config.model.NAME.FIELD`.
+    mixer_sections: tuple[tuple[str, object], ...] = ()
+
+    @property
+    def num_prefix_blocks(self) -> int:
+        """Number of blocks without a fast MLP."""
+        return self.num_hidden_layers - self.num_fast_blocks
+
+    def section(self, mixer: str):
+        """The fields that a mixer declared for itself."""
+        return dict(self.mixer_sections)[mixer]
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """Kind of mixer of each block of the pattern, which repeats over the blocks."""
+        return tuple(self.mixer.split(",")) if self.mixer else ("window" if self.sliding_window else "attention",)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Windows of the pattern's mixers that have one."""
+        return tuple(self.sliding_window for name in self.mixers if name == "window")
+
+
+@dataclass(frozen=True)
+class InnerConfig:
+    """The inner loop: one SGD step on the fast weights per mini-batch of the text being read.
+
+    Models without fast weights use `mini_batch_size` only, as the unit of which a sequence's loss is the mean.
+    """
+
+    mini_batch_size: int = field(128, "b, in tokens. Must divide `train.seq_len`.", least=1)
+    learning_rate: float = field(1.0, "the inner learning rate η. 0 reads without learning.", least=0)
+    clip_norm: float = field(
+        1.0,
+        "the inner gradient is scaled down to this norm, taken over all fast weights of a sequence; 0 = off.",
+        least=0,
+    )
+    warmup_steps: int = field(
+        0,
+        "outer steps over which η rises linearly from `warmup_init` to `learning_rate`; 0 = off. Affects training "
+        "only: evaluation, in the loop too, uses the full η.",
+        least=0,
+        resume=LOGGED,
+    )
+    warmup_init: float = field(0.1, "where that rise begins.", least=0, resume=LOGGED)
+    gradient: str = field(
+        "exact",
+        'how the meta-gradient is computed. `"exact"`: through every inner step, by a reverse pass of its own that '
+        'holds the residuals of one mini-batch at a time. `"reference"`: the same gradient by plain autodiff; slower, '
+        'for tests; `trajectory` and `remat` do not apply. `"first_order"`: the inner updates count as constants; '
+        "cheaper, and not the gradient of the loss.",
+        choices=GRADIENTS,
+    )
+    trajectory: str = field(
+        "auto",
+        'what rebuilds the fast weights W_i on the way back. `"store"`: all of them are kept, in float32. `"delta"`: '
+        "every update is kept, rounded to bfloat16, at half the memory; reading applies the rounded update, in "
+        'evaluation too. `"segment"`: every `segment_length`-th W_i is kept, and those in between are computed again. '
+        '`"auto"`: see `memory_budget_bytes`.',
+        choices=TRAJECTORIES,
+        resume=LOGGED,  # "delta" rounds updates
+    )
+    segment_length: int = field(
+        0,
+        'mini-batches of a segment, for the trajectory `"segment"`. A divisor of the number of mini-batches of a '
+        "sequence; 0 = the one nearest to its square root.",
+        least=0,
+        resume=FREE,
+    )
+    remat: str = field(
+        "auto",
+        'what the backward pass computes again. `"keep"`: nothing that a matrix product or attention gave, in the '
+        'prefix neither. `"mini_batch"`: the forward pass of a mini-batch; in the prefix, of a block. `"block"`: in '
+        'the mini-batch block by block as well, for less memory and more time. `"auto"`: see `memory_budget_bytes`.',
+        choices=REMATS,
+        resume=FREE,
+    )
+    memory_budget_bytes: int = field(
+        0,
+        'what the temporaries of a training step may take of a device. With `"auto"`, the fastest pair of '
+        "`trajectory` and `remat` whose estimate fits is taken, and logged; where none fits, the smallest. The "
+        'estimate counts what JAX saves of a device\'s own parts for the backward pass. `"delta"` rounds, and is '
+        "taken by name only. 0 = what the device reports to have, on CPU half of the machine's memory, less "
+        "parameters, their gradients and AdamW's moments. What was taken is in `starts.jsonl`, too.",
+        least=0,
+        most=2**63 - 1,
+        resume=FREE,
+    )
+    truncate: int = field(
+        0,
+        "truncates the meta-gradient: mini-batches are taken in groups of this many, and it does not flow back through "
+        "the fast weights from one group to the one before; 0 = no truncation.",
+        least=0,
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The outer loop."""
+
+    seq_len: int = field(
+        1024,
+        "T, tokens of a sequence. A multiple of `inner.mini_batch_size`. Evaluation reads sequences of this length, "
+        "too.",
+        least=1,
+    )
+    global_batch_size: int = field(
+        8,
+        "sequences of an outer step, over all devices and accumulation steps. A multiple of `accumulation_steps` times "
+        "the size of the mesh axis `data`.",
+        least=1,
+    )
+    accumulation_steps: int = field(
+        1, "parts that a batch is read in, one after the other, to save memory.", least=1, resume=FREE
+    )
+    num_steps: int = field(100, "outer steps in all, those before a resume included.", least=1, resume=FREE)
+    seed: int = field(0, "of the initial parameters.", least=0, most=2**32 - 1)
+    init_from: str = field(
+        "",
+        "checkpoint to take the initial parameters from, with a fresh optimizer, at step 0 and the beginning of the "
+        "data; empty = fresh parameters. A step directory, a directory of steps (the newest is taken), or a run "
+        "directory. Ignored where the run has a checkpoint of its own.",
+        resume=LOGGED,
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer of the outer loop, after a clip of the global norm, under a linear warm-up and cosine decay.
+
+    Every parameter that is trained decays. Steps count from 0, so the first update has rate 0 where there is a warm-up.
+    """
+
+    name: str = field(
+        "adamw",
+        'which one. `"adamw"`: AdamW with epsilon 1e-8. `"muon"`: Muon for the matrices of the '
+        "blocks, fast MLPs included. The momentum of each block's matrix (decay 0.95, Nesterov) is orthogonalized by "
+        "five Newton-Schulz steps, and scaled to a root mean square of 0.2, about that of AdamW's updates, so that the "
+        "same `learning_rate` and `weight_decay` serve. Embedding, head and norms are left to AdamW.",
+        choices=OPTIMIZERS,
+    )
+    learning_rate: float = field(1e-3, "the peak.", least=0, resume=LOGGED)
+    end_learning_rate: float = field(1e-5, "after the decay.", least=0, resume=LOGGED)
+    warmup_steps: int = field(10, "steps from rate 0 to the peak. Below `decay_steps`.", least=0, resume=LOGGED)
+    decay_steps: int = field(
+        0, "length of the schedule, warm-up included; 0 = `train.num_steps`.", least=1, resume=LOGGED
+    )
+    b1: float = field(0.9, 'decay of AdamW\'s first moment. Under `"muon"` of what is left to AdamW.', least=0, below=1)
+    b2: float = field(0.95, "decay of its second moment, likewise.", least=0, below=1)
+    weight_decay: float = field(0.1, "decoupled, times the learning rate.", least=0)
+    clip_norm: float = field(1.0, "of the meta-gradient over all trained parameters; 0 = off.", least=0)
+    train_only: str = field(
+        "",
+        "regular expression, searched for in the names of the parameters, such as `slow.prefix.attention.wq`; what "
+        "does not match stays as it is. Empty = train all. Must match at least one.",
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The token store, and the order in which it is read."""
+
+    path: str = field(
+        "", "the token store: a directory made by `prepare`, or a `gs://` or `s3://` URL. Needed.", resume=FREE
+    )  # the token store's fingerprint is in the checkpoint
+    train_split: str = field("train", "split to train on.", resume=FREE)  # so is that of the split
+    eval_split: str = field("val", "split to evaluate on.", resume=LOGGED)
+    tokenizer: str = field(
+        "",
+        '`"bytes"` or a SentencePiece `.model` file; empty = as the token store records. Training and evaluation work '
+        "on tokens and do not read it.",
+        resume=FREE,  # compared with the token store
+    )
+    bos_id: int = field(
+        0,
+        "targets equal to it are masked: they count in no loss; 0 = mask none. Below `model.vocab_size`, and the one "
+        "that the token store records, if it records one.",
+        least=0,
+    )
+    shuffle: bool = field(
+        True, "read the sequences in a random order, another one each epoch. Otherwise in the store's order."
+    )
+    seed: int = field(0, "of that order.", least=0, most=2**32 - 1)
+    num_workers: int = field(0, "processes that read ahead; 0 = threads only.", least=0, resume=FREE)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """The device mesh.
+
+    Parameters and optimizer state are sharded over both axes, sequences over `data`, the matrices of a sequence's fast
+    weights over `model`.
+    """
+
+    data: int = field(
+        0,
+        "devices along the axis `data`; 0 = all that `model` leaves. `train.global_batch_size` (per accumulation step) "
+        "and `eval.batch_size` must be multiples of it.",
+        least=0,
+        resume=FREE,
+    )
+    model: int = field(
+        1,
+        "devices along the axis `model`, for tensor parallelism. The product of the two must not exceed the devices "
+        "there are. Key/value heads that it does not divide evenly are computed by all of its devices alike.",
+        least=1,
+        resume=FREE,
+    )
+    prefix: str = field(
+        "auto",
+        'what `model` divides in the prefix. `"matrices"`: the heads and the width of MLPs, and every device has all '
+        'positions. `"sequence"`: the positions, and every device fetches the matrices of one block at a time; '
+        '`train.seq_len` must be a multiple of `model`. `"auto"`: what makes devices receive less, which is logged; '
+        "matrices where `model` does not divide `train.seq_len`.",
+        choices=PREFIXES,
+        resume=FREE,
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep. Saving runs in the background; a step that is listed is complete."""
+
+    every_steps: int = field(
+        100,
+        "outer steps from one to the next; 0 = only at the end. The last step is always saved.",
+        least=0,
+        resume=FREE,
+    )
+    keep: int = field(2, "the newest ones are kept, this many.", least=1, resume=FREE)
+    keep_every: int = field(0, "checkpoints at multiples of it are kept for good; 0 = off.", least=0, resume=FREE)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """`metrics.jsonl` is always written, the others when asked."""
+
+    every_steps: int = field(
+        10,
+        "outer steps from one line to the next; the first and the last step are always written.",
+        least=1,
+        resume=FREE,
+    )
+    profile_steps: int = field(
+        0, "steps to capture a profile of, after the first ten, into `logs/profile`; 0 = off.", least=0, resume=FREE
+    )
+    slow_step_factor: float = field(
+        5.0,
+        "a step that takes more than this many times the median step, and more than ten seconds, is logged, [with "
+        "what held it up](launching.md#where-the-time-goes); 0 = off.",
+        least=0,
+        resume=FREE,
+    )
+    tensorboard: bool = field(
+        False, "copy the metrics into `logs/` for TensorBoard (extra `tensorboard`).", resume=FREE
+    )
+    wandb: str = field("", "copy them to this Weights & Biases project (extra `wandb`); empty = off.", resume=FREE)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out text, in the loop and by the command `evaluate`."""
+
+    every_steps: int = field(
+        0,
+        "outer steps from one evaluation in the loop to the next, and after the last step; 0 = only by the command.",
+        least=0,
+        resume=FREE,
+    )
+    num_sequences: int = field(
+        0,
+        "how many sequences to read, the first of the split; 0 = all. At most as many as there are.",
+        least=0,
+        resume=LOGGED,
+    )
+    batch_size: int = field(8, "sequences at once. A multiple of the mesh axis `data`.", least=1, resume=FREE)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A validated run configuration."""
+
+    model: ModelConfig = ModelConfig()
+    inner: InnerConfig = InnerConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    eval: EvalConfig = EvalConfig()

@@ -1,0 +1,173 @@
+"""From a ConfigDict, or the dict of a `config.json`, to a validated `Config`, and back."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from ttt_e2e.config.fields import check, coerce, each_field, require, suggestion
+from ttt_e2e.config.sections import MIXER_SECTIONS, MIXERS, Config, ModelConfig
+from ttt_e2e.errors import UserError
+
+_SECTIONS = {part.name: type(part.default) for part in dataclasses.fields(Config)}
+
+
+def default_config() -> ConfigDict:
+    """The defaults of every section as a locked ConfigDict, for a config file to fill in."""
+    sections = tuple((name, section()) for name, section in MIXER_SECTIONS.items())
+    return ConfigDict(to_dict(Config(model=ModelConfig(mixer_sections=sections)))).lock()
+
+
+def to_dict(config: Config) -> dict:
+    """Plain nested dict of a config, as stored in a run directory's `config.json`."""
+    values = dataclasses.asdict(config)
+    values["model"] |= dict(values["model"].pop("mixer_sections"))
+    return values
+
+
+def differences(config: Config) -> dict:
+    """As `to_dict`, only the fields that differ from their defaults, and only the sections that have any."""
+    changed: dict = {}
+    for section, f, value in each_field(config):
+        if value != f.default:
+            changed.setdefault(section, {})[f.name] = value
+    return changed
+
+
+def from_config_dict(values: ConfigDict | dict) -> Config:
+    """Validates a ConfigDict (or the dict of a `config.json`) and fills in what is derived.
+
+    Missing fields take their defaults. Raises `UserError` for unknown fields, values of the wrong type, values out
+    of range and combinations that are not legal: one line with the field, the value and what would be legal.
+    """
+    values = values.to_dict() if isinstance(values, ConfigDict) else values
+    if not isinstance(values, dict):
+        raise UserError(f"config is {values!r}, but it takes sections: {', '.join(_SECTIONS)}")
+    sections = {}
+    for name, fields in ({"model": {}} | values).items():
+        if name not in _SECTIONS:
+            raise UserError(f"config has no section {name!r}: {suggestion(name, _SECTIONS)}")
+        sections[name] = _section(_SECTIONS[name], name, fields)
+    config = _derive(Config(**sections))
+    for section, f, value in each_field(config):
+        check(f"config.{section}.{f.name}", value, f)
+    _check_model(config.model)
+    _check_run(config)
+    return config
+
+
+def _section(cls, name: str, fields: dict):
+    if not isinstance(fields, dict):
+        raise UserError(f"config.{name} is {fields!r}, but it is a section with the fields of {cls.__name__}")
+    defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.name != "mixer_sections"}
+    nested = MIXER_SECTIONS if cls is ModelConfig else {}
+    values = {}
+    for field, value in fields.items():
+        if field in nested:
+            continue
+        if field not in defaults:
+            raise UserError(f"config.{name} has no field {field!r}: {suggestion(field, defaults)}")
+        values[field] = coerce(f"config.{name}.{field}", value, type(defaults[field]))
+    if nested:
+        sections = ((mixer, _section(of, f"{name}.{mixer}", fields.get(mixer, {}))) for mixer, of in nested.items())
+        values["mixer_sections"] = tuple(sections)
+    return cls(**values)
+
+
+def _derive(config: Config) -> Config:
+    model, optimizer = config.model, config.optimizer
+    heads = model.num_attention_heads
+    if model.head_dim == 0 and heads > 0:
+        require(
+            model.hidden_size % heads == 0,
+            "config.model.num_attention_heads",
+            heads,
+            f"a divisor of hidden_size {model.hidden_size} (or set head_dim)",
+        )
+    model = dataclasses.replace(
+        model,
+        num_key_value_heads=model.num_key_value_heads or heads,
+        head_dim=model.head_dim or (model.hidden_size // heads if heads > 0 else 0),
+        fast_intermediate_size=model.fast_intermediate_size or model.intermediate_size,
+    )
+    optimizer = dataclasses.replace(optimizer, decay_steps=optimizer.decay_steps or config.train.num_steps)
+    return dataclasses.replace(config, model=model, optimizer=optimizer)
+
+
+# ------------------------------------------------------------------------------------ checks that relate several fields
+def _check_model(model: ModelConfig) -> None:
+    at = "config.model"
+    require(model.head_dim % 2 == 0, f"{at}.head_dim", model.head_dim, "even (RoPE rotates pairs)")
+    require(
+        model.num_attention_heads % model.num_key_value_heads == 0,
+        f"{at}.num_key_value_heads",
+        model.num_key_value_heads,
+        f"a divisor of num_attention_heads {model.num_attention_heads}",
+    )
+    require(
+        model.num_fast_blocks <= model.num_hidden_layers,
+        f"{at}.num_fast_blocks",
+        model.num_fast_blocks,
+        f"at most num_hidden_layers {model.num_hidden_layers}",
+    )
+    if model.mixer:
+        _check_mixer(model)
+
+
+def _check_mixer(model: ModelConfig) -> None:
+    pattern = model.mixer.split(",")
+    for name in pattern:
+        if name not in MIXERS:
+            raise UserError(f"config.model.mixer names {name!r}: {suggestion(name, MIXERS)}")
+    if "window" in pattern and model.sliding_window == 0:
+        raise UserError("config.model.mixer names 'window', but config.model.sliding_window is 0 (full attention)")
+    for count in (model.num_prefix_blocks, model.num_fast_blocks):
+        require(
+            count % len(pattern) == 0,
+            "config.model.mixer",
+            model.mixer,
+            f"a pattern whose length divides the {model.num_prefix_blocks} prefix and "
+            f"{model.num_fast_blocks} suffix blocks",
+        )
+
+
+def _check_run(config: Config) -> None:
+    inner, train, optimizer, mesh = config.inner, config.train, config.optimizer, config.mesh
+    require(
+        train.seq_len % inner.mini_batch_size == 0,
+        "config.train.seq_len",
+        train.seq_len,
+        f"a multiple of config.inner.mini_batch_size {inner.mini_batch_size}",
+    )
+    num_mini_batches = train.seq_len // inner.mini_batch_size
+    require(
+        inner.segment_length == 0
+        or inner.trajectory not in ("auto", "segment")
+        or num_mini_batches % inner.segment_length == 0,
+        "config.inner.segment_length",
+        inner.segment_length,
+        f"a divisor of the {num_mini_batches} mini-batches of a sequence",
+    )
+    require(
+        train.global_batch_size % train.accumulation_steps == 0,
+        "config.train.global_batch_size",
+        train.global_batch_size,
+        f"a multiple of config.train.accumulation_steps {train.accumulation_steps}",
+    )
+    require(
+        optimizer.warmup_steps < optimizer.decay_steps,
+        "config.optimizer.warmup_steps",
+        optimizer.warmup_steps,
+        f"below decay_steps {optimizer.decay_steps}",
+    )
+    require(
+        config.data.bos_id < config.model.vocab_size,
+        "config.data.bos_id",
+        config.data.bos_id,
+        f"below config.model.vocab_size {config.model.vocab_size}",
+    )
+    require(
+        mesh.prefix != "sequence" or train.seq_len % mesh.model == 0,
+        "config.mesh.prefix",
+        mesh.prefix,
+        f"'matrices' or 'auto', as config.mesh.model {mesh.model} does not divide train.seq_len {train.seq_len}",
+    )
