@@ -12,7 +12,7 @@ import pytest
 
 from ttt_e2e.checkpoints.checkpoint import Checkpoints, DamagedError, find_step, load_params, progress_of, save_params
 from ttt_e2e.checkpoints.digests import _program, digests
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import shardings
 from ttt_e2e.config import CheckpointConfig, Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.train.steps import TrainState
@@ -56,7 +56,7 @@ def test_keeps_the_newest_and_every_nth(saved):
 
 def test_restored_onto_another_mesh(saved):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    placed = sharding.shardings(state(7).params, mesh)
+    placed = shardings(state(7).params, mesh)
     wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state(7).params, placed)
     restored = load_params(saved.directory, wanted)
     assert restored["slow"]["embedding"].sharding.spec == placed["slow"]["embedding"].spec
@@ -185,7 +185,7 @@ def test_digests_are_compiled_once_a_run(is_kept, tmp_path, monkeypatch, caplog)
     else:
         monkeypatch.setattr("ttt_e2e.checkpoints.digests._program", _program.__wrapped__)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    placed = sharding.shardings(state(1), mesh)
+    placed = shardings(state(1), mesh)
     wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state(1), placed)
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
     with jax.log_compiles(), caplog.at_level("WARNING"):

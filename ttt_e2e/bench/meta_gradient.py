@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from ttt_e2e.bench import compiled, table
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import BATCH, divide, make_mesh, shardings
 from ttt_e2e.config import ATTENTION_BACKENDS, REMATS, TRAJECTORIES, Config, from_config_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner import reference, trajectory
@@ -85,7 +85,7 @@ def run(
         raise UserError("config.model.num_fast_blocks is 0: bench meta_gradient takes a model with fast weights")
     if abstract:
         _pretend_devices(max(1, config.mesh.data) * config.mesh.model)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     batch = batch or config.train.global_batch_size
     check_batch("--batch", batch, mesh)
     # One part of the batch: "auto" is for what is measured here.
@@ -127,7 +127,7 @@ def _measure(variant: str, config: Config, mesh: Mesh, repeats: int) -> dict:
     """Figures of one variant; it is not run where `repeats` is 0."""
     _, params = abstract_model(config.model)
     tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.train.seq_len + 1), jnp.int32)
-    placed = (sharding.shardings(params, mesh), NamedSharding(mesh, sharding.BATCH))
+    placed = (shardings(params, mesh), NamedSharding(mesh, BATCH))
     loss_and_gradient = _loss_and_gradient(variant, config, mesh)
     gradient = jax.jit(
         lambda params, tokens: loss_and_gradient(params, tokens, jnp.float32(config.inner.learning_rate)),
@@ -149,7 +149,7 @@ def _loss_and_gradient(variant: str, config: Config, mesh: Mesh):
     if variant in ("plain", "nested_remat"):
         adapt = _without_inner_loop if variant == "plain" else _nested_remat
         graphdef, params = abstract_model(config.model)
-        division = sharding.divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
+        division = divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
         mean_loss = partial(_loss_of_suffix, graphdef, config, division, partial(adapt, config))
         return make_gradient(config, mesh, division, mean_loss)
     gradient, *chosen = variant.split("/")

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ttt_e2e.bench import table
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import BATCH, make_mesh, shardings
 from ttt_e2e.config import Config, suggestion
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference import Reader
@@ -69,7 +69,7 @@ def run(output, config: Config | None = None, *, target: str = "", programs=("tr
     if config is None:
         raise UserError("--config is missing: bench target compiles the programs of a config file, FILE.py[:ARG]")
     devices = slices.devices(slice_)
-    mesh = sharding.make_mesh(config.mesh, devices)
+    mesh = make_mesh(config.mesh, devices)
     if mesh.size != len(devices):
         shape = f"data={mesh.shape['data']} x model={mesh.shape['model']}"
         raise UserError(f"config.mesh is {shape}, which leaves some of the {len(devices)} devices of {target} out")
@@ -154,9 +154,9 @@ def _train(config: Config, mesh: Mesh) -> Task:
     check_batch("config.train.global_batch_size", train.global_batch_size, mesh, train.accumulation_steps)
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
     state = jax.eval_shape(lambda: init_state(config, optimizer))
-    placed = sharding.shardings(state, mesh)
+    placed = shardings(state, mesh)
     tokens = jax.ShapeDtypeStruct((train.global_batch_size, train.seq_len + 1), jnp.int32)
-    arguments = (_placed(state, placed), _placed(tokens, NamedSharding(mesh, sharding.BATCH)))
+    arguments = (_placed(state, placed), _placed(tokens, NamedSharding(mesh, BATCH)))
     num_tokens = train.global_batch_size * train.seq_len
     return Task(make_train_step(config, optimizer, mesh, placed), arguments, num_tokens)
 
@@ -166,12 +166,12 @@ def _read(config: Config, mesh: Mesh) -> Task:
     batch = config.eval.batch_size
     check_batch("config.eval.batch_size", batch, mesh)
     params = abstract_model(config.model)[1]
-    placed = sharding.shardings(params, mesh)
+    placed = shardings(params, mesh)
     tokens = jax.ShapeDtypeStruct((batch, config.train.seq_len + 1), jnp.int32)
     rate, count = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
     arguments = (
         _placed(params, placed),
-        _placed(tokens, NamedSharding(mesh, sharding.BATCH)),
+        _placed(tokens, NamedSharding(mesh, BATCH)),
         *_placed((rate, count), NamedSharding(mesh, P())),
     )
     return Task(make_eval_step(config, mesh, placed), arguments, batch * config.train.seq_len)

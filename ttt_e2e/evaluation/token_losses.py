@@ -9,8 +9,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ttt_e2e.checkpoints.checkpoint import find_step, load_params, load_progress
-from ttt_e2e.cluster import sharding
-from ttt_e2e.cluster.distributed import watch_for_preemption
+from ttt_e2e.cluster.agreement import watch_for_preemption
+from ttt_e2e.cluster.mesh import make_mesh, shardings
 from ttt_e2e.config import Config
 from ttt_e2e.model import abstract_model
 from ttt_e2e.train.batches import check_batch, held_out_loss, open_store
@@ -33,12 +33,12 @@ def evaluate(config: Config, checkpoint, output) -> dict:
 
 
 def _evaluate(config: Config, checkpoint, output, stop) -> dict:
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     store = open_store(config, config.data.eval_split)
     step_directory = find_step(checkpoint)
     _, abstract = abstract_model(config.model)
-    placed = sharding.shardings(abstract, mesh)
+    placed = shardings(abstract, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
     params = load_params(step_directory, abstract)
     eval_step = make_eval_step(config, mesh, placed)

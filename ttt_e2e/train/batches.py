@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import BATCH, local_rows
 from ttt_e2e.config import Config
 from ttt_e2e.data.pipeline import evaluation_batches
 from ttt_e2e.data.store import TokenStore
@@ -59,7 +59,7 @@ def check_batch(field: str, batch_size: int, mesh, accumulation_steps: int = 1) 
 def to_device(local_batch: np.ndarray, mesh, batch_size: int) -> jax.Array:
     """The global batch [B, T + 1], sharded over `data`, of which this process holds `local_batch`."""
     shape = (batch_size, *local_batch.shape[1:])
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, sharding.BATCH), local_batch, shape)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), local_batch, shape)
 
 
 def held_out_loss(
@@ -88,7 +88,7 @@ def held_out_loss(
         seq_len=T,
         num_sequences=num_sequences,
         batch_size=B,
-        rows=sharding.local_rows(mesh, B),
+        rows=local_rows(mesh, B),
         vocab_size=config.model.vocab_size,
     )
     loss, token_nll, num_tokens = 0.0, 0.0, 0

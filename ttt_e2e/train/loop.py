@@ -9,8 +9,8 @@ from etils import epath
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ttt_e2e.checkpoints.checkpoint import Checkpoints, check_position, load_params, progress_of
-from ttt_e2e.cluster import sharding
-from ttt_e2e.cluster.distributed import Exchange, watch_for_preemption
+from ttt_e2e.cluster.agreement import Exchange, watch_for_preemption
+from ttt_e2e.cluster.mesh import local_rows, make_mesh, shardings
 from ttt_e2e.config import Config
 from ttt_e2e.data.pipeline import training_batches
 from ttt_e2e.errors import PreemptedError
@@ -45,7 +45,7 @@ def train(config: Config, workdir, overrides: list[str] = ()) -> dict:
 def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: ExitStack) -> dict:
     # ---------------------------------------------------------------- set up
     batch_size, num_steps = config.train.global_batch_size, config.train.num_steps
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     choice.check(config.model)
     check_batch("config.train.global_batch_size", batch_size, mesh, config.train.accumulation_steps)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
@@ -70,7 +70,7 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
         seed=config.data.seed,
         shuffle=config.data.shuffle,
         start_batch=next_batch,
-        rows=sharding.local_rows(mesh, batch_size),
+        rows=local_rows(mesh, batch_size),
         vocab_size=config.model.vocab_size,
         num_workers=config.data.num_workers,
     )
@@ -162,7 +162,7 @@ def restore_or_init(
     3. fresh parameters.
     """
     abstract = jax.eval_shape(lambda: init_state(config, optimizer))
-    placed = sharding.shardings(abstract, mesh)
+    placed = shardings(abstract, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
     if newest := checkpoints.restore_newest(abstract):
         state, progress = newest

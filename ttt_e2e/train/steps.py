@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import BATCH, divide, partition_specs
 from ttt_e2e.config import Config
 from ttt_e2e.inner import Reading, inner_learning_rate, read_batch
 from ttt_e2e.inner.division import DATA, Division, complete, fetch
@@ -58,7 +58,7 @@ class Policies(NamedTuple):
 def take_policies(config: Config, mesh: Mesh) -> Policies:
     """Decides what "auto" means for a training step on a mesh."""
     graphdef, params = abstract_model(config.model)
-    division = sharding.divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
+    division = divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
     return Policies(policies.for_training(config, graphdef, params, mesh, division), division)
 
 
@@ -93,7 +93,7 @@ def make_train_step(
 
     return jax.jit(
         train_step,
-        in_shardings=(state_shardings, NamedSharding(mesh, sharding.BATCH)),
+        in_shardings=(state_shardings, NamedSharding(mesh, BATCH)),
         out_shardings=(state_shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
     )
@@ -106,7 +106,7 @@ def make_gradient(config: Config, mesh: Mesh, division: Division, mean_loss: Cal
     `read_batch` gives.
     """
     graphdef, params = abstract_model(config.model)
-    specs = sharding.specs(params, mesh)
+    specs = partition_specs(params, mesh)
     read = _reader(config, graphdef, division)
     if mean_loss is None:
 
@@ -123,9 +123,7 @@ def make_gradient(config: Config, mesh: Mesh, division: Division, mean_loss: Cal
         )
         return jax.lax.psum(share, DATA), complete(division, gradient)
 
-    return jax.shard_map(
-        on_a_device, mesh=mesh, in_specs=(specs, sharding.BATCH, P()), out_specs=(P(), specs), check_vma=False
-    )
+    return jax.shard_map(on_a_device, mesh=mesh, in_specs=(specs, BATCH, P()), out_specs=(P(), specs), check_vma=False)
 
 
 def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
@@ -136,7 +134,7 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
     """
     config = policies.for_reading(config)
     graphdef, params = abstract_model(config.model)
-    division = sharding.divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
+    division = divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
     read = _reader(config, graphdef, division)
     bos_id = config.data.bos_id
 
@@ -145,8 +143,8 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
         reading = read(params, tokens, inner_rate)
         return reading.loss, reading.token_nll_T
 
-    specs = (sharding.specs(params, mesh), sharding.BATCH, P())
-    read_all = jax.shard_map(on_a_device, mesh=mesh, in_specs=specs, out_specs=sharding.BATCH, check_vma=False)
+    specs = (partition_specs(params, mesh), BATCH, P())
+    read_all = jax.shard_map(on_a_device, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
 
     def eval_step(params, tokens, inner_rate, num_sequences):
         loss_B, token_nll_BT = read_all(params, tokens, inner_rate)
@@ -159,7 +157,7 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
         }
         return sums, token_nll_BT
 
-    batch, everywhere = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
+    batch, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
     return jax.jit(
         eval_step,
         in_shardings=(params_shardings, batch, everywhere, everywhere),

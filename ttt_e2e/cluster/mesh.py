@@ -55,10 +55,10 @@ def shardings(tree, mesh: Mesh):
 
     A dimension that its axis does not divide stays whole.
     """
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, mesh))
 
 
-def specs(tree, mesh: Mesh):
+def partition_specs(tree, mesh: Mesh):
     """As `shardings`: a PartitionSpec for every leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, x: _spec(path, x.shape, mesh), tree)
 
