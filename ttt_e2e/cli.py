@@ -116,7 +116,7 @@ def evaluate(argv: list[str]) -> None:
 
     if jax.process_count() > 1:
         raise UserError(f"--{asked[0][0].NAME} runs in one process, and this is one of several: start it alone")
-    from ttt_e2e.checkpoints.checkpoint import find_step
+    from ttt_e2e.checkpoints.steps import find_step
 
     find_step(checkpoint)
     for evaluation, settings in asked:  # all of them before the first one runs, which may take hours

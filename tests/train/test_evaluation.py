@@ -6,7 +6,8 @@ import optax
 import pytest
 
 from tests.tiny_run import BOS, VOCABULARY, T, b, tiny_run
-from ttt_e2e.checkpoints.checkpoint import progress_of, save_params
+from ttt_e2e.checkpoints.params import save_params
+from ttt_e2e.checkpoints.progress import progress_of
 from ttt_e2e.cluster.mesh import BATCH, make_mesh, shardings
 from ttt_e2e.data.store import TokenStore, TokenWriter, write_attributes
 from ttt_e2e.evaluation import token_losses

@@ -8,7 +8,9 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ttt_e2e.checkpoints.checkpoint import find_step, load_params, load_progress
+from ttt_e2e.checkpoints.params import load_params
+from ttt_e2e.checkpoints.progress import load_progress
+from ttt_e2e.checkpoints.steps import find_step
 from ttt_e2e.cluster.agreement import watch_for_preemption
 from ttt_e2e.cluster.mesh import make_mesh, shardings
 from ttt_e2e.config import Config

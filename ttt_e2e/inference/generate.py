@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from ttt_e2e.checkpoints.checkpoint import load_params
+from ttt_e2e.checkpoints.params import load_params
 from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.prompts import encode, find_tokenizer

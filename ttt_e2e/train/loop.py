@@ -8,7 +8,9 @@ import numpy as np
 from etils import epath
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ttt_e2e.checkpoints.checkpoint import Checkpoints, check_position, load_params, progress_of
+from ttt_e2e.checkpoints.manager import Checkpoints
+from ttt_e2e.checkpoints.params import load_params
+from ttt_e2e.checkpoints.progress import check_position, progress_of
 from ttt_e2e.cluster.agreement import Exchange, watch_for_preemption
 from ttt_e2e.cluster.mesh import local_rows, make_mesh, shardings
 from ttt_e2e.config import Config
@@ -123,11 +125,11 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
         owed = due and (stop or not evaluate(step))
         stop = stop or owed
         if save or stop:
-            save_state = checkpoints.save_and_wait if stop or step == num_steps else checkpoints.save
             more = {"data": train_store.fingerprint, "productive_seconds": log.productive_seconds}
             more |= {"owes_evaluation": True} if owed else {}
             with phases.during("save"):
-                save_state(state, progress_of(step, next_batch + step - first_step, config, **more))
+                progress = progress_of(step, next_batch + step - first_step, config, **more)
+                checkpoints.save(state, progress, wait=stop or step == num_steps)
         if stop and (step < num_steps or owed):
             raise PreemptedError(f"preempted: step {step} is saved in {checkpoints.directory}")
         if save or due:
