@@ -15,7 +15,7 @@ from ttt_e2e.checkpoints.manager import Checkpoints
 from ttt_e2e.checkpoints.params import load_params, save_params
 from ttt_e2e.checkpoints.progress import DamagedError, progress_of
 from ttt_e2e.checkpoints.steps import find_step, saved_steps
-from ttt_e2e.cluster.mesh import shardings
+from ttt_e2e.cluster.mesh import shardings, with_shardings
 from ttt_e2e.config import CheckpointConfig, Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.train.steps import TrainState
@@ -31,7 +31,7 @@ def state(step: int) -> TrainState:
 
 
 def abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=DEVICE), tree)
+    return with_shardings(tree, DEVICE)
 
 
 def progress(step: int) -> dict:
@@ -60,8 +60,7 @@ def test_keeps_the_newest_and_every_nth(saved):
 def test_restored_onto_another_mesh(saved):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     placed = shardings(state(7).params, mesh)
-    wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state(7).params, placed)
-    restored = load_params(saved.directory, wanted)
+    restored = load_params(saved.directory, with_shardings(state(7).params, placed))
     assert restored["slow"]["embedding"].sharding.spec == placed["slow"]["embedding"].spec
     np.testing.assert_array_equal(restored["slow"]["embedding"], state(7).params["slow"]["embedding"])
 
@@ -188,7 +187,7 @@ def test_digests_are_compiled_once_a_run(is_kept, tmp_path, monkeypatch, caplog)
         monkeypatch.setattr("ttt_e2e.checkpoints.digests._program", _program.__wrapped__)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     placed = shardings(state(1), mesh)
-    wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state(1), placed)
+    wanted = with_shardings(state(1), placed)
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
     with jax.log_compiles(), caplog.at_level("WARNING"):
         for step in (1, 2, 3):

@@ -13,6 +13,7 @@ from tests.integration.fuzzing import fuzz, mutate, mutations
 from ttt_e2e.checkpoints.manager import Checkpoints
 from ttt_e2e.checkpoints.params import load_params
 from ttt_e2e.checkpoints.progress import progress_of
+from ttt_e2e.cluster.mesh import with_shardings
 from ttt_e2e.config import CheckpointConfig, Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.train.steps import TrainState
@@ -44,7 +45,7 @@ def state(step: int) -> TrainState:
 
 def abstract(tree):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+    return with_shardings(tree, device)
 
 
 def progress(step: int) -> dict:

@@ -51,8 +51,12 @@ class Held:
         self.store = TokenStore.open(config.data.path, "val")
 
     def loss(self, **options):
-        arguments = (self.params, self.store, self.config, self.mesh, self.config.inner.learning_rate)
-        return batches.held_out_loss(options.pop("eval_step", self.eval_step), *arguments, **options)
+        eval_step, rate = options.pop("eval_step", self.eval_step), self.config.inner.learning_rate
+
+        def evaluate(tokens, num_sequences):
+            return eval_step(self.params, tokens, rate, num_sequences)
+
+        return batches.held_out_loss(evaluate, self.store, self.config, self.mesh, **options)
 
 
 def by_hand(held: Held):

@@ -11,6 +11,7 @@ from tests.tiny_run import T, tiny_run
 from ttt_e2e.checkpoints.params import load_params
 from ttt_e2e.checkpoints.progress import load_progress
 from ttt_e2e.checkpoints.steps import saved_steps
+from ttt_e2e.cluster.mesh import with_shardings
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import UserError
 from ttt_e2e.kernels import problems
@@ -26,8 +27,7 @@ def losses(workdir) -> dict[int, float]:
 def parameters(workdir, config):
     _, abstract = abstract_model(config.model)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
-    return load_params(workdir, abstract)
+    return load_params(workdir, with_shardings(abstract, device))
 
 
 @pytest.fixture(scope="module")

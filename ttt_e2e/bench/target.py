@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ttt_e2e.bench import table
-from ttt_e2e.cluster.mesh import BATCH, make_mesh, shardings
+from ttt_e2e.cluster.mesh import BATCH, make_mesh, shardings, with_shardings
 from ttt_e2e.config import Config, suggestion
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference import Reader
@@ -156,7 +156,7 @@ def _train(config: Config, mesh: Mesh) -> Task:
     state = jax.eval_shape(lambda: init_state(config, optimizer))
     placed = shardings(state, mesh)
     tokens = jax.ShapeDtypeStruct((train.global_batch_size, train.seq_len + 1), jnp.int32)
-    arguments = (_placed(state, placed), _placed(tokens, NamedSharding(mesh, BATCH)))
+    arguments = (with_shardings(state, placed), with_shardings(tokens, NamedSharding(mesh, BATCH)))
     num_tokens = train.global_batch_size * train.seq_len
     return Task(make_train_step(config, optimizer, mesh, placed), arguments, num_tokens)
 
@@ -170,9 +170,9 @@ def _read(config: Config, mesh: Mesh) -> Task:
     tokens = jax.ShapeDtypeStruct((batch, config.train.seq_len + 1), jnp.int32)
     rate, count = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
     arguments = (
-        _placed(params, placed),
-        _placed(tokens, NamedSharding(mesh, BATCH)),
-        *_placed((rate, count), NamedSharding(mesh, P())),
+        with_shardings(params, placed),
+        with_shardings(tokens, NamedSharding(mesh, BATCH)),
+        *with_shardings((rate, count), NamedSharding(mesh, P())),
     )
     return Task(make_eval_step(config, mesh, placed), arguments, batch * config.train.seq_len)
 
@@ -191,17 +191,10 @@ def _decode(config: Config, mesh: Mesh) -> Task:
     K = reader.cache_size(T)
     longer = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*a.shape[:3], K, a.shape[4]), a.dtype), state.cache_LBGKH)
     function, arguments = reader.programs(state._replace(cache_LBGKH=longer))["predict"]
-    return Task(function, _placed(arguments, NamedSharding(mesh, P())), 1)
+    return Task(function, with_shardings(arguments, NamedSharding(mesh, P())), 1)
 
 
 PROGRAMS = {"train": _train, "read": _read, "decode": _decode}
-
-
-def _placed(tree, placed):
-    """Shapes that say where their arrays live: each where `placed` has it, or all at the one place that it is."""
-    if isinstance(placed, NamedSharding):
-        placed = jax.tree.map(lambda _: placed, tree)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, sharding=s), tree, placed)
 
 
 def _alone(mesh: Mesh) -> Mesh:

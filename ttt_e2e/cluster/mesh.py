@@ -63,6 +63,18 @@ def partition_specs(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(lambda path, x: _spec(path, x.shape, mesh), tree)
 
 
+def with_shardings(shapes, placed):
+    """A tree of shapes, or of arrays, as `jax.ShapeDtypeStruct`s that say where each is to live.
+
+    placed: a sharding for each leaf, or one for all leaves.
+    """
+
+    def place(sharding, shapes):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+    return jax.tree.map(place, placed, shapes)
+
+
 def divide(config: Config, params, mesh: Mesh, *, by_sequence: bool) -> Division:
     """What each device of the mesh stores of the weights {"fast", "slow"}, and what it computes with.
 

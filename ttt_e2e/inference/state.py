@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ttt_e2e.cluster.mesh import with_shardings
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.reader import Reader, ReaderState
 
@@ -77,12 +78,12 @@ def load_state(path, reader: Reader) -> ReaderState:
             shape = (*shape[:3], about["cache_size"], *shape[4:])
         if name == "fast" and about["precision"] == "bfloat16":
             dtype = jnp.bfloat16
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     wanted = {name: jax.tree.map(lambda leaf, name=name: stored(name, leaf), tree) for name, tree in abstract.items()}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(path / "state", wanted)
+            tree = checkpointer.restore(path / "state", with_shardings(wanted, device))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"state {path} is damaged: {str(error).splitlines()[0]}") from error
     if about["precision"] == "bfloat16":

@@ -12,7 +12,7 @@ from ttt_e2e.checkpoints.manager import Checkpoints
 from ttt_e2e.checkpoints.params import load_params
 from ttt_e2e.checkpoints.progress import check_position, progress_of
 from ttt_e2e.cluster.agreement import Exchange, watch_for_preemption
-from ttt_e2e.cluster.mesh import local_rows, make_mesh, shardings
+from ttt_e2e.cluster.mesh import local_rows, make_mesh, shardings, with_shardings
 from ttt_e2e.config import Config
 from ttt_e2e.data.pipeline import training_batches
 from ttt_e2e.errors import PreemptedError
@@ -44,7 +44,9 @@ def train(config: Config, workdir, overrides: list[str] = ()) -> dict:
         return _train(config, epath.Path(workdir), list(overrides), stack)
 
 
-def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: ExitStack) -> dict:
+def _train(
+    config: Config, workdir: epath.Path, overrides: list[str], stack: ExitStack
+) -> dict:  # long: one straight loop
     # ---------------------------------------------------------------- set up
     batch_size, num_steps = config.train.global_batch_size, config.train.num_steps
     mesh = make_mesh(config.mesh)
@@ -82,12 +84,14 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
     phases, exchange = log.phases, Exchange()
     stack.enter_context(logging_redirect_tqdm())  # lines of the log stand above the bar
 
+    def read(tokens, num_sequences):
+        return eval_step(state.params, tokens, config.inner.learning_rate, num_sequences)
+
     def evaluate(step: int) -> bool:
         """Whether it was finished, and not preempted."""
         try:
-            rate = config.inner.learning_rate
             with phases.during("evaluate"):
-                held_out = held_out_loss(eval_step, state.params, eval_store, config, mesh, rate, stop=preemption.poll)
+                held_out = held_out_loss(read, eval_store, config, mesh, stop=preemption.poll)
         except PreemptedError:
             return False
         log.restart_clock()
@@ -165,7 +169,7 @@ def restore_or_init(
     """
     abstract = jax.eval_shape(lambda: init_state(config, optimizer))
     placed = shardings(abstract, mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+    abstract = with_shardings(abstract, placed)
     if newest := checkpoints.restore_newest(abstract):
         state, progress = newest
         logger.info("resuming from step %d of %s", progress["step"], checkpoints.directory)

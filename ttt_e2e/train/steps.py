@@ -107,11 +107,10 @@ def make_gradient(config: Config, mesh: Mesh, division: Division, mean_loss: Cal
     """
     graphdef, params = abstract_model(config.model)
     specs = partition_specs(params, mesh)
-    read = _reader(config, graphdef, division)
     if mean_loss is None:
 
         def mean_loss(params, tokens, inner_rate):
-            return read(params, tokens, inner_rate).loss.mean()
+            return _read(config, graphdef, division, params, tokens, inner_rate).loss.mean()
 
     @matmul_precision(config.model.compute_dtype)
     def on_a_device(params, tokens, inner_rate):
@@ -135,12 +134,11 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
     config = policies.for_reading(config)
     graphdef, params = abstract_model(config.model)
     division = divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
-    read = _reader(config, graphdef, division)
     bos_id = config.data.bos_id
 
     @matmul_precision(config.model.compute_dtype)
     def on_a_device(params, tokens, inner_rate):
-        reading = read(params, tokens, inner_rate)
+        reading = _read(config, graphdef, division, params, tokens, inner_rate)
         return reading.loss, reading.token_nll_T
 
     specs = (partition_specs(params, mesh), BATCH, P())
@@ -165,16 +163,12 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
     )
 
 
-def _reader(config: Config, graphdef, division: Division) -> Callable[..., Reading]:
-    """(stored parts of params, a device's tokens [B, T + 1], inner learning rate) -> what reading them gives."""
-
-    def read(params, tokens, inner_rate):
-        fast = fetch(division.fast, params["fast"])
-        fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (len(tokens), *w.shape)), fast)
-        options = {"inner": config.inner, "learning_rate": inner_rate, "bos_id": config.data.bos_id}
-        return read_batch(graphdef, fast, params["slow"], tokens, **options, division=division)
-
-    return read
+def _read(config: Config, graphdef, division: Division, params, tokens, inner_rate) -> Reading:
+    """Reads a device's sequences, tokens [B, T + 1], given its stored parts of the parameters."""
+    fast = fetch(division.fast, params["fast"])
+    fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (len(tokens), *w.shape)), fast)
+    options = {"inner": config.inner, "learning_rate": inner_rate, "bos_id": config.data.bos_id}
+    return read_batch(graphdef, fast, params["slow"], tokens, **options, division=division)
 
 
 def _accumulate(function, tokens, num_parts: int):
