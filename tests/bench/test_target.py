@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from ttt_e2e.bench import target
 from ttt_e2e.cli import main
-from ttt_e2e.cluster.mesh import make_mesh
+from ttt_e2e.cluster.mesh import make_mesh, with_shardings
 from ttt_e2e.config import MeshConfig
 from ttt_e2e.flags import load_config_file, override
 from ttt_e2e.targets import Target, facts, slices
@@ -85,7 +85,7 @@ def duplicating(whole: bool, config, mesh) -> target.Task:
     mapped = jax.shard_map(products, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), check_vma=False)
     shapes = (jax.ShapeDtypeStruct((64, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32))
     placed = (NamedSharding(mesh, P("data")), NamedSharding(mesh, P()))
-    return target.Task(jax.jit(mapped), target._placed(shapes, placed), 64)
+    return target.Task(jax.jit(mapped), with_shardings(shapes, placed), 64)
 
 
 @pytest.mark.parametrize("whole", [True, False])
