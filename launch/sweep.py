@@ -30,9 +30,11 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
+from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.errors import EXIT_REQUEUE, UserError
 from ttt_e2e.flags import parse
-from ttt_e2e.runs.directory import replace_text, saved_steps, write_config
+from ttt_e2e.runs.directory import write_config
+from ttt_e2e.runs.files import replace_text
 from ttt_e2e.runs.secrets import redact
 from ttt_e2e.sweep import Point, check_unchanged, make_points, seems_whole
 
@@ -129,8 +131,8 @@ def state_of(point: Point, active: set[str] | None) -> str:
 
 
 def last_step(workdir: Path) -> int | None:
-    """Newest checkpoint of a run: a directory is given its name, the step, when it is whole."""
-    return max(saved_steps(workdir), default=None)
+    """Newest checkpoint of a run, or None."""
+    return max(saved_steps(workdir / "checkpoints"), default=None)
 
 
 def _is_finished(point: Point) -> bool:

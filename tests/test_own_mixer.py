@@ -19,7 +19,7 @@ from tests.inference.conftest import assert_same_state, learning_model, read_at_
 from tests.inner.conftest import b
 from tests.inner.test_exact import assert_equal, gradients
 from tests.tiny_run import tiny_run
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import BATCH, make_mesh, shardings
 from ttt_e2e.config import Config, from_config_dict, to_dict
 from ttt_e2e.config.fields import field
 from ttt_e2e.errors import UserError
@@ -139,15 +139,15 @@ def test_read_in_pieces_and_decoded_as_at_once_and_a_state_saved(fields, tmp_pat
 def divided(config: Config, mesh_shape) -> tuple:
     """Loss and gradient of a batch on a mesh."""
     config = from_config_dict({**to_dict(config), "mesh": {"data": mesh_shape[0], "model": mesh_shape[1]}})
-    mesh = sharding.make_mesh(config.mesh)
-    placed = sharding.shardings(abstract_model(config.model)[1], mesh, config.model)
+    mesh = make_mesh(config.mesh)
+    placed = shardings(abstract_model(config.model)[1], mesh, config.model)
     params = jax.jit(lambda: init_state(config, _NoOptimizer).params)()
     policies = take_policies(config, mesh)
     gradient = make_gradient(policies.config, mesh, policies.division)
     out = (NamedSharding(mesh, P()), placed)
     program = jax.jit(lambda params, tokens: gradient(params, tokens, jnp.asarray(0.3, jnp.float64)), out_shardings=out)
     tokens = np.random.default_rng(0).integers(1, config.model.vocab_size, (8, config.train.seq_len + 1))
-    rows = NamedSharding(mesh, sharding.BATCH)
+    rows = NamedSharding(mesh, BATCH)
     return jax.device_get(program(jax.device_put(params, placed), jax.device_put(tokens.astype(np.int32), rows)))
 
 
@@ -181,7 +181,7 @@ def test_trained_from_one_config_line_and_reported(token_store, tmp_path):
 def test_what_a_mixer_cannot_do_is_said(token_store):
     config = tiny_run(token_store, model={"mixer": "ema"}, mesh={"data": 4, "model": 2, "prefix": "sequence"})
     with pytest.raises(UserError, match="'ema' does not divide the positions of a sequence over devices"):
-        take_policies(config, sharding.make_mesh(config.mesh))
+        take_policies(config, make_mesh(config.mesh))
 
 
 def test_the_documentation_shows_this_class():

@@ -116,7 +116,7 @@ def evaluate(argv: list[str]) -> None:
 
     if jax.process_count() > 1:
         raise UserError(f"--{asked[0][0].NAME} runs in one process, and this is one of several: start it alone")
-    from ttt_e2e.checkpoints.checkpoint import find_step
+    from ttt_e2e.checkpoints.steps import find_step
 
     find_step(checkpoint)
     for evaluation, settings in asked:  # all of them before the first one runs, which may take hours
@@ -268,23 +268,23 @@ def _processes(values: flags.FlagValues) -> None:
 
 def _join(values: flags.FlagValues) -> bool:
     """Joins the other processes of the run, if there are any; returns whether this is the one that speaks for all."""
-    from ttt_e2e.cluster import distributed
+    from ttt_e2e.cluster import start
 
     names = ("coordinator", "num_processes", "process_id", "initialization_timeout", "heartbeat_timeout")
-    return distributed.initialize(**{name: values[name].value for name in names})
+    return start.initialize(**{name: values[name].value for name in names})
 
 
 def _leave(code: int) -> int:
     """Leaves the run's other processes, where there are any, and returns the exit code."""
-    distributed = sys.modules.get("ttt_e2e.cluster.distributed")  # a command that never joined imports nothing for it
-    if distributed:
-        distributed.leave(code)
+    start = sys.modules.get("ttt_e2e.cluster.start")  # a command that never joined imports nothing for it
+    if start:
+        start.leave(code)
     return code
 
 
 def _is_of_a_peer(error: Exception) -> bool:
-    distributed = sys.modules.get("ttt_e2e.cluster.distributed")
-    return bool(distributed) and distributed.is_of_a_peer(error)
+    start = sys.modules.get("ttt_e2e.cluster.start")
+    return bool(start) and start.is_of_a_peer(error)
 
 
 def _require(values: flags.FlagValues, *names: str) -> None:

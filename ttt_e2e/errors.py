@@ -21,3 +21,8 @@ class PreemptedError(Exception):
 
     The command line prints the message and exits with `EXIT_REQUEUE`. All processes of a run raise it at one step.
     """
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, cut to 300 characters; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

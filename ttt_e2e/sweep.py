@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from ttt_e2e.checkpoints.progress import load_progress
 from ttt_e2e.config import Config, from_config_dict, suggestion
 from ttt_e2e.errors import UserError
 from ttt_e2e.flags import load_config_file, load_sweep, override
 from ttt_e2e.runs.directory import load_config, refuse_secrets
-from ttt_e2e.runs.files import read_json
 
 MAX_NAME = 120  # characters; file systems take 255 bytes, and a person less
 # A point that has a run keeps what its numbers depend on; another mesh, say, may finish it.
@@ -127,13 +127,10 @@ def seems_whole(workdir: Path, step: int) -> bool:
 
     Reads no array, as there may be hundreds of runs; and asks JAX for no device, as those are for the runs.
     """
-    from ttt_e2e.checkpoints.checkpoint import seal  # slow to import, and seldom needed
-
     directory = workdir / "checkpoints" / str(step)
     if not all((directory / item / "_METADATA").is_file() for item in ("params", "optimizer")):
         return False
     try:
-        progress = read_json(directory / "progress" / "metadata")
+        return load_progress(directory)["step"] == step
     except UserError:
         return False
-    return progress.get("step") == step and ("digest" not in progress or progress == seal(progress))

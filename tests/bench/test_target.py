@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from ttt_e2e.bench import target
 from ttt_e2e.cli import main
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import make_mesh, with_shardings
 from ttt_e2e.config import MeshConfig
 from ttt_e2e.flags import load_config_file, override
 from ttt_e2e.targets import Target, facts, slices
@@ -85,7 +85,7 @@ def duplicating(whole: bool, config, mesh) -> target.Task:
     mapped = jax.shard_map(products, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), check_vma=False)
     shapes = (jax.ShapeDtypeStruct((64, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32))
     placed = (NamedSharding(mesh, P("data")), NamedSharding(mesh, P()))
-    return target.Task(jax.jit(mapped), target._placed(shapes, placed), 64)
+    return target.Task(jax.jit(mapped), with_shardings(shapes, placed), 64)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -117,7 +117,7 @@ def test_xla_drops_no_product_of_a_step_and_adds_none(results):
     )
     values.train.seq_len, values.inner.mini_batch_size = 1024, 256
     config = override(values, [])
-    _, lowered = target._lower(target._train, config, sharding.make_mesh(MeshConfig(data=1)))
+    _, lowered = target._lower(target._train, config, make_mesh(MeshConfig(data=1)))
     before, after = matmul_flops(lowered.as_text("hlo")), matmul_flops(lowered.compile().as_text())
     assert after == pytest.approx(before, rel=1e-3)
 

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_e2e.checkpoints.checkpoint import Checkpoints, DamagedError, find_step, load_params, progress_of, save_params
 from ttt_e2e.checkpoints.digests import _program, digests
-from ttt_e2e.cluster import sharding
+from ttt_e2e.checkpoints.manager import Checkpoints
+from ttt_e2e.checkpoints.params import load_params, save_params
+from ttt_e2e.checkpoints.progress import DamagedError, progress_of
+from ttt_e2e.checkpoints.steps import find_step, saved_steps
+from ttt_e2e.cluster.mesh import shardings, with_shardings
 from ttt_e2e.config import CheckpointConfig, Config, ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.train.steps import TrainState
@@ -28,7 +31,7 @@ def state(step: int) -> TrainState:
 
 
 def abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=DEVICE), tree)
+    return with_shardings(tree, DEVICE)
 
 
 def progress(step: int) -> dict:
@@ -56,9 +59,8 @@ def test_keeps_the_newest_and_every_nth(saved):
 
 def test_restored_onto_another_mesh(saved):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    placed = sharding.shardings(state(7).params, mesh, ModelConfig())
-    wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state(7).params, placed)
-    restored = load_params(saved.directory, wanted)
+    placed = shardings(state(7).params, mesh, ModelConfig())
+    restored = load_params(saved.directory, with_shardings(state(7).params, placed))
     assert restored["slow"]["embedding"].sharding.spec == placed["slow"]["embedding"].spec
     np.testing.assert_array_equal(restored["slow"]["embedding"], state(7).params["slow"]["embedding"])
 
@@ -104,9 +106,8 @@ def test_a_damaged_newest_step_is_set_aside_for_the_one_before(kind, saved, tmp_
     assert caplog.text.count("7.damaged; going back to step 6") == 1
     assert sorted(path.name for path in saved.directory.iterdir()) == ["4", "6", "7.damaged"]
     # The step is made again, and what was set aside stays.
-    saved.save_and_wait(state(7), progress(7))
-    again = Checkpoints(saved.directory, CheckpointConfig(keep=2, keep_every=4))
-    assert again.latest_step() == 7 and find_step(tmp_path) == saved.directory / "7"
+    saved.save(state(7), progress(7), wait=True)
+    assert saved_steps(saved.directory) == [4, 6, 7] and find_step(tmp_path) == saved.directory / "7"
     assert (saved.directory / "7.damaged").exists()
 
 
@@ -125,7 +126,7 @@ def test_a_flipped_byte_anywhere_is_seen_or_harmless(tmp_path):
     noise = TrainState(
         {"fast": {}, "slow": {"embedding": jnp.asarray(random.normal(size=(16, 8)))}}, MOMENTS, jnp.int32(3)
     )
-    checkpoints.save_and_wait(noise, progress(3))
+    checkpoints.save(noise, progress(3), wait=True)
     files = [file for file in Path(checkpoints.directory / "3").rglob("*") if file.is_file() and file.stat().st_size]
     outcomes = {}
     for file in files:
@@ -149,11 +150,11 @@ def test_a_save_that_fails_is_tried_again(tmp_path, no_room, monkeypatch, caplog
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
     room = no_room()
     room.__enter__()
-    monkeypatch.setattr("ttt_e2e.checkpoints.checkpoint.time.sleep", lambda _: room.__exit__(None, None, None))
+    monkeypatch.setattr("ttt_e2e.checkpoints.manager.time.sleep", lambda _: room.__exit__(None, None, None))
     noise = jnp.asarray(np.random.default_rng(0).normal(size=(512, 512)))
     large = TrainState({"fast": {}, "slow": {"embedding": noise}}, MOMENTS, jnp.int32(2))
     with caplog.at_level("WARNING"):
-        checkpoints.save_and_wait(large, progress(2))
+        checkpoints.save(large, progress(2), wait=True)
     assert caplog.text.count("could not save step 2") == 1
     restored, _ = checkpoints.restore(2, abstract(large))
     jax.tree.map(np.testing.assert_array_equal, restored, large)
@@ -185,14 +186,14 @@ def test_digests_are_compiled_once_a_run(is_kept, tmp_path, monkeypatch, caplog)
     else:
         monkeypatch.setattr("ttt_e2e.checkpoints.digests._program", _program.__wrapped__)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    placed = sharding.shardings(state(1), mesh, ModelConfig())
-    wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state(1), placed)
+    placed = shardings(state(1), mesh, ModelConfig())
+    wanted = with_shardings(state(1), placed)
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
     with jax.log_compiles(), caplog.at_level("WARNING"):
         for step in (1, 2, 3):
-            checkpoints.save_and_wait(jax.device_put(state(step), placed), progress(step))
+            checkpoints.save(jax.device_put(state(step), placed), progress(step), wait=True)
         restored, _ = checkpoints.restore_newest(wanted)
-        checkpoints.save_and_wait(restored._replace(step=restored.step + 1), progress(4))
+        checkpoints.save(restored._replace(step=restored.step + 1), progress(4), wait=True)
     assert restored.step == 3
     compiled = sum(record.message.startswith("Compiling jit(digest_arrays)") for record in caplog.records)
     assert compiled == (1 if is_kept else 5)
@@ -250,7 +251,7 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before_it(tmp_path, no_r
         checkpoints.save(large, progress(2))
         checkpoints.wait()
     assert "\n" not in str(caught.value)
+    assert saved_steps(tmp_path / "checkpoints") == [1]
     again = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
-    assert again.latest_step() == 1
     restored, _ = again.restore(1, abstract(state(1)))
     jax.tree.map(np.testing.assert_array_equal, restored, state(1))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ttt_e2e.checkpoints.checkpoint import progress_of, save_params
+from ttt_e2e.checkpoints.params import save_params
+from ttt_e2e.checkpoints.progress import progress_of
 from ttt_e2e.cli import main
 from ttt_e2e.config import Config, from_config_dict
 from ttt_e2e.data.store import TokenWriter, write_attributes

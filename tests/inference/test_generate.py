@@ -12,7 +12,8 @@ from flax import nnx
 from tests.inference.conftest import assert_same_state, read_at_once
 from tests.inner.conftest import BOS, b
 from tests.model import naive
-from ttt_e2e.checkpoints.checkpoint import progress_of, save_params
+from ttt_e2e.checkpoints.params import save_params
+from ttt_e2e.checkpoints.progress import progress_of
 from ttt_e2e.cli import main
 from ttt_e2e.config import from_config_dict, to_dict
 from ttt_e2e.data.tokenizers import ByteTokenizer

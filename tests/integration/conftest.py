@@ -130,7 +130,7 @@ def steps(workdir: Path) -> list[int]:
 
 def digests(workdir: Path, step: int = 12) -> dict:
     """Digests of the parameters and the optimizer's state of a step, once the step is found to be what they say."""
-    from ttt_e2e.checkpoints.checkpoint import load_progress
+    from ttt_e2e.checkpoints.progress import load_progress
 
     return load_progress(workdir / "checkpoints" / str(step))["arrays"]
 

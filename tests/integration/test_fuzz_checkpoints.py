@@ -10,7 +10,10 @@ import pytest
 from hypothesis import example, given
 
 from tests.integration.fuzzing import fuzz, mutate, mutations
-from ttt_e2e.checkpoints.checkpoint import Checkpoints, load_params, progress_of
+from ttt_e2e.checkpoints.manager import Checkpoints
+from ttt_e2e.checkpoints.params import load_params
+from ttt_e2e.checkpoints.progress import progress_of
+from ttt_e2e.cluster.mesh import with_shardings
 from ttt_e2e.config import CheckpointConfig, Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.train.steps import TrainState
@@ -42,7 +45,7 @@ def state(step: int) -> TrainState:
 
 def abstract(tree):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+    return with_shardings(tree, device)
 
 
 def progress(step: int) -> dict:
@@ -55,7 +58,7 @@ def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole") / "checkpoints"
     with closing(Checkpoints(directory, CheckpointConfig())) as checkpoints:
         for step in (OLDER, NEWER):
-            checkpoints.save_and_wait(state(step), progress(step))
+            checkpoints.save(state(step), progress(step), wait=True)
     return directory
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.integration.fuzzing import fuzz, mutate, mutations, refusal
 from tests.tiny_run import tiny_run
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import make_mesh, shardings
 from ttt_e2e.config import Config, default_config, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.runs import read_runs
@@ -127,10 +127,10 @@ def outcome(*argv) -> tuple[str, Config | None]:
 
 def make_shapes(config: Config, *, step: bool) -> None:
     """The shapes of the run's state and of a training step; computes nothing."""
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
     state = jax.eval_shape(lambda: init_state(config, optimizer))
-    placed = sharding.shardings(state, mesh, config.model)
+    placed = shardings(state, mesh, config.model)
     if not step:
         return
     tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.train.seq_len + 1), jnp.int32)

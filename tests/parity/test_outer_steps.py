@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.parity.golden import NUM_OUTER_STEPS, TRAINED_CASES, load_case
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import make_mesh, shardings
 from ttt_e2e.config import MeshConfig
 from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.steps import TrainState, make_train_step
@@ -15,10 +15,10 @@ from ttt_e2e.train.steps import TrainState, make_train_step
 def trained(request):
     """A case, and the metrics and final parameters of training it."""
     case = load_case(request.param)
-    mesh = sharding.make_mesh(MeshConfig(data=1))
+    mesh = make_mesh(MeshConfig(data=1))
     optimizer = make_optimizer(case.config.optimizer, case.params)
     state = TrainState(case.params, optimizer.init(case.params), np.int32(0))
-    placed = sharding.shardings(state, mesh, case.config.model)
+    placed = shardings(state, mesh, case.config.model)
     state = jax.device_put(state, placed)
     train_step = make_train_step(case.config, optimizer, mesh, placed)
     metrics = []

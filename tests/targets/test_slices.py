@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from ttt_e2e import targets
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import make_mesh
 from ttt_e2e.config import MeshConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.targets import facts, slices
@@ -82,7 +82,7 @@ def test_the_compiler_takes_the_slice_and_numbers_devices_as_meshes_do(text):
     devices = slices.devices(slices.parse(text))
     assert (len(devices), len({d.process_index for d in devices})) == (size, hosts)
     assert {d.device_kind for d in devices} == {kind}
-    mesh = sharding.make_mesh(MeshConfig(data=size // 2, model=2), devices)
+    mesh = make_mesh(MeshConfig(data=size // 2, model=2), devices)
     run = jax.shard_map(lambda x: jax.lax.psum(x, "model"), mesh=mesh, in_specs=P("data", "model"), out_specs=P("data"))
     x = jax.ShapeDtypeStruct((size, 256), jnp.float32, sharding=jax.NamedSharding(mesh, P("data", "model")))
     (found,) = collectives(jax.jit(run).lower(x).compile().as_text(), mesh.shape)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import BATCH, make_mesh, shardings
 from ttt_e2e.config import Config, MeshConfig, from_config_dict
 from ttt_e2e.inner import division as division_rules
 from ttt_e2e.model import abstract_model
@@ -75,9 +75,9 @@ def loss_and_gradient(config: Config):
 
 
 def gradient_program(config: Config):
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     _, shapes = abstract_model(config.model)
-    placed = sharding.shardings(shapes, mesh, config.model)
+    placed = shardings(shapes, mesh, config.model)
     params = jax.tree.map(
         lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape, w.dtype), initial_params(config)
     )
@@ -89,7 +89,7 @@ def gradient_program(config: Config):
     )
     shape = (config.train.global_batch_size, T + 1)
     tokens = np.random.default_rng(0).integers(1, config.model.vocab_size, shape).astype(np.int32)
-    return program, jax.device_put(params, placed), jax.device_put(tokens, NamedSharding(mesh, sharding.BATCH))
+    return program, jax.device_put(params, placed), jax.device_put(tokens, NamedSharding(mesh, BATCH))
 
 
 def initial_params(config: Config):
@@ -157,7 +157,7 @@ def test_a_step_gathers_nothing_in_the_loop_over_mini_batches(name, mesh, prefix
 
 
 def test_a_loop_that_gathers_is_seen():
-    mesh = sharding.make_mesh(MeshConfig(data=4, model=2))
+    mesh = make_mesh(MeshConfig(data=4, model=2))
 
     def on_a_device(w):
         def step(total, _):

@@ -6,8 +6,9 @@ import optax
 import pytest
 
 from tests.tiny_run import BOS, VOCABULARY, T, b, tiny_run
-from ttt_e2e.checkpoints.checkpoint import progress_of, save_params
-from ttt_e2e.cluster import sharding
+from ttt_e2e.checkpoints.params import save_params
+from ttt_e2e.checkpoints.progress import progress_of
+from ttt_e2e.cluster.mesh import BATCH, make_mesh, shardings
 from ttt_e2e.data.store import TokenStore, TokenWriter, write_attributes
 from ttt_e2e.evaluation import token_losses
 from ttt_e2e.inner import read_sequence
@@ -16,7 +17,7 @@ from ttt_e2e.runs.metrics import read_metrics
 from ttt_e2e.train import batches, loop, steps
 from ttt_e2e.train.policies import for_reading
 
-SEQUENCES, BATCH = 6, 4  # the last batch is filled up with two copies
+SEQUENCES, BATCH_SIZE = 6, 4  # the last batch is filled up with two copies
 
 
 @pytest.fixture(scope="module")
@@ -35,23 +36,27 @@ def store(tmp_path_factory):
 
 
 def run_config(store, **sections):
-    return tiny_run(store, eval={"batch_size": BATCH, "num_sequences": 0, "every_steps": 1}, **sections)
+    return tiny_run(store, eval={"batch_size": BATCH_SIZE, "num_sequences": 0, "every_steps": 1}, **sections)
 
 
 class Held:
     """What `held_out_loss` needs, for a model with fresh parameters."""
 
     def __init__(self, config):
-        self.config, self.mesh = config, sharding.make_mesh(config.mesh)
+        self.config, self.mesh = config, make_mesh(config.mesh)
         self.graphdef, abstract = abstract_model(config.model)
-        placed = sharding.shardings(abstract, self.mesh, config.model)
+        placed = shardings(abstract, self.mesh, config.model)
         self.params = jax.jit(lambda: steps.init_state(config, optax.identity()).params, out_shardings=placed)()
         self.eval_step = steps.make_eval_step(config, self.mesh, placed)
         self.store = TokenStore.open(config.data.path, "val")
 
     def loss(self, **options):
-        arguments = (self.params, self.store, self.config, self.mesh, self.config.inner.learning_rate)
-        return batches.held_out_loss(options.pop("eval_step", self.eval_step), *arguments, **options)
+        eval_step, rate = options.pop("eval_step", self.eval_step), self.config.inner.learning_rate
+
+        def evaluate(tokens, num_sequences):
+            return eval_step(self.params, tokens, rate, num_sequences)
+
+        return batches.held_out_loss(evaluate, self.store, self.config, self.mesh, **options)
 
 
 def by_hand(held: Held):
@@ -79,14 +84,14 @@ def test_sums_equal_those_made_by_hand(num_fast_blocks, mesh, store):
     assert (found.num_tokens, found.num_sequences) == (num_tokens, SEQUENCES)
     assert abs(loss - token_loss) > 1e-3  # two means, not one
     np.testing.assert_allclose(np.concatenate([np.asarray(a)[:count] for a, count in nlls]), nll, atol=1e-5)
-    assert all(nll_BT.sharding.spec == sharding.BATCH for nll_BT, _ in nlls)  # each sequence's where it was read
+    assert all(nll_BT.sharding.spec == BATCH for nll_BT, _ in nlls)  # each sequence's where it was read
 
 
 def test_copies_that_fill_up_a_batch_would_be_seen(store):
     held = Held(run_config(store))
 
     def counts_all(params, tokens, rate, _):
-        return held.eval_step(params, tokens, rate, BATCH)
+        return held.eval_step(params, tokens, rate, BATCH_SIZE)
 
     right, wrong = held.loss(), held.loss(eval_step=counts_all)
     assert wrong.num_tokens > right.num_tokens and wrong.loss > 1.2 * right.loss
@@ -108,7 +113,7 @@ def test_a_process_reads_its_own_rows_only(rows, store, monkeypatch):
     sums = {"loss": 0.0, "token_nll": 0.0, "num_tokens": 1}
     held.loss(eval_step=lambda *_: (sums, None))
     last = SEQUENCES - 1  # whose copies fill up the last batch
-    assert asked == [rows, [min(BATCH + row, last) for row in rows]]
+    assert asked == [rows, [min(BATCH_SIZE + row, last) for row in rows]]
     assert [tokens.shape for tokens in handed] == [(2, T + 1)] * 2
 
 

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from tests.tiny_run import T, tiny_run
-from ttt_e2e.checkpoints.checkpoint import Checkpoints, load_params, load_progress
+from ttt_e2e.checkpoints.params import load_params
+from ttt_e2e.checkpoints.progress import load_progress
+from ttt_e2e.checkpoints.steps import saved_steps
+from ttt_e2e.cluster.mesh import with_shardings
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import UserError
 from ttt_e2e.kernels import problems
@@ -24,8 +27,7 @@ def losses(workdir) -> dict[int, float]:
 def parameters(workdir, config):
     _, abstract = abstract_model(config.model)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
-    return load_params(workdir, abstract)
+    return load_params(workdir, with_shardings(abstract, device))
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,7 @@ def test_nan_stops_the_run_naming_step_and_metric(finished, token_store, tmp_pat
     monkeypatch.setattr(loop, "make_train_step", make_poisoned)
     with pytest.raises(UserError, match="grad_norm is nan at step 4"):
         loop.train(config, tmp_path)
-    assert Checkpoints(tmp_path / "checkpoints", config.checkpoint).latest_step() == 3
+    assert saved_steps(tmp_path / "checkpoints")[-1] == 3
 
 
 def test_a_workdir_with_another_model_is_refused_untouched(finished, token_store):

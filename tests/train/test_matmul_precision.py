@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from tests.tiny_run import T, tiny_run
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import make_mesh, shardings
 from ttt_e2e.config import Config, MeshConfig
 from ttt_e2e.inference import Reader
 from ttt_e2e.kernels import primitives
@@ -22,14 +22,14 @@ PRECISION = {"float32": "HIGHEST", "bfloat16": "DEFAULT"}
 def train_step(config: Config, mesh):
     optimizer = optax.sgd(0.1)
     state = jax.eval_shape(lambda: steps.init_state(config, optimizer))
-    placed = sharding.shardings(state, mesh, config.model)
+    placed = shardings(state, mesh, config.model)
     tokens = jax.ShapeDtypeStruct((8, T + 1), jnp.int32)
     return {"train": (steps.make_train_step(config, optimizer, mesh, placed), (state, tokens))}
 
 
 def eval_step(config: Config, mesh):
     _, params = abstract_model(config.model)
-    step = steps.make_eval_step(config, mesh, sharding.shardings(params, mesh, config.model))
+    step = steps.make_eval_step(config, mesh, shardings(params, mesh, config.model))
     return {"eval": (step, (params, jax.ShapeDtypeStruct((4, T + 1), jnp.int32), 0.5, 4))}
 
 
@@ -42,7 +42,7 @@ def reader(config: Config, mesh):
 
 def precisions(config: Config, make) -> set[str]:
     """Of every matrix product in the programs, lowered."""
-    mesh = sharding.make_mesh(MeshConfig(data=1))
+    mesh = make_mesh(MeshConfig(data=1))
     found = set()
     for function, arguments in make(config, mesh).values():
         program = function.lower(*arguments).as_text()

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from tests.tiny_run import tiny_run
-from ttt_e2e.checkpoints.checkpoint import load_params
-from ttt_e2e.cluster import sharding
-from ttt_e2e.config import MeshConfig, OptimizerConfig
+from ttt_e2e.checkpoints.params import load_params
+from ttt_e2e.cluster.mesh import make_mesh, partition_specs, shardings, with_shardings
+from ttt_e2e.config import MeshConfig, ModelConfig, OptimizerConfig
 from ttt_e2e.model import abstract_model
 from ttt_e2e.model.parameters import parameter_name
 from ttt_e2e.runs.metrics import read_metrics
@@ -26,6 +27,7 @@ SHAPES = {
         "final_norm": {"weight": (D,)},
     },
 }
+MODEL = ModelConfig(num_fast_blocks=1, tie_word_embeddings=False)  # has parameters of these names
 MATRICES = {"fast.suffix.fast_mlp.w1", "slow.prefix.mlp.w2"}
 CONFIG = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, decay_steps=100, clip_norm=0.0)
 
@@ -106,16 +108,16 @@ def test_muon_trains_only_what_it_is_told_to(trees):
 
 def test_the_state_of_muon_is_sharded_as_the_parameters_are(trees):
     params, gradients = trees
-    mesh = sharding.make_mesh(MeshConfig(data=4, model=2))
+    mesh = make_mesh(MeshConfig(data=4, model=2))
     state = make_optimizer(CONFIG, params).init(params)
-    specs = by_name(sharding.specs(params, mesh))
+    specs = by_name(partition_specs(params, mesh, MODEL))
     of_parameters = 0
-    for path, spec in by_name(sharding.specs(state, mesh)).items():
+    for path, spec in by_name(partition_specs(state, mesh, MODEL)).items():
         matches = [name for name in specs if path.endswith(name)]
-        assert spec == (specs[matches[0]] if matches else sharding.P())
+        assert spec == (specs[matches[0]] if matches else P())
         of_parameters += len(matches)
     assert of_parameters == len(MATRICES) + 2 * (len(specs) - len(MATRICES))  # momentum; two moments
-    placed = [jax.device_put(tree, sharding.shardings(tree, mesh)) for tree in (params, *gradients)]
+    placed = [jax.device_put(tree, shardings(tree, mesh, MODEL)) for tree in (params, *gradients)]
     on_a_mesh, on_one = second_update(CONFIG, placed[0], placed[1:]), second_update(CONFIG, params, gradients)
     for name, update in on_one.items():
         np.testing.assert_allclose(on_a_mesh[name], update, rtol=1e-4, atol=1e-5)
@@ -140,13 +142,9 @@ def test_muon_on_a_mesh_is_resumed_to_the_bit(token_store, tmp_path):
         )
         loop.train(config, workdir)
         losses = [line["loss"] for line in read_metrics(workdir / "metrics.jsonl") if "loss" in line]
-        placed = sharding.shardings(abstract_model(config.model)[1], sharding.make_mesh(config.mesh))
-        abstract = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            abstract_model(config.model)[1],
-            placed,
-        )
-        return losses, load_params(workdir, abstract)
+        abstract = abstract_model(config.model)[1]
+        placed = shardings(abstract, make_mesh(config.mesh), config.model)
+        return losses, load_params(workdir, with_shardings(abstract, placed))
 
     losses, params = run(tmp_path / "whole", 8)
     run(tmp_path / "halves", 4)

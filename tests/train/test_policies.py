@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.tiny_run import tiny_run
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import make_mesh
 from ttt_e2e.config import MeshConfig, from_config_dict
 from ttt_e2e.model import abstract_model
 from ttt_e2e.train import policies
@@ -16,7 +16,7 @@ from ttt_e2e.train.steps import take_policies
 
 
 def resolved(token_store, **inner):
-    return take_policies(tiny_run(token_store, inner=inner), sharding.make_mesh(MeshConfig(data=1))).config.inner
+    return take_policies(tiny_run(token_store, inner=inner), make_mesh(MeshConfig(data=1))).config.inner
 
 
 def test_plentiful_memory_keeps_everything_and_says_so(token_store, caplog):
@@ -45,7 +45,7 @@ def test_reading_keeps_only_what_changes_numbers(token_store):
 
 def test_state_is_taken_off_the_devices_memory(token_store):
     _, params = abstract_model(tiny_run(token_store).model)
-    one, eight = (policies.free_bytes(params, sharding.make_mesh(MeshConfig(data=n))) for n in (1, 8))
+    one, eight = (policies.free_bytes(params, make_mesh(MeshConfig(data=n))) for n in (1, 8))
     assert 0 < one < eight
 
 
@@ -61,7 +61,7 @@ def test_a_device_of_the_model_axis_is_estimated_to_hold_its_part(token_store):
     config = tiny_run(token_store)
     budgets = {}
     for model in (1, 2, 4):
-        mesh = sharding.make_mesh(MeshConfig(data=1, model=model))
+        mesh = make_mesh(MeshConfig(data=1, model=model))
         budgets[model] = estimate(config, mesh)
     assert budgets[4] < budgets[2] < budgets[1]
 
@@ -88,7 +88,7 @@ def test_the_prefix_divides_what_moves_fewer_bytes(context, heads, taken, caplog
     model |= dict(num_fast_blocks=8, sliding_window=8192, vocab_size=128_256, compute_dtype="bfloat16")
     train = {"seq_len": context, "global_batch_size": 2}
     config = from_config_dict({"model": model, "inner": {"mini_batch_size": 1024}, "train": train})
-    mesh = sharding.make_mesh(MeshConfig(data=2, model=4))
+    mesh = make_mesh(MeshConfig(data=2, model=4))
     assert policies.prefix_by_sequence(config, mesh) == taken
     assert "GiB in a step by the sequence" in caplog.text
     forced = "matrices" if taken else "sequence"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import make_mesh, shardings
 from ttt_e2e.config import Config, MeshConfig, from_config_dict
 from ttt_e2e.flags import load_config_file
 from ttt_e2e.model import abstract_model
@@ -24,10 +24,10 @@ def lowered_step(spec: str, **model):
     train = dataclasses.replace(config.train, global_batch_size=8)
     model = dataclasses.replace(config.model, **model)
     config = dataclasses.replace(config, model=model, train=train, mesh=MeshConfig(data=8))
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
     state = jax.eval_shape(lambda: init_state(config, optimizer))
-    step = make_train_step(config, optimizer, mesh, sharding.shardings(state, mesh, config.model))
+    step = make_train_step(config, optimizer, mesh, shardings(state, mesh, config.model))
     return config, step.lower(state, jax.ShapeDtypeStruct((8, config.train.seq_len + 1), jnp.int32))
 
 

@@ -29,7 +29,7 @@ FIRST_ORDER = ("cudnn",)  # forward and reverse, where queries and keys are the 
 logger = logging.getLogger(__name__)
 
 
-def run(
+def run(  # noqa: PLR0913 -- each is a flag
     output,
     *,
     variants=(*KERNELS, *FIRST_ORDER),

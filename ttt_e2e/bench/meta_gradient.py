@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from ttt_e2e.bench import compiled, table
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import BATCH, divide, make_mesh, shardings
 from ttt_e2e.config import ATTENTION_BACKENDS, REMATS, TRAJECTORIES, Config, from_config_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner import reference, trajectory
@@ -33,7 +33,7 @@ VARIANTS = ("plain", "reference", "nested_remat", *EXACT, "first_order")
 DEFAULT_VARIANTS = tuple(v for v in VARIANTS if "auto" not in v or v == "exact/auto/auto")
 
 
-def run(
+def run(  # noqa: PLR0913 -- each is a flag
     output,
     config: Config | None = None,
     *,
@@ -69,16 +69,9 @@ def run(
     if attention not in ATTENTION_BACKENDS:
         raise UserError(f"--attention={attention}: legal are {', '.join(ATTENTION_BACKENDS)}")
     if config is None:
-        model = {
-            "vocab_size": vocab,
-            "hidden_size": width,
-            "intermediate_size": mlp_width,
-            "num_hidden_layers": num_blocks,
-            "num_attention_heads": num_heads,
-            "sliding_window": window,
-            "num_fast_blocks": num_fast_blocks,
-            "compute_dtype": dtype,
-        }
+        model = {"vocab_size": vocab, "hidden_size": width, "intermediate_size": mlp_width, "compute_dtype": dtype}
+        model |= {"num_hidden_layers": num_blocks, "num_attention_heads": num_heads, "sliding_window": window}
+        model |= {"num_fast_blocks": num_fast_blocks}
         train = {"seq_len": seq_len, "global_batch_size": batch or 1}
         sections = {"model": model, "inner": {"mini_batch_size": mini_batch}, "train": train, "mesh": {"data": 1}}
         config = from_config_dict(sections)
@@ -86,27 +79,10 @@ def run(
         raise UserError("config.model.num_fast_blocks is 0: bench meta_gradient takes a model with fast weights")
     if abstract:
         _pretend_devices(max(1, config.mesh.data) * config.mesh.model)
-    mesh = sharding.make_mesh(config.mesh)
-    batch = batch or config.train.global_batch_size
-    check_batch("--batch", batch, mesh)
-    # One part of the batch: "auto" is for what is measured here.
-    train = dataclasses.replace(config.train, global_batch_size=batch, accumulation_steps=1)
-    attention = config.model.attention_backend if attention == "auto" else attention
-    model = dataclasses.replace(config.model, attention_backend=attention)
-    config = dataclasses.replace(config, train=train, model=model)
-    case = {
-        "seq_len": config.train.seq_len,
-        "mini_batch": config.inner.mini_batch_size,
-        "window": config.model.sliding_window,
-        "batch": batch,
-        "width": config.model.hidden_size,
-        "num_blocks": config.model.num_hidden_layers,
-        "num_fast_blocks": config.model.num_fast_blocks,
-        "vocab": config.model.vocab_size,
-        "dtype": config.model.compute_dtype,
-        "mesh": f"{mesh.shape['data']}x{mesh.shape['model']}",
-        "attention": attention,
-    }
+    mesh = make_mesh(config.mesh)
+    config = _as_measured(config, batch, attention)
+    check_batch("--batch", config.train.global_batch_size, mesh)
+    case = _case(config, mesh)
     rows = []
     for variant in tqdm(variants, desc="bench meta_gradient", unit="variant"):
         rows.append({"variant": variant} | case | _measure(variant, config, mesh, 0 if abstract else repeats))
@@ -115,6 +91,32 @@ def run(
             row |= {f"{name}_ratio": row[name] / plain[name] for name in RATIOS if name in row}
     print(table.write(output, rows, "Meta-gradient"))
     return rows
+
+
+def _as_measured(config: Config, batch: int, attention: str) -> Config:
+    """The configuration with what the flags replace, and its batch in one part: "auto" is for what is measured here."""
+    batch = batch or config.train.global_batch_size
+    train = dataclasses.replace(config.train, global_batch_size=batch, accumulation_steps=1)
+    attention = config.model.attention_backend if attention == "auto" else attention
+    model = dataclasses.replace(config.model, attention_backend=attention)
+    return dataclasses.replace(config, train=train, model=model)
+
+
+def _case(config: Config, mesh: Mesh) -> dict:
+    """The sizes that stand in every row."""
+    return {
+        "seq_len": config.train.seq_len,
+        "mini_batch": config.inner.mini_batch_size,
+        "window": config.model.sliding_window,
+        "batch": config.train.global_batch_size,
+        "width": config.model.hidden_size,
+        "num_blocks": config.model.num_hidden_layers,
+        "num_fast_blocks": config.model.num_fast_blocks,
+        "vocab": config.model.vocab_size,
+        "dtype": config.model.compute_dtype,
+        "mesh": f"{mesh.shape['data']}x{mesh.shape['model']}",
+        "attention": config.model.attention_backend,
+    }
 
 
 def _pretend_devices(count: int) -> None:
@@ -128,7 +130,7 @@ def _measure(variant: str, config: Config, mesh: Mesh, repeats: int) -> dict:
     """Figures of one variant; it is not run where `repeats` is 0."""
     _, params = abstract_model(config.model)
     tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.train.seq_len + 1), jnp.int32)
-    placed = (sharding.shardings(params, mesh, config.model), NamedSharding(mesh, sharding.BATCH))
+    placed = (shardings(params, mesh, config.model), NamedSharding(mesh, BATCH))
     loss_and_gradient = _loss_and_gradient(variant, config, mesh)
     gradient = jax.jit(
         lambda params, tokens: loss_and_gradient(params, tokens, jnp.float32(config.inner.learning_rate)),
@@ -150,7 +152,7 @@ def _loss_and_gradient(variant: str, config: Config, mesh: Mesh):
     if variant in ("plain", "nested_remat"):
         adapt = _without_inner_loop if variant == "plain" else _nested_remat
         graphdef, params = abstract_model(config.model)
-        division = sharding.divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
+        division = divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
         mean_loss = partial(_loss_of_suffix, graphdef, config, division, partial(adapt, config))
         return make_gradient(config, mesh, division, mean_loss)
     gradient, *chosen = variant.split("/")

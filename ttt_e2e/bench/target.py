@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ttt_e2e.bench import table
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import BATCH, make_mesh, shardings, with_shardings
 from ttt_e2e.config import Config, suggestion
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference import Reader
@@ -69,7 +69,7 @@ def run(output, config: Config | None = None, *, target: str = "", programs=("tr
     if config is None:
         raise UserError("--config is missing: bench target compiles the programs of a config file, FILE.py[:ARG]")
     devices = slices.devices(slice_)
-    mesh = sharding.make_mesh(config.mesh, devices)
+    mesh = make_mesh(config.mesh, devices)
     if mesh.size != len(devices):
         shape = f"data={mesh.shape['data']} x model={mesh.shape['model']}"
         raise UserError(f"config.mesh is {shape}, which leaves some of the {len(devices)} devices of {target} out")
@@ -154,9 +154,9 @@ def _train(config: Config, mesh: Mesh) -> Task:
     check_batch("config.train.global_batch_size", train.global_batch_size, mesh, train.accumulation_steps)
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], mesh)
     state = jax.eval_shape(lambda: init_state(config, optimizer))
-    placed = sharding.shardings(state, mesh, config.model)
+    placed = shardings(state, mesh, config.model)
     tokens = jax.ShapeDtypeStruct((train.global_batch_size, train.seq_len + 1), jnp.int32)
-    arguments = (_placed(state, placed), _placed(tokens, NamedSharding(mesh, sharding.BATCH)))
+    arguments = (with_shardings(state, placed), with_shardings(tokens, NamedSharding(mesh, BATCH)))
     num_tokens = train.global_batch_size * train.seq_len
     return Task(make_train_step(config, optimizer, mesh, placed), arguments, num_tokens)
 
@@ -166,13 +166,13 @@ def _read(config: Config, mesh: Mesh) -> Task:
     batch = config.eval.batch_size
     check_batch("config.eval.batch_size", batch, mesh)
     params = abstract_model(config.model)[1]
-    placed = sharding.shardings(params, mesh, config.model)
+    placed = shardings(params, mesh, config.model)
     tokens = jax.ShapeDtypeStruct((batch, config.train.seq_len + 1), jnp.int32)
     rate, count = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
     arguments = (
-        _placed(params, placed),
-        _placed(tokens, NamedSharding(mesh, sharding.BATCH)),
-        *_placed((rate, count), NamedSharding(mesh, P())),
+        with_shardings(params, placed),
+        with_shardings(tokens, NamedSharding(mesh, BATCH)),
+        *with_shardings((rate, count), NamedSharding(mesh, P())),
     )
     return Task(make_eval_step(config, mesh, placed), arguments, batch * config.train.seq_len)
 
@@ -193,17 +193,10 @@ def _decode(config: Config, mesh: Mesh) -> Task:
 
     state = jax.eval_shape(start, params)._replace(position=np.int64(T))
     function, arguments = reader.programs(state)["predict"]
-    return Task(function, _placed(arguments, NamedSharding(mesh, P())), 1)
+    return Task(function, with_shardings(arguments, NamedSharding(mesh, P())), 1)
 
 
 PROGRAMS = {"train": _train, "read": _read, "decode": _decode}
-
-
-def _placed(tree, placed):
-    """Shapes that say where their arrays live: each where `placed` has it, or all at the one place that it is."""
-    if isinstance(placed, NamedSharding):
-        placed = jax.tree.map(lambda _: placed, tree)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, sharding=s), tree, placed)
 
 
 def _alone(mesh: Mesh) -> Mesh:

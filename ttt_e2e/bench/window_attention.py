@@ -23,7 +23,7 @@ KERNELS = ("mosaic_gpu",)  # called pass by pass, which works where they are int
 VARIANTS = ("xla", "reference", *KERNELS, *FIRST_ORDER_VARIANTS)
 
 
-def run(
+def run(  # noqa: PLR0913 -- each is a flag
     output,
     *,
     seq_lens=(1024, 4096),

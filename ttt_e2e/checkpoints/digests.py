@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ttt_e2e.checkpoints.progress import DamagedError
 from ttt_e2e.model.parameters import parameter_name
 
 
@@ -29,6 +30,17 @@ def digests(tree) -> dict[str, list]:
     everywhere = NamedSharding(meshes[0], P()) if meshes else None
     sums = jax.device_get(_program(everywhere)(arrays))
     return {name: [list(arrays[name].shape), int(value)] for name, value in sums.items()}
+
+
+def check_digests(path, items: dict, progress: dict) -> None:
+    """Raises `DamagedError` where arrays are not those that were saved; old checkpoints have no digests.
+
+    items: trees of arrays restored from the step `path`, by item, as `digests` were taken of.
+    """
+    recorded = progress.get("arrays", {})
+    restored = digests(items) if recorded else {}
+    if wrong := [name for name, value in restored.items() if recorded.get(name) != value]:
+        raise DamagedError(f"checkpoint {path} is damaged: {wrong[0]} is not what was saved")
 
 
 @lru_cache

@@ -8,11 +8,30 @@ Shapes: `L` blocks of a stack.
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-STACK = re.compile(r"(prefix|suffix)_\d+")  # model/stacks.py
+from ttt_e2e.checkpoints.restore import stored_shapes
+from ttt_e2e.model.parameters import parameter_name
+
+STACK = re.compile(r"\b(prefix|suffix)_(\d+)\b")  # model/stacks.py
+
+
+def as_saved(path, abstract):
+    """Shapes of an item at `path`: those of `abstract`, or where it is older, of one stack for each part."""
+    if not _count_mixers(abstract) or any(STACK.search(name) for name in stored_shapes(path)):
+        return abstract
+    return one_stack(abstract, interleaved_shape)
+
+
+def as_wanted(arrays, abstract):
+    """What `as_saved` had restored, with the stacks and shardings of `abstract`."""
+    if jax.tree.structure(arrays) == jax.tree.structure(abstract):
+        return arrays
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(partial(by_mixer, count=_count_mixers(abstract)), out_shardings=placed)(arrays)
 
 
 def one_stack(tree, combine: Callable):
@@ -61,6 +80,13 @@ def by_mixer(tree, count: int, axis: int = 0):
         return divided
 
     return tree if count == 1 else jax.tree.map(divide, tree, is_leaf=_has(("prefix", "suffix").__contains__))
+
+
+def _count_mixers(abstract) -> int:
+    """How many stacks a part has; 0 where they are not numbered."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    numbers = [int(match[2]) for path, _ in leaves if (match := STACK.search(parameter_name(path)))]
+    return max(numbers, default=-1) + 1
 
 
 def _has(is_stack: Callable):

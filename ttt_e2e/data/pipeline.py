@@ -18,7 +18,7 @@ from ttt_e2e.errors import UserError
 _ENDLESS = 2**52
 
 
-def training_batches(
+def training_batches(  # noqa: PLR0913 -- plain values: `data` knows nothing of the config
     store: TokenStore,
     *,
     seq_len: int,

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ttt_e2e.checkpoints.checkpoint import check_params, find_step, load_progress
+from ttt_e2e.checkpoints.params import check_params
+from ttt_e2e.checkpoints.progress import load_progress
+from ttt_e2e.checkpoints.steps import find_step
 from ttt_e2e.config import Config
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.data.tokenizers import Tokenizer

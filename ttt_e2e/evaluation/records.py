@@ -10,13 +10,14 @@ import logging
 
 from etils import epath
 
-from ttt_e2e.checkpoints.checkpoint import find_step, load_progress
+from ttt_e2e.checkpoints.progress import load_progress
+from ttt_e2e.checkpoints.steps import find_step
 from ttt_e2e.config import Config, to_dict
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.reader import Reader
 from ttt_e2e.inference.state import parameters_digest
-from ttt_e2e.runs.directory import replace_text
+from ttt_e2e.runs.files import replace_text
 
 logger = logging.getLogger(__name__)
 

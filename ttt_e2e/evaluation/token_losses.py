@@ -8,9 +8,11 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ttt_e2e.checkpoints.checkpoint import find_step, load_params, load_progress
-from ttt_e2e.cluster import sharding
-from ttt_e2e.cluster.distributed import watch_for_preemption
+from ttt_e2e.checkpoints.params import load_params
+from ttt_e2e.checkpoints.progress import load_progress
+from ttt_e2e.checkpoints.steps import find_step
+from ttt_e2e.cluster.agreement import watch_for_preemption
+from ttt_e2e.cluster.mesh import make_mesh, shardings, with_shardings
 from ttt_e2e.config import Config
 from ttt_e2e.model import abstract_model
 from ttt_e2e.train.batches import check_batch, held_out_loss, open_store
@@ -33,14 +35,13 @@ def evaluate(config: Config, checkpoint, output) -> dict:
 
 
 def _evaluate(config: Config, checkpoint, output, stop) -> dict:
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     store = open_store(config, config.data.eval_split)
     step_directory = find_step(checkpoint)
     _, abstract = abstract_model(config.model)
-    placed = sharding.shardings(abstract, mesh, config.model)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
-    params = load_params(step_directory, abstract)
+    placed = shardings(abstract, mesh, config.model)
+    params = load_params(step_directory, with_shardings(abstract, placed))
     eval_step = make_eval_step(config, mesh, placed)
 
     whole = jax.jit(lambda nll_BT: nll_BT, out_shardings=NamedSharding(mesh, P()))
@@ -52,7 +53,10 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
             if jax.process_index() == 0:
                 nlls.setdefault(name, []).append(np.asarray(nll_BT)[:num_sequences])
 
-        return held_out_loss(eval_step, params, store, config, mesh, inner_rate, desc, stop, take)
+        def evaluate(tokens, num_sequences):
+            return eval_step(params, tokens, inner_rate, num_sequences)
+
+        return held_out_loss(evaluate, store, config, mesh, desc, stop, take)
 
     learning = read(config.inner.learning_rate, "evaluate", "token_nll")
     metrics = {

@@ -18,7 +18,8 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from ttt_e2e.checkpoints.checkpoint import load_params
+from ttt_e2e.checkpoints.params import load_params
+from ttt_e2e.cluster.mesh import with_shardings
 from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.prompts import encode, find_tokenizer
@@ -150,9 +151,7 @@ def load_reader(config: Config, checkpoint, max_length: int) -> Reader:
     """A reader with the parameters of the checkpoint that a path means, on one device. Raises as `load_params`."""
     graphdef, abstract = abstract_model(config.model)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = load_params(
-        checkpoint, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
-    )
+    params = load_params(checkpoint, with_shardings(abstract, device))
     return Reader(graphdef, params, config, max_length=max_length)
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ttt_e2e.checkpoints.checkpoint import progress_of, save_params
+from ttt_e2e.checkpoints.params import save_params
+from ttt_e2e.checkpoints.progress import progress_of
+from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.config import Config
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import UserError, first_line
 from ttt_e2e.model import abstract_model
 from ttt_e2e.model.parameters import parameter_name
 
@@ -61,7 +63,7 @@ def import_checkpoint(config: Config, checkpoint, output) -> epath.Path:
     try:
         tree = ocp.StandardCheckpointer().restore(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     official = {parameter_name(key): np.asarray(leaf) for key, leaf in leaves}
     params = from_official(official, abstract_model(config.model)[1])
@@ -126,8 +128,8 @@ def _stack_depth(leaves, stack: str) -> int:
 def _find_weights(checkpoint) -> epath.Path:
     path = epath.Path(checkpoint).resolve()
     if path.is_dir():
-        steps = sorted((child for child in path.iterdir() if child.name.isdigit()), key=lambda child: int(child.name))
-        for candidate in (path, path / "model_weights", *(step / "model_weights" for step in reversed(steps))):
+        steps = [path / str(step) for step in reversed(saved_steps(path))]
+        for candidate in (path, *(directory / "model_weights" for directory in (path, *steps))):
             if (candidate / "_METADATA").exists():
                 return candidate
     raise UserError(f"checkpoint {path} holds no `model_weights` of the released implementation")

@@ -10,9 +10,10 @@ from pathlib import Path
 import jax
 from etils import epath
 
+from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.config import Config, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.runs.files import read_json, read_text
+from ttt_e2e.runs.files import read_json, read_text, replace_text
 from ttt_e2e.runs.resume import check_resume
 from ttt_e2e.runs.secrets import find_secrets, redact
 
@@ -31,17 +32,9 @@ def claim(workdir, config: Config) -> None:
     """
     refuse_secrets(config)
     if (epath.Path(workdir) / "config.json").exists():
-        check_resume(workdir, config, load_config(workdir), bool(saved_steps(workdir)))
+        check_resume(workdir, config, load_config(workdir), bool(saved_steps(epath.Path(workdir) / "checkpoints")))
     if jax.process_index() == 0:
         write_config(workdir, config)
-
-
-def saved_steps(workdir) -> list[int]:
-    """The steps of a run that are listed as checkpoints, in their order; each was written whole."""
-    directory = epath.Path(workdir) / "checkpoints"
-    if not directory.is_dir():
-        return []
-    return sorted(int(child.name) for child in directory.iterdir() if child.name.isdigit())
 
 
 def write_config(workdir, config: Config) -> None:
@@ -58,14 +51,6 @@ def refuse_secrets(config: Config) -> None:
             f"{field} holds a credential (a password in a URL, or the value of a secret environment variable), which "
             "the run directory would show: leave it in the environment"
         )
-
-
-def replace_text(path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    path = epath.Path(path)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def find_run(path) -> epath.Path:
@@ -120,7 +105,7 @@ def record_start(workdir, overrides: list[str], policies: dict[str, str]) -> Non
     if (directory / "config.json").exists():
         start["config"] = f"{name}.json"
         replace_text(directory / start["config"], (directory / "config.json").read_text())
-    if saved_steps(workdir):
+    if saved_steps(directory / "checkpoints"):
         _warn_of_other_code(directory, before, start)
     replace_text(path, before + json.dumps(start) + "\n")
 

@@ -1,10 +1,18 @@
-"""Reading the text files of a run directory, any of which a disk, an editor or a kill may have damaged."""
+"""Text files of a run directory: written whole, and read as what a disk, an editor or a kill may have damaged."""
 
 import json
 
 from etils import epath
 
 from ttt_e2e.errors import UserError
+
+
+def replace_text(path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    path = epath.Path(path)
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def read_text(path) -> str:

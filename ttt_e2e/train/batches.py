@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import BATCH, local_rows
 from ttt_e2e.config import Config
 from ttt_e2e.data.pipeline import evaluation_batches
 from ttt_e2e.data.store import TokenStore
@@ -59,24 +59,23 @@ def check_batch(field: str, batch_size: int, mesh, accumulation_steps: int = 1) 
 def to_device(local_batch: np.ndarray, mesh, batch_size: int) -> jax.Array:
     """The global batch [B, T + 1], sharded over `data`, of which this process holds `local_batch`."""
     shape = (batch_size, *local_batch.shape[1:])
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, sharding.BATCH), local_batch, shape)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), local_batch, shape)
 
 
 def held_out_loss(
-    eval_step,
-    params,
+    evaluate: Callable[[jax.Array, int], tuple[dict, jax.Array]],
     store: TokenStore,
     config: Config,
     mesh,
-    inner_rate: float,
     desc: str = "",
     stop: Callable[[], bool] = lambda: False,
     take: Callable[[jax.Array, int], None] = lambda nll_BT, num_sequences: None,
 ) -> HeldOut:
-    """Reads the first `eval.num_sequences` sequences of the store (0 = all) with `eval_step` (`make_eval_step`).
+    """Reads the first `eval.num_sequences` sequences of the store (0 = all).
 
-    Each process reads its own rows of every batch, and is told the sums of all. `take` is given each batch's NLL
-    [B, T], which lies on the devices, and how many rows of it count.
+    `evaluate` is what `make_eval_step` gives, of given parameters and inner learning rate: a batch of tokens [B, T + 1]
+    and how many rows of it count -> (sums, NLL [B, T]). Each process reads its own rows of every batch, and is told the
+    sums of all. `take` is given each batch's NLL, which lies on the devices, and how many rows of it count.
 
     Raises:
       PreemptedError: `stop`, which is asked after every batch, says so.
@@ -88,12 +87,12 @@ def held_out_loss(
         seq_len=T,
         num_sequences=num_sequences,
         batch_size=B,
-        rows=sharding.local_rows(mesh, B),
+        rows=local_rows(mesh, B),
         vocab_size=config.model.vocab_size,
     )
     loss, token_nll, num_tokens = 0.0, 0.0, 0
     for tokens, num_valid in tqdm(batches, total=-(-num_sequences // B), desc=desc, unit="batch", disable=not desc):
-        sums, nll_BT = eval_step(params, to_device(tokens, mesh, B), inner_rate, num_valid)
+        sums, nll_BT = evaluate(to_device(tokens, mesh, B), num_valid)
         take(nll_BT, num_valid)
         sums = jax.device_get(sums)
         loss += float(sums["loss"])

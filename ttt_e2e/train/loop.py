@@ -8,9 +8,11 @@ import numpy as np
 from etils import epath
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ttt_e2e.checkpoints.checkpoint import Checkpoints, check_position, load_params, progress_of
-from ttt_e2e.cluster import sharding
-from ttt_e2e.cluster.distributed import Exchange, watch_for_preemption
+from ttt_e2e.checkpoints.manager import Checkpoints
+from ttt_e2e.checkpoints.params import load_params
+from ttt_e2e.checkpoints.progress import check_position, progress_of
+from ttt_e2e.cluster.agreement import Exchange, watch_for_preemption
+from ttt_e2e.cluster.mesh import local_rows, make_mesh, shardings, with_shardings
 from ttt_e2e.config import Config
 from ttt_e2e.data.pipeline import training_batches
 from ttt_e2e.errors import PreemptedError
@@ -42,10 +44,12 @@ def train(config: Config, workdir, overrides: list[str] = ()) -> dict:
         return _train(config, epath.Path(workdir), list(overrides), stack)
 
 
-def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: ExitStack) -> dict:
+def _train(
+    config: Config, workdir: epath.Path, overrides: list[str], stack: ExitStack
+) -> dict:  # long: one straight loop
     # ---------------------------------------------------------------- set up
     batch_size, num_steps = config.train.global_batch_size, config.train.num_steps
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     choice.check(config.model)
     check_batch("config.train.global_batch_size", batch_size, mesh, config.train.accumulation_steps)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
@@ -70,7 +74,7 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
         seed=config.data.seed,
         shuffle=config.data.shuffle,
         start_batch=next_batch,
-        rows=sharding.local_rows(mesh, batch_size),
+        rows=local_rows(mesh, batch_size),
         vocab_size=config.model.vocab_size,
         num_workers=config.data.num_workers,
     )
@@ -80,12 +84,14 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
     phases, exchange = log.phases, Exchange()
     stack.enter_context(logging_redirect_tqdm())  # lines of the log stand above the bar
 
+    def read(tokens, num_sequences):
+        return eval_step(state.params, tokens, config.inner.learning_rate, num_sequences)
+
     def evaluate(step: int) -> bool:
         """Whether it was finished, and not preempted."""
         try:
-            rate = config.inner.learning_rate
             with phases.during("evaluate"):
-                held_out = held_out_loss(eval_step, state.params, eval_store, config, mesh, rate, stop=preemption.poll)
+                held_out = held_out_loss(read, eval_store, config, mesh, stop=preemption.poll)
         except PreemptedError:
             return False
         log.restart_clock()
@@ -123,11 +129,11 @@ def _train(config: Config, workdir: epath.Path, overrides: list[str], stack: Exi
         owed = due and (stop or not evaluate(step))
         stop = stop or owed
         if save or stop:
-            save_state = checkpoints.save_and_wait if stop or step == num_steps else checkpoints.save
             more = {"data": train_store.fingerprint, "productive_seconds": log.productive_seconds}
             more |= {"owes_evaluation": True} if owed else {}
             with phases.during("save"):
-                save_state(state, progress_of(step, next_batch + step - first_step, config, **more))
+                progress = progress_of(step, next_batch + step - first_step, config, **more)
+                checkpoints.save(state, progress, wait=stop or step == num_steps)
         if stop and (step < num_steps or owed):
             raise PreemptedError(f"preempted: step {step} is saved in {checkpoints.directory}")
         if save or due:
@@ -162,8 +168,8 @@ def restore_or_init(
     3. fresh parameters.
     """
     abstract = jax.eval_shape(lambda: init_state(config, optimizer))
-    placed = sharding.shardings(abstract, mesh, config.model)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+    placed = shardings(abstract, mesh, config.model)
+    abstract = with_shardings(abstract, placed)
     if newest := checkpoints.restore_newest(abstract):
         state, progress = newest
         logger.info("resuming from step %d of %s", progress["step"], checkpoints.directory)

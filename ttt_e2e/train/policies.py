@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ttt_e2e import targets
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import BATCH, partition_specs
 from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner import memory
@@ -42,9 +42,9 @@ def for_training(config: Config, graphdef, params, mesh: Mesh, division: Divisio
         choices.append(memory.choose(inner, graphdef, params["fast"], params["slow"], tokens, budget, division))
         return tokens
 
-    specs = (sharding.specs(params, mesh, config.model), sharding.BATCH)
+    specs = (partition_specs(params, mesh, config.model), BATCH)
     jax.eval_shape(
-        jax.shard_map(on_a_device, mesh=mesh, in_specs=specs, out_specs=sharding.BATCH, check_vma=False), params, tokens
+        jax.shard_map(on_a_device, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False), params, tokens
     )
     chosen, needed = choices[-1]
     logger.info(

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import BATCH, divide, partition_specs
 from ttt_e2e.config import Config
 from ttt_e2e.inner import Reading, inner_learning_rate, read_batch
 from ttt_e2e.inner.division import DATA, Division, complete, fetch
@@ -58,7 +58,7 @@ class Policies(NamedTuple):
 def take_policies(config: Config, mesh: Mesh) -> Policies:
     """Decides what "auto" means for a training step on a mesh."""
     graphdef, params = abstract_model(config.model)
-    division = sharding.divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
+    division = divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
     return Policies(policies.for_training(config, graphdef, params, mesh, division), division)
 
 
@@ -93,7 +93,7 @@ def make_train_step(
 
     return jax.jit(
         train_step,
-        in_shardings=(state_shardings, NamedSharding(mesh, sharding.BATCH)),
+        in_shardings=(state_shardings, NamedSharding(mesh, BATCH)),
         out_shardings=(state_shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
     )
@@ -106,12 +106,11 @@ def make_gradient(config: Config, mesh: Mesh, division: Division, mean_loss: Cal
     `read_batch` gives.
     """
     graphdef, params = abstract_model(config.model)
-    specs = sharding.specs(params, mesh, config.model)
-    read = _reader(config, graphdef, division)
+    specs = partition_specs(params, mesh, config.model)
     if mean_loss is None:
 
         def mean_loss(params, tokens, inner_rate):
-            return read(params, tokens, inner_rate).loss.mean()
+            return _read(config, graphdef, division, params, tokens, inner_rate).loss.mean()
 
     @matmul_precision(config.model.compute_dtype)
     def on_a_device(params, tokens, inner_rate):
@@ -123,9 +122,7 @@ def make_gradient(config: Config, mesh: Mesh, division: Division, mean_loss: Cal
         )
         return jax.lax.psum(share, DATA), complete(division, gradient)
 
-    return jax.shard_map(
-        on_a_device, mesh=mesh, in_specs=(specs, sharding.BATCH, P()), out_specs=(P(), specs), check_vma=False
-    )
+    return jax.shard_map(on_a_device, mesh=mesh, in_specs=(specs, BATCH, P()), out_specs=(P(), specs), check_vma=False)
 
 
 def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
@@ -136,17 +133,16 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
     """
     config = policies.for_reading(config)
     graphdef, params = abstract_model(config.model)
-    division = sharding.divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
-    read = _reader(config, graphdef, division)
+    division = divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
     bos_id = config.data.bos_id
 
     @matmul_precision(config.model.compute_dtype)
     def on_a_device(params, tokens, inner_rate):
-        reading = read(params, tokens, inner_rate)
+        reading = _read(config, graphdef, division, params, tokens, inner_rate)
         return reading.loss, reading.token_nll_T
 
-    specs = (sharding.specs(params, mesh, config.model), sharding.BATCH, P())
-    read_all = jax.shard_map(on_a_device, mesh=mesh, in_specs=specs, out_specs=sharding.BATCH, check_vma=False)
+    specs = (partition_specs(params, mesh, config.model), BATCH, P())
+    read_all = jax.shard_map(on_a_device, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
 
     def eval_step(params, tokens, inner_rate, num_sequences):
         loss_B, token_nll_BT = read_all(params, tokens, inner_rate)
@@ -159,7 +155,7 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
         }
         return sums, token_nll_BT
 
-    batch, everywhere = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
+    batch, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
     return jax.jit(
         eval_step,
         in_shardings=(params_shardings, batch, everywhere, everywhere),
@@ -167,16 +163,12 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
     )
 
 
-def _reader(config: Config, graphdef, division: Division) -> Callable[..., Reading]:
-    """(stored parts of params, a device's tokens [B, T + 1], inner learning rate) -> what reading them gives."""
-
-    def read(params, tokens, inner_rate):
-        fast = fetch(division.fast, params["fast"])
-        fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (len(tokens), *w.shape)), fast)
-        options = {"inner": config.inner, "learning_rate": inner_rate, "bos_id": config.data.bos_id}
-        return read_batch(graphdef, fast, params["slow"], tokens, **options, division=division)
-
-    return read
+def _read(config: Config, graphdef, division: Division, params, tokens, inner_rate) -> Reading:
+    """Reads a device's sequences, tokens [B, T + 1], given its stored parts of the parameters."""
+    fast = fetch(division.fast, params["fast"])
+    fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (len(tokens), *w.shape)), fast)
+    options = {"inner": config.inner, "learning_rate": inner_rate, "bos_id": config.data.bos_id}
+    return read_batch(graphdef, fast, params["slow"], tokens, **options, division=division)
 
 
 def _accumulate(function, tokens, num_parts: int):

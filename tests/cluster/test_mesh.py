@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.tiny_run import T, tiny_run
 from ttt_e2e.bench.compiled import matmul_flops
-from ttt_e2e.cluster import sharding
+from ttt_e2e.cluster.mesh import BATCH, local_rows, make_mesh, shardings
 from ttt_e2e.config import MeshConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.model import abstract_model
@@ -30,13 +30,13 @@ MESHES = (
 
 def one_step(config, data: int, model: int):
     """(compiled step, metrics, parameters after it) of the first two training steps on a mesh."""
-    mesh = sharding.make_mesh(MeshConfig(data=data, model=model))
+    mesh = make_mesh(MeshConfig(data=data, model=model))
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
-    placed = sharding.shardings(jax.eval_shape(lambda: init_state(config, optimizer)), mesh, config.model)
+    placed = shardings(jax.eval_shape(lambda: init_state(config, optimizer)), mesh, config.model)
     state = jax.jit(lambda: init_state(config, optimizer), out_shardings=placed)()
     tokens = np.random.default_rng(0).integers(1, 31, (8, T + 1)).astype(np.int32)
     step = make_train_step(config, optimizer, mesh, placed).lower(state, tokens).compile()
-    tokens = jax.device_put(tokens, jax.NamedSharding(mesh, sharding.BATCH))
+    tokens = jax.device_put(tokens, jax.NamedSharding(mesh, BATCH))
     state, _ = step(state, tokens)  # the first has rate 0
     state, metrics = step(state, tokens)
     return step, jax.device_get(metrics), jax.device_get(state.params)
@@ -78,9 +78,9 @@ def test_every_mesh_gives_the_single_device_step(data, model, heads, eighths, wi
 
 
 def test_parameters_and_optimizer_state_are_sharded_over_both_axes(config):
-    mesh = sharding.make_mesh(MeshConfig(data=4, model=2))
+    mesh = make_mesh(MeshConfig(data=4, model=2))
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
-    placed = sharding.shardings(jax.eval_shape(lambda: init_state(config, optimizer)), mesh, config.model)
+    placed = shardings(jax.eval_shape(lambda: init_state(config, optimizer)), mesh, config.model)
     assert placed.params["slow"]["prefix"]["attention"]["wq"].spec == P(None, "data", "model")
     assert placed.params["fast"]["suffix"]["fast_mlp"]["w2"].spec == P(None, "model", "data")
     moments = [s for path, s in jax.tree_util.tree_leaves_with_path(placed.optimizer) if "wq" in str(path)]
@@ -92,16 +92,16 @@ def test_parameters_and_optimizer_state_are_sharded_over_both_axes(config):
 @pytest.mark.parametrize(("data", "model"), ((16, 1), (0, 16), (5, 2)))
 def test_a_mesh_larger_than_the_machine_is_refused(data, model):
     with pytest.raises(UserError, match=rf"config.mesh is data={data} x model={model}.* 8 device"):
-        sharding.make_mesh(MeshConfig(data=data, model=model))
+        make_mesh(MeshConfig(data=data, model=model))
 
 
 def test_a_batch_that_does_not_spread_over_the_data_axis_is_refused():
-    mesh = sharding.make_mesh(MeshConfig(data=4, model=2))
+    mesh = make_mesh(MeshConfig(data=4, model=2))
     check_batch("config.train.global_batch_size", 16, mesh, accumulation_steps=2)
     with pytest.raises(UserError, match=r"config.train.global_batch_size is 12, but it must be a multiple of 8"):
         check_batch("config.train.global_batch_size", 12, mesh, accumulation_steps=2)
 
 
 def test_local_rows_are_all_rows_on_one_process():
-    mesh = sharding.make_mesh(MeshConfig(data=4, model=2))
-    np.testing.assert_array_equal(sharding.local_rows(mesh, 8), np.arange(8))
+    mesh = make_mesh(MeshConfig(data=4, model=2))
+    np.testing.assert_array_equal(local_rows(mesh, 8), np.arange(8))

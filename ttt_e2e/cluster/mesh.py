@@ -47,13 +47,25 @@ def shardings(tree, mesh: Mesh, model: ModelConfig):
 
     A dimension that its axis does not divide stays whole; so do leaves that are no parameters.
     """
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh, model))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, mesh, model))
 
 
-def specs(tree, mesh: Mesh, model: ModelConfig):
+def partition_specs(tree, mesh: Mesh, model: ModelConfig):
     """As `shardings`: a PartitionSpec for every leaf."""
     axes = _axes_of_parameters(model)
     return jax.tree_util.tree_map_with_path(lambda path, x: _spec(_axes_of(path, axes), x.shape, mesh), tree)
+
+
+def with_shardings(shapes, placed):
+    """A tree of shapes, or of arrays, as `jax.ShapeDtypeStruct`s that say where each is to live.
+
+    placed: a sharding for each leaf, or one for all leaves.
+    """
+
+    def place(sharding, shapes):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+    return jax.tree.map(place, placed, shapes)
 
 
 def divide(config: Config, params, mesh: Mesh, *, by_sequence: bool) -> Division:

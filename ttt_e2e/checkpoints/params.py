@@ -1,0 +1,47 @@
+"""Checkpoints of parameters alone, or the parameters of a training run's."""
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ttt_e2e.checkpoints.digests import check_digests, digests
+from ttt_e2e.checkpoints.older import as_saved, as_wanted
+from ttt_e2e.checkpoints.progress import load_progress, seal
+from ttt_e2e.checkpoints.restore import check_shapes, restore_item
+from ttt_e2e.checkpoints.steps import find_step
+from ttt_e2e.errors import UserError
+
+
+def load_params(path, abstract_params):
+    """Parameters of the checkpoint that `path` means, in the shapes and shardings of `abstract_params`.
+
+    Raises:
+      UserError: missing or damaged checkpoint, or a parameter that differs; the message names it and both shapes.
+    """
+    step, progress = _find(path)
+    params = restore_item(step, "params", as_saved(step / "params", abstract_params), progress)
+    check_digests(step, {"params": params}, progress)
+    return as_wanted(params, abstract_params)
+
+
+def check_params(path, abstract_params) -> None:
+    """Raises `UserError` where `load_params` would for a missing checkpoint or a parameter that differs."""
+    step, progress = _find(path)
+    check_shapes(step, "params", as_saved(step / "params", abstract_params), progress)
+
+
+def save_params(directory, params, progress: dict) -> epath.Path:
+    """Writes a checkpoint of parameters alone, as step 0 of `directory`, for `--checkpoint` or `train.init_from`."""
+    directory = epath.Path(directory).resolve()
+    if directory.exists() and any(directory.iterdir()):
+        raise UserError(f"output {directory} already exists and is not empty: remove it or choose another")
+    with ocp.CheckpointManager(directory) as manager:
+        progress = seal(progress | {"arrays": digests({"params": params})})
+        items = {"params": ocp.args.StandardSave(params), "progress": ocp.args.JsonSave(progress)}
+        manager.save(0, args=ocp.args.Composite(**items))
+    return directory / "0"
+
+
+def _find(path) -> tuple[epath.Path, dict]:
+    """The step directory that a path means, and its progress, empty where it has none."""
+    step = find_step(path)
+    return step, load_progress(step) if (step / "progress").exists() else {}

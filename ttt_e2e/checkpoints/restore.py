@@ -1,0 +1,86 @@
+"""Restoring an item of a checkpoint: a tree of arrays, in the shapes and shardings that are asked for."""
+
+import contextlib
+import gc
+import sys
+
+import jax
+import orbax.checkpoint as ocp
+
+from ttt_e2e.checkpoints.progress import DamagedError
+from ttt_e2e.errors import UserError, first_line
+from ttt_e2e.model.parameters import parameter_name
+
+
+def restore_item(step_directory, item: str, abstract, progress: dict):
+    """The arrays of an item, "params" or "optimizer", with the shapes, dtypes and shardings of `abstract`.
+
+    Shapes are compared first: where one is wrong, Orbax spills tracebacks from other threads, too.
+
+    Raises:
+      DamagedError: it is not what was saved, or cannot be read.
+      UserError: as `check_shapes`.
+    """
+    check_shapes(step_directory, item, abstract, progress)
+    path = step_directory / item
+    with _no_tracebacks_of_dropped_reads():
+        try:
+            return _checkpointer().restore(path, abstract)
+        except Exception as error:  # of a damaged file, anything may come
+            reason = first_line(error)
+        gc.collect()  # the dropped reads, while nothing is printed of them
+    raise DamagedError(f"checkpoint {path} is damaged: {reason}")
+
+
+def check_shapes(step_directory, item: str, abstract, progress: dict) -> None:
+    """Compares the names and shapes of an item with those of `abstract`.
+
+    Raises:
+      DamagedError: the item has others than were saved, as `progress` recorded.
+      UserError: a parameter is missing, has another shape, or has no place; the message names it and both shapes.
+    """
+    path = step_directory / item
+    stored = stored_shapes(path)
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    wanted = {parameter_name(key): tuple(leaf.shape) for key, leaf in leaves}
+    recorded = progress.get("arrays", {}).items()
+    saved = {name: tuple(shape) for name, (shape, _) in recorded if name.startswith(f"{item}.")}
+    if wanted != stored and saved == {f"{item}.{name}": shape for name, shape in wanted.items()}:
+        raise DamagedError(f"checkpoint {path} is damaged: its metadata is not what was saved")
+    for name, shape in wanted.items():
+        if name not in stored:
+            raise UserError(f"parameter {name!r} is not in checkpoint {path}, but the config asks for it, {shape}")
+        if stored[name] != shape:
+            raise UserError(
+                f"parameter {name!r} is {stored[name]} in checkpoint {path}, but the config makes it {shape}"
+            )
+    if extra := sorted(set(stored) - set(wanted)):
+        raise UserError(f"checkpoint {path} has parameters that the config has no place for: {', '.join(extra)}")
+
+
+def stored_shapes(path) -> dict:
+    """{dotted name: shape} of the arrays of an item. Raises `DamagedError` where there is none, or it is damaged."""
+    try:
+        tree = _checkpointer().metadata(path).item_metadata.tree
+    except Exception as error:  # of a damaged file, anything may come
+        raise DamagedError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {parameter_name(key): tuple(leaf.shape) for key, leaf in leaves if hasattr(leaf, "shape")}
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Orbax, in this process alone: processes otherwise wait for ever for one that finds the files damaged."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(me, {me}, f"process-{me}")
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
+@contextlib.contextmanager
+def _no_tracebacks_of_dropped_reads():
+    """When one array cannot be read, Orbax drops the reads of the others, of which Python prints tracebacks."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
