@@ -230,7 +230,7 @@ class Reader:
 
     @lru_cache(maxsize=8)  # noqa: B019 (a reader lives as long as the program that reads)
     def _shapes(self, room: int, batch_size: int):
-        """Of States with room for as many tokens, of as many sequences."""
+        """Shapes of the States of `batch_size` sequences with room for `room` tokens."""
         shapes = jax.eval_shape(lambda: self.model.empty(room))
         return jax.tree.map(lambda a: (a.shape[0], batch_size, *a.shape[1:]), shapes)
 
@@ -313,7 +313,7 @@ def _score(model: Transformer, state: ReaderState, tokens_b1, count=None):
 
 
 def _next_mini_batch(model: Transformer, state: ReaderState, entries: dict, tokens_b1) -> dict:
-    """What changes at the beginning of the next mini-batch, after one with these Entries and tokens."""
+    """Fields of the state that change where a mini-batch with these Entries and tokens is finished."""
     states = model.advance(state.states, entries)
     return {
         "states": states,
@@ -323,7 +323,7 @@ def _next_mini_batch(model: Transformer, state: ReaderState, entries: dict, toke
 
 
 def _context(state: ReaderState, count=None) -> Context:
-    """Where the unfinished mini-batch stands, and how many of its positions count."""
+    """Place of the unfinished mini-batch, of which `count` positions are tokens."""
     return Context(start=state.position - _count(state), count=count)
 
 
@@ -335,5 +335,5 @@ def _with_part(state: ReaderState, part_b):
 
 
 def _count(state: ReaderState):
-    """How many tokens of the unfinished mini-batch were run."""
+    """Number of tokens of the unfinished mini-batch that were run."""
     return state.position % state.tokens_Bb.shape[-1]

@@ -25,7 +25,7 @@ from ttt_e2e.model.sequence_parts import SequenceParts
 
 
 class Reading(NamedTuple):
-    """What reading gives: losses, and the fast weights it leaves behind; for a batch, with a leading axis B."""
+    """Result of reading: losses, and the fast weights after the last mini-batch; of a batch, with a leading axis B."""
 
     loss: jax.Array  # mean over mini-batches
     mini_batch_loss_M: jax.Array  # mean over the unmasked targets of each
@@ -109,7 +109,7 @@ def make_mini_batches(
 
 
 def suffix_weights(division: Division, slow) -> Weights:
-    """How the slow weights of a model's `Suffix` are stored, of which `slow` has the names."""
+    """Layouts of the slow weights of a model's `Suffix`, by the names in `slow`."""
     if division.slow.leaves is None:
         return division.slow
     leaves = {name: division.head.leaves if name == "head" else division.slow.leaves[name] for name in slow}

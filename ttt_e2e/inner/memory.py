@@ -1,4 +1,4 @@
-"""What a meta-gradient holds in memory, estimated from shapes alone, and what "auto" means for its policies.
+"""Estimates the memory that a meta-gradient takes, from shapes alone, and chooses policies that fit ("auto").
 
 Nothing is computed or compiled: the estimate adds up what JAX would save for each reverse pass. XLA fuses some of that
 away and adds buffers of its own; the test compares both.
@@ -83,7 +83,7 @@ def held_bytes(inner: InnerConfig, graphdef, fast, slow, tokens, division: Divis
 
 
 def _held(inner: InnerConfig, graphdef, division: Division, fast, slow, tokens) -> dict:
-    """The arrays that are held, by what holds them."""
+    """Residuals and other arrays that live through a step, by what holds them."""
     fast = fetch(division.fast, fast)
     config = merge(graphdef, fast, slow).config
 

@@ -38,7 +38,7 @@ MAX_UNROLLED = 2
 
 
 class Residuals(NamedTuple):
-    """What the forward scan leaves for the reverse one."""
+    """Residuals of the forward scan, for the reverse one."""
 
     slow: Any  # what this device computes with
     stored_dtypes: Any  # of what it stores of that: scalars
@@ -70,7 +70,7 @@ def adapt(suffix_def, inner: InnerConfig, weights: Weights, fast, slow, mini_bat
 
 
 def forward_scan(suffix_def, inner: InnerConfig, weights: Weights, fast, slow, mini_batches: MiniBatch, learning_rate):
-    """What `adapt` returns, and the `Residuals` that its reverse needs."""
+    """Forward pass of `adapt`: its results, and the `Residuals` of its reverse."""
     stored_dtypes, slow = jax.tree.map(lambda w: jnp.zeros((), w.dtype), slow), weights.whole(slow)
     B, M, b, _ = mini_batches.x_bD.shape
     suffix = merge(suffix_def, fast, slow)
@@ -156,7 +156,7 @@ adapt.defvjp(forward_scan, _reverse)
 def reverse_program(
     suffix_def, inner: InnerConfig, direction, mini_batch: MiniBatch, context: Context, head: HeadPass, recorded
 ):
-    """What the reverse of a mini-batch differentiates: a function of (fast, states, slow, x)."""
+    """The function of (fast, states, slow, x) that the reverse of a mini-batch differentiates."""
     run = partial(_run_suffix, suffix_def, context=context, recorded=recorded, remat=inner.remat == "block")
     if inner.gradient == "first_order":
         return partial(_first_order_program, suffix_def, run, mini_batch.targets_b)
@@ -216,7 +216,7 @@ def _first_order_program(suffix_def, run, targets_Bb, fast, states: dict, slow, 
 
 
 def _take_of_block(block, array, start, size: int, axis: int):
-    """Of one block of a stack [B, L, ...]: a slice along an axis (from the end), in one slice of the array.
+    """Slices one block of a stack [B, L, ...] along an axis (counted from the end), in one operation.
 
     Two slices, one after the other, would make XLA copy the block's whole entry.
     """

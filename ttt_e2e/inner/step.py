@@ -17,7 +17,7 @@ from ttt_e2e.model.parts import copy_to_all, sum_to_all
 
 
 class MiniBatch(NamedTuple):
-    """What an inner step reads; with a leading axis, all mini-batches of a sequence."""
+    """Input of an inner step. Stacked ones have leading axes [B], [B, M] or [M, B]: sequences, mini-batches."""
 
     x_bD: jax.Array  # hidden states after the prefix
     targets_b: jax.Array
@@ -51,7 +51,7 @@ def inner_gradient(run, fast, head_DV, mini_batch: MiniBatch, vocab_size: int):
 
 
 def target_weights(is_target_b, dtype):
-    """What each token counts in the mini-batch's loss (last axis): 1 / (number of targets), or 0."""
+    """Weight of each token in the mini-batch's loss (last axis): 1 / (number of unmasked targets), or 0."""
     count = jnp.maximum(is_target_b.sum(axis=-1, keepdims=True), 1)
     return is_target_b.astype(dtype) / count
 
@@ -91,5 +91,5 @@ def sgd_update(fast, gradient, rate):
 
 
 def is_cut(inner: InnerConfig, i):
-    """Whether truncation lets no meta-gradient through the update that led to mini-batch i (may be traced)."""
+    """Whether truncation stops the meta-gradient at the update that leads to mini-batch i (may be traced)."""
     return (i > 0) & (i % inner.truncate == 0)

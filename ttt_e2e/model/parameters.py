@@ -59,7 +59,7 @@ def parameter_axes(model: nnx.Module) -> dict[str, tuple]:
 
 
 class Directed(NamedTuple):
-    """What stands for a fast weight where its value moves along a direction: values then have tangents."""
+    """A fast weight with its tangent: takes the place of the weight in a dual pass (passes.py)."""
 
     weight: jax.Array
     direction: jax.Array

@@ -1,4 +1,4 @@
-"""How a block computes its results in each kind of pass over it.
+"""The kinds of pass over a block: on values, recording results for the reverse pass, on values and tangents.
 
 A block is written once and run in several kinds of pass: on values alone, by whose shapes its arrays are named, or on
 values and their tangents at once. A pass is used for one run of one block. Its expensive results have names, by which a
@@ -30,7 +30,10 @@ class Pass:
         self.results: dict[str, Any] = {}  # what this pass recorded
 
     def begin(self, x_TD, *, in_scan: bool):
-        """What enters the first block. `in_scan`: it keeps its shape from block to block, as a scan's carry must."""
+        """Turns hidden states into what enters the first block.
+
+        in_scan: the shape must stay the same from block to block, as that of a scan's carry.
+        """
         return x_TD
 
     def call(self, function, arrays, *constants):
@@ -42,15 +45,18 @@ class Pass:
         return function(arrays, *constants)
 
     def apply(self, function, *arrays):
-        """One array from a cheap function of arrays, such as a norm or a sum."""
+        """Applies a cheap function, such as a norm or a sum, to arrays; it returns one array."""
         return self.call(lambda arrays: (function(*arrays), None), arrays)[0]
 
     def value(self, array):
-        """An array without its tangent, where it has one."""
+        """Drops the tangent of an array, where it has one."""
         return array
 
     def product(self, name: str, x_TD, w_DF, *, divided: bool = False):
-        """x w, [T, F], in the dtype of x. `divided`: both are one device's part of D, and the result is summed."""
+        """Multiplies x [T, D] by w [D, F], in the dtype of x.
+
+        divided: both are one device's part of D, and the results of all devices are summed.
+        """
         operands, product = (x_TD, w_DF.astype(x_TD.dtype)), partial(_product, divided)
         if name in self._recorded:
             return _recorded_result(product, operands, self._recorded[name])
@@ -62,7 +68,7 @@ class Pass:
 
 
 class FirstOrderPass(Pass):
-    """Is differentiated once at most."""
+    """A pass that is differentiated once at most: it admits fused attention kernels."""
 
     derivatives = "first_order"
 
@@ -126,7 +132,7 @@ class DualPass(Pass):
 
 
 def _parts(array_P):
-    """The value, and the tangent where there is one; split, as the transpose of slices would pad and add."""
+    """[value], or [value, tangent]; by a split, since the transpose of slices would pad and add."""
     return [jnp.squeeze(part, 0) for part in jnp.split(array_P, len(array_P))]
 
 

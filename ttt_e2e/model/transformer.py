@@ -118,12 +118,12 @@ class Transformer(Stacks):
         return token_nll(self.final_norm(x_TD), self.head_DV, targets_T)
 
     def logits(self, x_TD):
-        """What the next token is predicted from: [T, V], float32, from the last block's hidden states."""
+        """Logits [T, V] of the next token, float32, from the last block's hidden states."""
         return logits(self.final_norm(x_TD), self.head_DV)
 
     @property
     def head_DV(self):
-        """What logits are hidden states times: [D, V]."""
+        """Matrix [D, V] that turns normed hidden states into logits: the head, or the embeddings transposed."""
         return self.embedding[...].T if self.config.tie_word_embeddings else self.head[...]
 
 
@@ -169,7 +169,7 @@ class Suffix(Stacks):
 
     @property
     def divides_fast(self) -> bool:
-        """Whether the fast weights are one device's part of them."""
+        """Whether the fast weights at hand are one device's part of them."""
         return any(stack.fast_mlp.is_divided for stack in self.stacks.values())
 
 
