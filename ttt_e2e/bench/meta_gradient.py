@@ -22,7 +22,7 @@ from ttt_e2e.inner.loop import make_mini_batches, suffix_weights
 from ttt_e2e.inner.step import MiniBatch, mini_batch_loss
 from ttt_e2e.model import abstract_model
 from ttt_e2e.model.mixers import Context
-from ttt_e2e.model.parameters import merge, split
+from ttt_e2e.model.parameters import merge, split, structure_of
 from ttt_e2e.train import policies
 from ttt_e2e.train.batches import check_batch
 from ttt_e2e.train.steps import init_state, make_gradient, take_policies
@@ -174,7 +174,7 @@ def _loss_of_suffix(graphdef, config: Config, division: Division, adapt, params,
 
 def _without_inner_loop(config: Config, suffix_def, fast, slow, mini_batches: MiniBatch):
     """The same network read mini-batch by mini-batch, each rematerialised, its fast MLPs as static as the others."""
-    suffix = merge(suffix_def, fast, slow)
+    suffix = structure_of(suffix_def, fast, slow).module
     M, b, _ = mini_batches.x_bD.shape
 
     @partial(jax.checkpoint, prevent_cse=False)

@@ -22,7 +22,7 @@ from ttt_e2e.inner.trajectory import take_step
 from ttt_e2e.kernels.precision import matmul_precision
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.mixers import Context
-from ttt_e2e.model.parameters import at_least_float32, merge, split
+from ttt_e2e.model.parameters import at_least_float32, merge, split, structure_of
 from ttt_e2e.model.passes import FirstOrderPass
 
 # Models without fast weights are trained with mini-batches as long as sequences, which mean nothing to their reader: it
@@ -71,7 +71,7 @@ class Reader:
         """
         model, b = config.model, config.inner.mini_batch_size
         self.params, self.config = params, config
-        self.model = merge(graphdef, params["fast"], params["slow"])
+        self.model: Transformer = structure_of(graphdef, params["fast"], params["slow"]).module
         self.grows = self.model.grows
         self.model.check_use("decode")
         if self.grows and max_length < 1:

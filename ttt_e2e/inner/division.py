@@ -8,7 +8,7 @@ matrices (model/sequence_parts.py).
 
 What a loop runs gathers nothing, but for the weights of the prefix: those of one block at a time.
 
-Shapes: `B` sequences of a device, `T` positions of a sequence, `P` of a part of it, `V` vocabulary, `D` model width.
+Shapes: `B` sequences of a device, `T` positions of a sequence, `Q` of a device's part of it, `V` vocabulary, `D` model width.
 """
 
 from functools import partial
@@ -106,7 +106,7 @@ def complete(division: Division, gradient):
 
 
 def embed(division: Division, table_VD, tokens_BT, vocab_size: int, dtype):
-    """Embeddings [B, T, D] of this device's sequences; where the prefix divides them, of its positions [B, P, D].
+    """Embeddings [B, T, D] of this device's sequences; where the prefix divides them, of its positions [B, Q, D].
 
     Not the table travels, but what is looked up: every device looks up the tokens of all, in the rows and columns of
     the table that it stores. So the table's cotangents are each device's own.

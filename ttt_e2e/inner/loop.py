@@ -3,7 +3,7 @@
 Pure functions of (fast, slow, tokens); `fast` and `slow` are nested dicts of arrays, the two halves of one
 `split(model)`, and `graphdef` is its static third.
 
-Shapes: `B` sequences, `T` tokens of a sequence, `P` of a device's part of it, `M` mini-batches of a sequence, `b` inner
+Shapes: `B` sequences, `T` tokens of a sequence, `Q` of a device's part of it, `M` mini-batches of a sequence, `b` inner
 mini-batch, `R` = B T rows, `D` model width, `V` vocabulary.
 """
 
@@ -88,23 +88,23 @@ def make_mini_batches(
     """Runs the prefix over sequences [B, T + 1] and divides what comes out: arrays with leading axes [B, M].
 
     Where the prefix divides positions over devices, the hidden states of a model with a suffix are put together once,
-    here; those of a model without are this device's part, [B, P, D] without a division into mini-batches.
+    here; those of a model without are this device's part, [B, Q, D] without a division into mini-batches.
     """
     inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
     config = model.config
-    x_BPD = embed(division, model.embedding[...], inputs_BT, config.vocab_size, jnp.dtype(config.compute_dtype))
+    x_BQD = embed(division, model.embedding[...], inputs_BT, config.vocab_size, jnp.dtype(config.compute_dtype))
     parts = SequenceParts(division.num_parts) if division.by_sequence else None
 
     def fetch_weights(stack, state):
         return fetch_block(division.slow.of(stack), state)
 
     run_prefix = partial(model.run_prefix, remat=inner.remat != "keep", fetch=fetch_weights, parts=parts)
-    x_BPD = jax.vmap(run_prefix)(x_BPD)
+    x_BQD = jax.vmap(run_prefix)(x_BQD)
     B, b = len(tokens), inner.mini_batch_size
     of_targets = (a.reshape(B, -1, b) for a in (targets_BT, is_target(targets_BT, bos_id)))
     if division.by_sequence and not config.num_fast_blocks:
-        return MiniBatch(x_BPD, *of_targets)
-    x_BTD = gather_alike(x_BPD, 1, division.num_parts) if division.by_sequence else x_BPD
+        return MiniBatch(x_BQD, *of_targets)
+    x_BTD = gather_alike(x_BQD, 1, division.num_parts) if division.by_sequence else x_BQD
     return MiniBatch(x_BTD.reshape(B, -1, b, x_BTD.shape[-1]), *of_targets)
 
 
@@ -119,11 +119,11 @@ def suffix_weights(division: Division, slow) -> Weights:
 def _static_nll(model: Transformer, division: Division, mini_batches: MiniBatch):
     """NLL [B, T] of a model without a suffix, from its hidden states."""
     B, T = len(mini_batches.targets_b), mini_batches.targets_b[0].size
-    x_BPD = model.final_norm(mini_batches.x_bD.reshape(B, -1, model.config.hidden_size))
+    x_BQD = model.final_norm(mini_batches.x_bD.reshape(B, -1, model.config.hidden_size))
     if division.by_sequence:
-        x_BTD = jax.lax.all_gather(x_BPD, MODEL, axis=1, tiled=True)  # cotangents are terms of a sum
+        x_BTD = jax.lax.all_gather(x_BQD, MODEL, axis=1, tiled=True)  # cotangents are terms of a sum
     else:
-        x_BTD = copy_to_all(x_BPD, division.num_parts > 1)
+        x_BTD = copy_to_all(x_BQD, division.num_parts > 1)
     x_RD, targets_R = x_BTD.reshape(B * T, -1), mini_batches.targets_b.reshape(-1)
     return _head_nll(division.head, model.config.vocab_size, x_RD, model.head_DV, targets_R).reshape(B, T)
 

@@ -18,7 +18,7 @@ from ttt_e2e.inner import meta_gradient, trajectory
 from ttt_e2e.inner.division import UNDIVIDED, Division, fetch
 from ttt_e2e.inner.loop import make_mini_batches, suffix_weights
 from ttt_e2e.model.mixers import Context
-from ttt_e2e.model.parameters import at_least_float32, merge, split
+from ttt_e2e.model.parameters import at_least_float32, merge, split, structure_of
 
 # (trajectory, remat) by the matrix products that they take. Those of a slow suffix weight, in forward passes of it:
 # 7 where activations are kept, 8, 9 (segments redone, activations kept), 10, 10 and 12. "delta" rounds what the forward
@@ -85,7 +85,7 @@ def held_bytes(inner: InnerConfig, graphdef, fast, slow, tokens, division: Divis
 def _held(inner: InnerConfig, graphdef, division: Division, fast, slow, tokens) -> dict:
     """Residuals and other arrays that live through a step, by what holds them."""
     fast = fetch(division.fast, fast)
-    config = merge(graphdef, fast, slow).config
+    config = structure_of(graphdef, fast, slow).module.config
 
     def mini_batches(slow, remat):
         policies = dataclasses.replace(inner, remat=remat)
@@ -108,15 +108,15 @@ def _held(inner: InnerConfig, graphdef, division: Division, fast, slow, tokens) 
     )
     slow_suffix = scan.slow
     mini_batch = jax.tree.map(lambda a: a[0], scan.mini_batches_M)
-    suffix, context = merge(suffix_def, one_fast, slow_suffix), Context()
-    states = suffix.at(scan.log, 0)
+    suffix, context = structure_of(suffix_def, one_fast, slow_suffix), Context()
+    states = suffix.module.at(scan.log, 0)
     _, head, _, recorded = meta_gradient.gradient_of_suffix(
-        suffix_def, inner, fast_B, slow_suffix, states, context, mini_batch
+        suffix, inner, fast_B, slow_suffix, states, context, mini_batch
     )
 
     def saved_by_reverse(remat):
         policies = dataclasses.replace(inner, remat=remat)
-        program = meta_gradient.reverse_program(suffix_def, policies, fast_B, mini_batch, context, head, recorded)
+        program = meta_gradient.reverse_program(suffix, policies, fast_B, mini_batch, context, head, recorded)
         return jax.vjp(program, fast_B, states, slow_suffix, mini_batch.x_bD)[1]
 
     gradients = jax.tree.map(lambda w: jnp.zeros(w.shape, at_least_float32(w.dtype)), slow_suffix)
