@@ -100,7 +100,7 @@ def state_bytes(state: ReaderState) -> int:
 
 def program_figures(reader: Reader, state: ReaderState) -> dict:
     """What the programs that continue a state are counted to do and to take."""
-    B, b = state.tokens_Bb.shape
+    B, b = state.tokens.shape
     programs = {name: compiled.measure(function, *a) for name, (function, a) in reader.programs(state).items()}
     resident = sum(leaf.nbytes for leaf in jax.tree.leaves((reader.params, state)))
     prepared = programs["prepare"].call.memory_analysis().output_size_in_bytes

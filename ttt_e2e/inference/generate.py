@@ -105,7 +105,7 @@ def generate(
     reader = load_reader(config, checkpoint, max_length or max(about["position"] + longest, 1))
     bos_id = config.data.bos_id or tokenizer.bos_id
     start = load_state(load_from, reader) if load_from else reader.start(bos_id)
-    if (batch_size := len(start.tokens_Bb)) != 1:
+    if (batch_size := len(start.tokens)) != 1:
         raise UserError(f"state {load_from} is of {batch_size} sequences, but prompts are continued one at a time")
     reader.check_room(start, longest)
     streams = len(prompts) == 1

@@ -40,13 +40,13 @@ class ReaderState(NamedTuple):
     fast: Any  # W_i, float32, with a leading axis B
     states: dict[str, Any]  # States of the mixers at the beginning of the unfinished mini-batch
     drafts: dict[str, Any]  # of the unfinished mini-batch, as far as it was run
-    tokens_Bb: jax.Array  # the unfinished mini-batch's tokens; the newest was not run yet; zeros beyond
+    tokens: jax.Array  # [B, b], the unfinished mini-batch's tokens; the newest was not run yet; zeros beyond
     position: np.int64  # tokens read after the first one. On the host: choosing a program waits for no device
     prepared: dict[str, Any] | None = None  # the States as decoding reads them, once a token was predicted from them
 
 
 # Where the axis B is.
-_BATCHED = ReaderState(fast=0, states=1, drafts=1, tokens_Bb=0, position=None, prepared=1)
+_BATCHED = ReaderState(fast=0, states=1, drafts=1, tokens=0, position=None, prepared=1)
 # Tokens of a sequence for which every State that does not grow has all the room that it can use.
 ENDLESS = 2**31 - 1
 
@@ -83,7 +83,7 @@ class Reader:
             precise = partial(matmul_precision(model.compute_dtype)(function), *static)
             return jax.jit(jax.vmap(precise, in_axes=in_axes, out_axes=out_axes))
 
-        some = {name: getattr(_BATCHED, name) for name in ("drafts", "tokens_Bb")}
+        some = {name: getattr(_BATCHED, name) for name in ("drafts", "tokens")}
         most = some | {"states": _BATCHED.states}
         part = (None, _BATCHED, 0)
         self._extend = batched(_extend, graphdef, in_axes=(*part, None), out_axes=(some, 0))
@@ -203,7 +203,7 @@ class Reader:
         logits_BV, added = jax.eval_shape(self._predict, slow, state)
         token_B = jax.ShapeDtypeStruct(logits_BV.shape[:1], jnp.int32)
         return {
-            "mini_batch": (self._learn, (slow, self.with_room(unprepared), state.tokens_Bb)),
+            "mini_batch": (self._learn, (slow, self.with_room(unprepared), state.tokens)),
             "prepare": (self._prepare, (state.states,)),
             "predict": (self._predict, (slow, state)),
             "append": (self._append, (state, added, logits_BV, token_B)),
@@ -223,7 +223,7 @@ class Reader:
     def with_room(self, state: ReaderState) -> ReaderState:
         """The state with room for the unfinished mini-batch too."""
         room = self.room(int(state.position))
-        if jax.tree.map(lambda a: a.shape, state.states) == self._shapes(room, len(state.tokens_Bb)):
+        if jax.tree.map(lambda a: a.shape, state.states) == self._shapes(room, len(state.tokens)):
             return state
         resize = jax.vmap(partial(self.model.resize, seq_len=room), in_axes=1, out_axes=1)
         return state._replace(states=resize(state.states))
@@ -252,7 +252,7 @@ def _extend(graphdef, slow, state: ReaderState, part_b, size):
     tokens_b1, count = _with_part(state, part_b), _count(state) + size
     model = merge(graphdef, state.fast, slow)
     nll_b, entries = _score(model, state, tokens_b1, count)
-    return {"drafts": model.draft(state.states, len(part_b), entries, count), "tokens_Bb": tokens_b1[:-1]}, nll_b
+    return {"drafts": model.draft(state.states, len(part_b), entries, count), "tokens": tokens_b1[:-1]}, nll_b
 
 
 def _finish(graphdef, slow, state: ReaderState, part_b):
@@ -288,7 +288,7 @@ def _learn(graphdef, config: Config, slow, state: ReaderState, part_b):
 def _predict(graphdef, slow, state: ReaderState):
     """Logits [V] of the next token, and what the newest one adds to the Drafts."""
     model, count = merge(graphdef, state.fast, slow), _count(state)
-    newest = jax.lax.dynamic_slice_in_dim(state.tokens_Bb, count, 1)
+    newest = jax.lax.dynamic_slice_in_dim(state.tokens, count, 1)
     x_1D, added = model.decode(model.embed(newest), state.prepared, state.drafts, _context(state, count))
     return model.logits(x_1D)[0], added
 
@@ -298,7 +298,7 @@ def _append(model, state: ReaderState, added: dict, logits_V, token):
     count = _count(state)
     changes = {
         "drafts": model.append(state.drafts, added, count),
-        "tokens_Bb": state.tokens_Bb.at[count + 1].set(token),
+        "tokens": state.tokens.at[count + 1].set(token),
     }
     return changes, jax.nn.logsumexp(logits_V) - logits_V[token]
 
@@ -317,8 +317,8 @@ def _next_mini_batch(model: Transformer, state: ReaderState, entries: dict, toke
     states = model.advance(state.states, entries)
     return {
         "states": states,
-        "drafts": model.draft(states, len(state.tokens_Bb)),
-        "tokens_Bb": jnp.zeros_like(state.tokens_Bb).at[0].set(tokens_b1[-1]),
+        "drafts": model.draft(states, len(state.tokens)),
+        "tokens": jnp.zeros_like(state.tokens).at[0].set(tokens_b1[-1]),
     }
 
 
@@ -330,10 +330,10 @@ def _context(state: ReaderState, count=None) -> Context:
 def _with_part(state: ReaderState, part_b):
     """The mini-batch's b inputs and the target of the last, [b + 1], as far as they are known with these tokens."""
     b = len(part_b)
-    room = jnp.concatenate([state.tokens_Bb, jnp.zeros(b + 1, jnp.int32)])
+    room = jnp.concatenate([state.tokens, jnp.zeros(b + 1, jnp.int32)])
     return jax.lax.dynamic_update_slice_in_dim(room, part_b, _count(state) + 1, axis=0)[: b + 1]
 
 
 def _count(state: ReaderState):
     """Number of tokens of the unfinished mini-batch that were run."""
-    return state.position % state.tokens_Bb.shape[-1]
+    return state.position % state.tokens.shape[-1]

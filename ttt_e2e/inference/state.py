@@ -45,7 +45,7 @@ def save_state(path, reader: Reader, state: ReaderState, *, precision: str = "fl
         "model": to_dict(reader.config)["model"],
         "parameters": parameters_digest(reader.params),
         "mini_batch_size": reader.mini_batch_size,
-        "batch_size": len(state.tokens_Bb),
+        "batch_size": len(state.tokens),
         "position": int(tree.pop("position")),
         "precision": precision,
     }

@@ -62,7 +62,7 @@ def pull_back(
         norm = partial(DualPass().apply, suffix.bind(suffix.fast, slow | top).final_norm)
         hidden_B2bD = jax.vmap(norm)(x_B2bD)
         values_BbD, tangents_BbD = hidden_B2bD[:, 0], hidden_B2bD[:, 1]
-        return dual_nll(values_BbD, tangents_BbD, top["head"], mini_batch.targets_b, head, config.vocab_size)
+        return dual_nll(values_BbD, tangents_BbD, top["head"], mini_batch.targets, head, config.vocab_size)
 
     def forward_period(x_B2bD, i):
         entered = {}
@@ -89,7 +89,7 @@ def pull_back(
         return carry, None
 
     num_periods = config.num_fast_blocks // len(stacks)
-    x_B2bD = jax.vmap(partial(DualPass().begin, in_scan=True))(mini_batch.x_bD)
+    x_B2bD = jax.vmap(partial(DualPass().begin, in_scan=True))(mini_batch.hidden)
     x_B2bD, entered = jax.lax.scan(forward_period, x_B2bD, jnp.arange(num_periods))
     _, pull = jax.vjp(dual_top, top, x_B2bD)
     top_bar, x_bar_B2bD = pull(seeds)

@@ -8,7 +8,8 @@ matrices (model/sequence_parts.py).
 
 What a loop runs gathers nothing, but for the weights of the prefix: those of one block at a time.
 
-Shapes: `B` sequences of a device, `T` positions of a sequence, `Q` of a device's part of it, `V` vocabulary, `D` model width.
+Shapes: `B` sequences of a device, `T` positions of a sequence, `Q` of a device's part of it, `V` vocabulary, `D` model
+width.
 """
 
 from functools import partial

@@ -72,7 +72,7 @@ def adapt(suffix_def, inner: InnerConfig, weights: Weights, fast, slow, mini_bat
 def forward_scan(suffix_def, inner: InnerConfig, weights: Weights, fast, slow, mini_batches: MiniBatch, learning_rate):
     """Forward pass of `adapt`: its results, and the `Residuals` of its reverse."""
     stored_dtypes, slow = jax.tree.map(lambda w: jnp.zeros((), w.dtype), slow), weights.whole(slow)
-    B, M, b, _ = mini_batches.x_bD.shape
+    B, M, b, _ = mini_batches.hidden.shape
     suffix = structure_of(suffix_def, fast, slow)
 
     def inner_step(carry, step):
@@ -94,7 +94,7 @@ def forward_scan(suffix_def, inner: InnerConfig, weights: Weights, fast, slow, m
     # Not carried through the scan: XLA would copy the whole Log for every mini-batch that writes to it.
     log = jax.vmap(suffix.module.log, in_axes=(0, 1))(first, entries_M)
     nll_BMb = nll_MBb.swapaxes(0, 1)
-    loss_BM = jnp.sum(target_weights(mini_batches.is_target_b, nll_BMb.dtype) * nll_BMb, axis=-1)
+    loss_BM = jnp.sum(target_weights(mini_batches.is_target, nll_BMb.dtype) * nll_BMb, axis=-1)
     residuals = Residuals(slow, stored_dtypes, mini_batches_M, learning_rate, log, scale_MB, saved)
     return (loss_BM, nll_BMb, final), residuals
 
@@ -102,7 +102,7 @@ def forward_scan(suffix_def, inner: InnerConfig, weights: Weights, fast, slow, m
 def _reverse(suffix_def, inner: InnerConfig, weights: Weights, residuals: Residuals, cotangents):
     loss_bar_BM, nll_bar_BMb, final_bar = cotangents
     slow, stored_dtypes, mini_batches_M, learning_rate, log, scale_MB, saved = residuals
-    M, _, b, _ = mini_batches_M.x_bD.shape
+    M, _, b, _ = mini_batches_M.hidden.shape
     suffix = structure_of(suffix_def, final_bar, slow)
 
     def replay_step(fast, step):
@@ -114,7 +114,7 @@ def _reverse(suffix_def, inner: InnerConfig, weights: Weights, residuals: Residu
     def reverse_step(carry, inner_step: trajectory.Step | trajectory.RoundedStep, forward, step):
         fast_bar, slow_bar, states_bar = carry
         mini_batch, i, scale_B, loss_bar_B, nll_bar_Bb = step
-        weight_Bb = target_weights(mini_batch.is_target_b, nll_bar_Bb.dtype)
+        weight_Bb = target_weights(mini_batch.is_target, nll_bar_Bb.dtype)
         seeds = nll_bar_Bb + loss_bar_B[:, None] * weight_Bb, weight_Bb
         fast, update = inner_step.weights()
         rate_B, context = learning_rate * scale_B, Context(start=i * b)
@@ -133,7 +133,7 @@ def _reverse(suffix_def, inner: InnerConfig, weights: Weights, residuals: Residu
             direction = jax.vmap(_update_cotangent)(fast_bar, update, rate_B, parallel_B)
             program = reverse_program(suffix, inner, direction, mini_batch, context, *forward)
             seeds = (seeds[0], states_bar, *(() if inner.gradient == "first_order" else seeds[1:]))
-            _, pull_back = jax.vjp(program, fast, suffix.module.at(log, i), slow, mini_batch.x_bD)
+            _, pull_back = jax.vjp(program, fast, suffix.module.at(log, i), slow, mini_batch.hidden)
             fast_bar_i, states_bar, slow_bar_i, x_bar_BbD = pull_back(seeds)
             fast_bar, slow_bar = jax.tree.map(jnp.add, (fast_bar, slow_bar), (fast_bar_i, slow_bar_i))
         if inner.truncate:
@@ -157,8 +157,8 @@ def reverse_program(
     """The function of (fast, states, slow, x) that the reverse of a mini-batch differentiates."""
     run = partial(_run_suffix, suffix, context=context, recorded=recorded, remat=inner.remat == "block")
     if inner.gradient == "first_order":
-        return partial(_first_order_program, suffix, run, mini_batch.targets_b)
-    return partial(_dual_program, suffix, run, direction, mini_batch.targets_b, head)
+        return partial(_first_order_program, suffix, run, mini_batch.targets)
+    return partial(_dual_program, suffix, run, direction, mini_batch.targets, head)
 
 
 def _run_suffix(
@@ -184,7 +184,7 @@ def gradient_of_suffix(
 
     def run(fast):
         hidden_BbD, *others = _run_suffix(
-            suffix, fast, slow, states, mini_batch.x_bD, context=context, make_pass=make_pass, remat=remat
+            suffix, fast, slow, states, mini_batch.hidden, context=context, make_pass=make_pass, remat=remat
         )
         return hidden_BbD, others
 

@@ -27,7 +27,7 @@ def adapt(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, l
 
 def inner_loop(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, learning_rate):
     """The operands of `jax.lax.scan`: first carry (W_0, States before anything was read), steps, function of both."""
-    M, b, _ = mini_batches.x_bD.shape
+    M, b, _ = mini_batches.hidden.shape
     suffix = structure_of(suffix_def, fast, slow).module
 
     def inner_step(carry, step):

@@ -19,17 +19,17 @@ from ttt_e2e.model.parts import copy_to_all, sum_to_all
 class MiniBatch(NamedTuple):
     """Input of an inner step. Stacked ones have leading axes [B], [B, M] or [M, B]: sequences, mini-batches."""
 
-    x_bD: jax.Array  # hidden states after the prefix
-    targets_b: jax.Array
-    is_target_b: jax.Array  # False where a target does not count
+    hidden: jax.Array  # [b, D], hidden states after the prefix
+    targets: jax.Array  # [b]
+    is_target: jax.Array  # [b], False where a target does not count
 
 
 def mini_batch_loss(suffix_def, fast, slow, states: dict, context: Context, mini_batch: MiniBatch):
     """Mean NLL over the unmasked targets, and (NLL [b] of all targets, the mixers' States after the mini-batch)."""
     suffix = merge(suffix_def, fast, slow)
-    x_bD, entries, _ = suffix.extend(mini_batch.x_bD, states, context)
-    nll_b = suffix.nll(x_bD, mini_batch.targets_b)
-    return masked_mean(nll_b, mini_batch.is_target_b), (nll_b, suffix.advance(states, entries))
+    x_bD, entries, _ = suffix.extend(mini_batch.hidden, states, context)
+    nll_b = suffix.nll(x_bD, mini_batch.targets)
+    return masked_mean(nll_b, mini_batch.is_target), (nll_b, suffix.advance(states, entries))
 
 
 def is_target(targets, bos_id: int):
@@ -44,8 +44,8 @@ def inner_gradient(run, fast, head_DV, mini_batch: MiniBatch, vocab_size: int):
         of a batch; `fast` and the arrays of the mini-batch then have a leading axis B.
     """
     hidden_bD, pull_back, others = jax.vjp(run, fast, has_aux=True)
-    head = head_pass(hidden_bD, head_DV, mini_batch.targets_b, vocab_size)
-    weight_b = target_weights(mini_batch.is_target_b, head.nll_T.dtype)
+    head = head_pass(hidden_bD, head_DV, mini_batch.targets, vocab_size)
+    weight_b = target_weights(mini_batch.is_target, head.nll_T.dtype)
     (gradient,) = pull_back((weight_b[..., None] * head.gradient_TD).astype(hidden_bD.dtype))
     return gradient, head, others
 

@@ -141,7 +141,7 @@ def _product(divided: bool, x_TD, w_DF):
 
 
 def _dual_product(divided: bool, x_JTD, w_DF, u_DF=None):
-    """x w of a value and its tangent, where w has the tangent u, or none: [P, T, F]."""
+    """x w of a value and its tangent, where w has the tangent u, or none: [J, T, F]."""
     y_JTF = x_JTD @ w_DF
     if u_DF is not None:
         y_TF, *along_x_TF = _parts(y_JTF)
