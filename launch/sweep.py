@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from ttt_e2e.errors import EXIT_REQUEUE, UserError
 from ttt_e2e.flags import parse
-from ttt_e2e.runs.directory import replace_text, saved_steps, write_config
+from ttt_e2e.runs.directory import saved_steps, write_config
+from ttt_e2e.runs.files import replace_text
 from ttt_e2e.runs.secrets import redact
 from ttt_e2e.sweep import Point, check_unchanged, make_points, seems_whole
 

@@ -12,7 +12,7 @@ from etils import epath
 
 from ttt_e2e.config import Config, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.runs.files import read_json, read_text
+from ttt_e2e.runs.files import read_json, read_text, replace_text
 from ttt_e2e.runs.resume import check_resume
 from ttt_e2e.runs.secrets import find_secrets, redact
 
@@ -58,14 +58,6 @@ def refuse_secrets(config: Config) -> None:
             f"{field} holds a credential (a password in a URL, or the value of a secret environment variable), which "
             "the run directory would show: leave it in the environment"
         )
-
-
-def replace_text(path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    path = epath.Path(path)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def find_run(path) -> epath.Path:
