@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.evaluation import base
-from ttt_e2e.evaluation.base import Evaluation, evaluations, register
+from ttt_e2e.evaluation.base import REGISTERED, Evaluation, evaluations, register
 from ttt_e2e.evaluation.plots import make_figure
 from ttt_e2e.evaluation.records import Records
 from ttt_e2e.settings import setting
@@ -66,9 +65,10 @@ class Repetition(Evaluation):
 
 
 @pytest.fixture
-def registered(monkeypatch):
-    monkeypatch.setattr(base, "_REGISTERED", dict(base._REGISTERED))
+def registered():
     register(Repetition)
+    yield
+    del REGISTERED[Repetition.name]
 
 
 @pytest.mark.usefixtures("registered")

@@ -35,9 +35,9 @@ class Table(NamedTuple):
 
 
 class Evaluation:
-    """One evaluation: what it is asked for, how it is made, and what a report shows of it.
+    """One evaluation: its settings, how it is made, and what a report shows of it.
 
-    `evaluate` is all that every evaluation has to have of its own, beside its name.
+    A subclass must have a `name` and the method `evaluate`; all else has defaults.
     """
 
     name: ClassVar[str]  # of its flag, of its files NAME.json and NAME.jsonl, and of its part of a report
@@ -72,7 +72,7 @@ class Evaluation:
         return {field: result[field] for field in self.fields}
 
     def table(self, rows: dict[str, Any]) -> Table | None:
-        """A table of the rows of all runs that have one, by their names; None = the figure says it all."""
+        """A table of the rows of all runs that have one, by their names; None = there is none."""
         if not self.columns:
             return None
         lines = [[run, *(number(row[column]) for column in self.columns)] for run, row in rows.items()]
@@ -82,12 +82,12 @@ class Evaluation:
         """A figure of all runs, at least one of which has a result, `run.results[NAME]`; None = there is no figure."""
 
 
-_REGISTERED: dict[str, Evaluation] = {}
+REGISTERED: dict[str, Evaluation] = {}
 
 
 def register(evaluation: type[Evaluation]) -> type[Evaluation]:
     """Makes an evaluation known to `evaluate` and `report`."""
-    _REGISTERED[evaluation.name] = evaluation()
+    REGISTERED[evaluation.name] = evaluation()
     return evaluation
 
 
@@ -95,7 +95,7 @@ def evaluations() -> dict[str, Evaluation]:
     """All evaluations by their names, the default first: those of this folder, and what was registered elsewhere."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"ttt_e2e.evaluation.{module.name}")
-    return dict(sorted(_REGISTERED.items(), key=lambda item: (not item[1].is_default, item[0])))
+    return dict(sorted(REGISTERED.items(), key=lambda item: (not item[1].is_default, item[0])))
 
 
 def run_all(asked: list[tuple[Evaluation, Any]], config: Config, checkpoint, output) -> dict:
