@@ -13,7 +13,7 @@ from ttt_e2e.bench import compiled, table
 from ttt_e2e.config import Config, from_config_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.flags import load_config_file, override
-from ttt_e2e.inference import Reader, ReaderState
+from ttt_e2e.inference.reader import Reader, ReaderState
 from ttt_e2e.model import abstract_model
 from ttt_e2e.train.steps import init_state
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_e2e.config import Config
+from ttt_e2e.data.masking import is_target
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner.step import MiniBatch, clip_scale, inner_gradient, is_target
+from ttt_e2e.inner.step import MiniBatch, clip_scale, inner_gradient
 from ttt_e2e.inner.trajectory import take_step
 from ttt_e2e.kernels.precision import matmul_precision
 from ttt_e2e.model import Transformer
@@ -28,6 +29,7 @@ from ttt_e2e.model.passes import FirstOrderPass
 # Models without fast weights are trained with mini-batches as long as sequences, which mean nothing to their reader: it
 # runs at most this many positions at once.
 MAX_STATIC_MINI_BATCH = 1024
+PIECE = 4096  # tokens of a sequence that are read between two looks at a progress bar
 
 
 class ReaderState(NamedTuple):
@@ -125,13 +127,14 @@ class Reader:
         power = 1 << (needed - 1).bit_length()
         return self.mini_batch_size * (power if needed > power * 3 // 4 else power * 3 // 4)
 
-    def read(self, state: ReaderState, tokens_Bn, *, learn: bool = True) -> tuple[ReaderState, np.ndarray]:
+    def read(self, state: ReaderState, tokens_Bn, *, learn: bool = True, bar=None) -> tuple[ReaderState, np.ndarray]:
         """Reads tokens [B, n], n of any size.
 
         Args:
           state: is left as it was.
           tokens_Bn: integers below the vocabulary's size.
           learn: whether mini-batches that become full are learned from.
+          bar: progress bar of tqdm, which counts tokens; they are then read a piece at a time.
 
         Returns:
           The state after them, and the NLL [B, n] of each token given those before it, in nats, under the fast weights
@@ -142,6 +145,14 @@ class Reader:
         """
         tokens_Bn, b = np.asarray(tokens_Bn, np.int32), self.mini_batch_size
         B, n = tokens_Bn.shape
+        if bar is not None:
+            size, nlls = max(1, PIECE // b) * b, [np.zeros((B, 0), np.float32)]
+            for begin in range(0, n, size):
+                piece_Bn = tokens_Bn[:, begin : begin + size]
+                state, nll_Bn = self.read(state, piece_Bn, learn=learn)
+                nlls.append(nll_Bn)
+                bar.update(piece_Bn.size)
+            return state, np.concatenate(nlls, axis=1)
         if n and not 0 <= tokens_Bn.min() <= tokens_Bn.max() < self.config.model.vocab_size:
             raise UserError(
                 f"tokens to read are from {tokens_Bn.min()} to {tokens_Bn.max()}, but they must be at least 0 and "

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from ttt_e2e.config import InnerConfig
+from ttt_e2e.data.masking import is_target
 from ttt_e2e.inner import meta_gradient, reference
 from ttt_e2e.inner.division import MODEL, UNDIVIDED, Division, Weights, embed, fetch, fetch_block, gather_alike
-from ttt_e2e.inner.step import MiniBatch, is_target
+from ttt_e2e.inner.step import MiniBatch
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.loss import masked_mean, nll_forward, nll_reverse
 from ttt_e2e.model.parameters import at_least_float32, merge, split

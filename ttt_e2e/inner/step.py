@@ -32,11 +32,6 @@ def mini_batch_loss(suffix_def, fast, slow, states: dict, context: Context, mini
     return masked_mean(nll_b, mini_batch.is_target), (nll_b, suffix.advance(states, entries))
 
 
-def is_target(targets, bos_id: int):
-    """Which targets count in the loss: all but BOS, where there is one (`bos_id` 0 = none)."""
-    return targets != bos_id if bos_id else jnp.ones_like(targets, dtype=bool)
-
-
 def inner_gradient(run, fast, head_DV, mini_batch: MiniBatch, vocab_size: int):
     """Gradient of loss_i at the fast weights, the head's forward pass, and what `run` gives besides.
 
