@@ -43,14 +43,13 @@ def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLik
     runs = read_runs(workdirs)
     sections = _sections(runs)
     rows = [_row(run, sections) for run in runs]
-    figures = _figures(runs)
 
     output = Path(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be made a directory: {error.strerror}") from None
-    files = {}
+    figures, files = _figures(runs), {}
     for name, (png, _) in figures.items():
         files[name] = output / f"{name}.png"
         replace_bytes(files[name], png)
