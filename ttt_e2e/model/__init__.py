@@ -1,4 +1,4 @@
-"""What the network computes; knows nothing of training."""
+"""The network, written for one sequence; imports nothing of training."""
 
 from ttt_e2e.model.parameters import FastParam
 from ttt_e2e.model.transformer import Suffix, Transformer, abstract_model, abstract_transformer

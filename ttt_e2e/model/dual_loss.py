@@ -1,4 +1,4 @@
-"""Next-token loss with its tangent, and the gradients of both, in closed form over vocabulary blocks.
+"""Next-token loss with its tangent (JVP), and the gradients of both, in closed form over blocks of the vocabulary.
 
 With logits l = x W, p = softmax(l), y the one-hot target, and tangents of x alone (the head is a slow weight):
 
@@ -14,11 +14,12 @@ g is kept from the forward pass, so that second order costs 7 products with the 
 in reverse (l and l_dot as one product over stacked rows, W q, and W_bar as one product over a stacked contraction).
 The reference is `loss.token_nll` under autodiff.
 
-The head may be one device's columns (loss.py). Products with it then give terms of sums over the devices, taken once.
+The head may be one device's columns (loss.py). A product with it is then one term of a sum over the devices; each sum
+is taken once, after all blocks.
 
-Shapes: `T` tokens, in the public functions of any number of sequences, [..., T], which are then one after another: the
-head's gradient is of all of them at once; `D` model width, `V` columns of the head at hand, `C` of a block of them,
-`R` = 2 T rows.
+Shapes: `T` tokens; the public functions also take several sequences, [..., T], and flatten them to one axis T, so that
+the head's gradient is summed over all of them in one product. `D` model width, `V` columns of the head on this device,
+`C` of a block of them, `R` = 2 T rows, values and tangents.
 """
 
 from functools import partial
@@ -37,12 +38,16 @@ class HeadPass(NamedTuple):
     """Residuals of the forward pass over the head."""
 
     nll_T: jax.Array
-    lse_T: jax.Array  # log of the softmax's denominator
-    gradient_TD: jax.Array  # of each token's NLL at its own hidden state
+    lse_T: jax.Array  # log-sum-exp: log of the softmax's denominator
+    gradient_TD: jax.Array  # g: gradient of each token's NLL at its own hidden state
 
 
 def head_pass(x_TD, head_DV, targets_T, vocab_size: int = 0) -> HeadPass:
-    """NLL of the targets and its gradient at the hidden states: two products with the head, one block at a time."""
+    """Computes the NLL of the targets and its gradient at the hidden states, by two products with the head per block.
+
+    The softmax is accumulated over blocks as in flash attention: largest logit so far, sum of exponentials relative to
+    it, and `mean_TD`, the sum of head columns weighted by these exponentials.
+    """
     shape, x_TD, targets_T = targets_T.shape, _rows(x_TD), targets_T.reshape(-1)
     T, D = x_TD.shape
     wide = at_least_float32(x_TD.dtype)
@@ -70,9 +75,12 @@ def head_pass(x_TD, head_DV, targets_T, vocab_size: int = 0) -> HeadPass:
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def dual_nll(x_TD, x_dot_TD, head_DV, targets_T, forward: HeadPass, vocab_size: int = 0):
-    """(nll [T], nll_dot [T]): the NLL, known from the forward pass, and its tangent along x_dot.
+    """Returns (nll [T], nll_dot [T]): the NLL, as `forward` has it, and its tangent along x_dot.
 
-    Differentiable in x, x_dot and the head; the forward pass's results are constants that say what they are.
+    forward: `head_pass` of the same arguments. Its values are used instead of being computed again; no derivative is
+        taken with respect to it.
+
+    Differentiable once, in reverse, in x, x_dot and the head.
     """
     wide = at_least_float32(x_TD.dtype)
     return forward.nll_T, jnp.einsum("...td,...td->...t", forward.gradient_TD, x_dot_TD, preferred_element_type=wide)
@@ -84,9 +92,10 @@ def _dual_nll_forward(x_TD, x_dot_TD, head_DV, targets_T, forward: HeadPass, voc
 
 
 def _dual_nll_reverse(vocab_size: int, residuals, cotangents):
-    shape, head_DV = residuals[0].shape, residuals[2]
-    x_TD, x_dot_TD, gradient_TD = map(_rows, (*residuals[:2], residuals[4].gradient_TD))
-    targets_T, lse_T, nll_dot_T = (a.reshape(-1) for a in (residuals[3], residuals[4].lse_T, residuals[5]))
+    """Computes (x_bar, x_dot_bar, W_bar) by the formulas at the top of this file."""
+    x, x_dot, head_DV, targets, forward, nll_dot = residuals
+    x_TD, x_dot_TD, gradient_TD = map(_rows, (x, x_dot, forward.gradient_TD))
+    targets_T, lse_T, nll_dot_T = (a.reshape(-1) for a in (targets, forward.lse_T, nll_dot))
     a_T1, b_T1 = (c.reshape(-1, 1) for c in cotangents)
     T, D = x_TD.shape
     dtype, wide = x_TD.dtype, at_least_float32(x_TD.dtype)
@@ -114,21 +123,22 @@ def _dual_nll_reverse(vocab_size: int, residuals, cotangents):
     curvature_TD = sum_to_all(curvature_TD.astype(dtype) if head.divided else curvature_TD, head.divided)
     x_bar_TD = (a_T1 * gradient_TD + b_T1 * curvature_TD).astype(dtype)
     x_dot_bar_TD = (b_T1 * gradient_TD).astype(dtype)
-    return x_bar_TD.reshape(shape), x_dot_bar_TD.reshape(shape), head_bar_DV, None, None
+    return x_bar_TD.reshape(x.shape), x_dot_bar_TD.reshape(x.shape), head_bar_DV, None, None
 
 
 dual_nll.defvjp(_dual_nll_forward, _dual_nll_reverse)
 
 
 def _rows(a):
+    """Flattens [..., T, D] to [T, D]."""
     return a.reshape(-1, a.shape[-1])
 
 
 def _scan_blocks(add_block, carry, T: int, V: int):
-    """Scans over vocabulary blocks, as few as keep their logits within `loss.MAX_LOGITS`.
+    """Scans over blocks of the vocabulary, as few as keep their logits within `loss.MAX_LOGITS`.
 
-    add_block: (carry, (first column of the block, first column that no block before had)) -> (carry, None). The last
-    block ends with the vocabulary, and so may begin with columns that the one before it had.
+    All blocks have the same width. The last one ends with the vocabulary, and so may overlap with the one before.
+    add_block: (carry, (first column of the block, first column that is in no block before)) -> (carry, None).
     """
     num_blocks = -(-V // min(V, max(1, loss.MAX_LOGITS // T)))
     width = -(-V // num_blocks)
@@ -141,7 +151,7 @@ def _scan_blocks(add_block, carry, T: int, V: int):
 
 
 def _block(head: Columns, block, width: int, dtype):
-    """(columns [D, C] in `dtype`, their ids [C], which of them mean something and were in no block before [C])."""
+    """Returns (columns [D, C], token ids [C], whether each column is neither padding nor in a block before [C])."""
     start, first_new = block
     place_C = start + jnp.arange(width)
     head_DC = jax.lax.dynamic_slice_in_dim(head.head_DC, start, width, axis=1)

@@ -1,7 +1,12 @@
-"""Next-token loss.
+"""Next-token loss, without all logits in memory at once.
 
-The head may be one device's columns of it (parts.py): the vocabulary, filled up with columns that mean nothing, is
-divided evenly among the devices, in order. `vocab_size` says how many columns mean something; 0 = all of the head's.
+There are two forms, with equal results. `token_nll` is plain autodiff, differentiable any number of times: for the
+inner loop's reference, first-order gradients and inference. `nll_forward` and `nll_reverse` are a forward pass and its
+reverse, written out: for models without fast weights. (dual_loss.py has a third, with tangents.)
+
+The head may be one device's columns of it (vocabulary parallelism, parts.py): the vocabulary, padded to a multiple of
+the devices, is divided evenly among them, in order. `vocab_size` is the number of columns without padding; 0 = all of
+the head's, which is then whole.
 
 Shapes: `T` positions, `R` rows (positions of several sequences), `r` rows of a block, `D` model width, `V` vocabulary,
 `C` columns of the head at hand.
@@ -17,35 +22,35 @@ from ttt_e2e.model.parts import AXIS, copy_to_all, sum_to_all
 
 # Logits held at once: 2^24 float32 values are 64 MiB.
 MAX_LOGITS = 2**24
-# Rows of a block of `nll_forward`, whatever the vocabulary: with fewer, an accelerator takes longer to read the head
-# and to add up its gradient than for the products.
+# Rows of a block of `nll_forward` at least, even if their logits are more than MAX_LOGITS: with fewer rows, an
+# accelerator is bound by the memory traffic of the head and its gradient, not by the products.
 MIN_ROWS = 1024
-MASKED_LOGIT = -1e30  # finite: a device may have nothing but columns that mean nothing
+MASKED_LOGIT = -1e30  # of padding; finite, since all columns of a device may be padding
 
 
 class Columns(NamedTuple):
-    """The columns of the head that are at hand."""
+    """The columns of the head that this device computes with."""
 
     head_DC: jax.Array
     vocab_size: int  # V
-    divided: bool  # whether other devices have the others
-    first: jax.Array | int  # id of the first column
+    divided: bool  # whether the other columns are on other devices
+    first: jax.Array | int  # token id of the first column
 
     def targets(self, targets_R):
-        """(Which column of these is each target, whether it is one of these at all): both [R]."""
+        """Returns (index of each target among these columns, whether it is among them), both [R]."""
         place_R = targets_R - self.first
         count = self.head_DC.shape[1]
         return jnp.clip(place_R, 0, count - 1), (place_R >= 0) & (place_R < count)
 
     def of_targets(self, targets_R, dtype):
-        """The column of each target, [R, D]; zeros where another device has it."""
+        """Takes the column of each target, [R, D]; zeros where another device has it."""
         if not self.divided:
             return jnp.take(self.head_DC, targets_R, axis=1).T.astype(dtype)
         place_R, is_here_R = self.targets(targets_R)
         return jnp.where(is_here_R[:, None], jnp.take(self.head_DC, place_R, axis=1).T.astype(dtype), 0)
 
     def masked(self, logits_RC, ids_C=None):
-        """Logits, with those of columns that mean nothing far below all others."""
+        """Sets the logits of padding to `MASKED_LOGIT`; a whole head has no padding."""
         if not self.divided:
             return logits_RC
         ids_C = self.first + jnp.arange(self.head_DC.shape[1]) if ids_C is None else ids_C
@@ -53,15 +58,21 @@ class Columns(NamedTuple):
 
 
 def columns(head_DC, vocab_size: int = 0) -> Columns:
-    """The head's columns; one device's, where there are fewer than `vocab_size`."""
+    """Makes the `Columns` of a head, which is one device's where it has fewer than `vocab_size`."""
     count = head_DC.shape[1]
     divided = count < vocab_size
     return Columns(head_DC, vocab_size or count, divided, jax.lax.axis_index(AXIS) * count if divided else 0)
 
 
 def join_softmax(divided: bool, highest_R, total_R, target_R):
-    """(lse, logit of the target) of each row, from each device's largest logit, sum of exponentials relative to it, and
-    the target's logit, or 0 where another device has it; not differentiated."""
+    """Combines the softmax statistics of all devices: returns (log-sum-exp, target's logit) of each row, [R] both.
+
+    highest_R: largest logit among this device's columns.
+    total_R: sum over its columns of exp(logit - highest).
+    target_R: the target's logit; 0 where another device has it.
+
+    Must not be differentiated.
+    """
     if divided:
         over_all_R = jax.lax.pmax(highest_R, AXIS)
         total_R = jax.lax.psum(total_R * jnp.exp(highest_R - over_all_R), AXIS)
@@ -70,9 +81,9 @@ def join_softmax(divided: bool, highest_R, total_R, target_R):
 
 
 def token_nll(x_TD, head_DC, targets_T, vocab_size: int = 0):
-    """Negative log likelihood [T] of each target, in nats and float32; logits of a few tokens exist at a time.
+    """Computes the negative log likelihood [T] of each target, in nats and float32, a block of tokens at a time.
 
-    Differentiable any number of times; `x_TD` is alike on all devices, and so are its cotangents.
+    Differentiable any number of times. With a divided head, `x_TD` must be equal on all devices; so are its cotangents.
     """
     divided = columns(head_DC, vocab_size).divided
     x_TD, T = copy_to_all(x_TD, divided), x_TD.shape[0]
@@ -89,14 +100,14 @@ def token_nll(x_TD, head_DC, targets_T, vocab_size: int = 0):
 
 
 class Softmax(NamedTuple):
-    """Residuals that `nll_forward` leaves for `nll_reverse`."""
+    """Residuals of `nll_forward` for `nll_reverse`."""
 
-    lse_R: jax.Array  # log of the softmax's denominator
-    logits_RC: jax.Array | None  # where all of them are one block
+    lse_R: jax.Array  # log-sum-exp: log of the softmax's denominator
+    logits_RC: jax.Array | None  # if all rows are one block; else they are computed again
 
 
 def nll_forward(x_RD, head_DC, targets_R, vocab_size: int = 0):
-    """NLL [R] of the targets in float32, and a `Softmax`: `token_nll` with a reverse of its own."""
+    """Computes the NLL [R] of the targets in float32, and the residuals for `nll_reverse`."""
     head = columns(head_DC, vocab_size)
 
     def one_block(args):
@@ -119,7 +130,10 @@ def nll_forward(x_RD, head_DC, targets_R, vocab_size: int = 0):
 
 
 def nll_reverse(x_RD, head_DC, targets_R, softmax: Softmax, nll_bar_R, vocab_size: int = 0):
-    """Cotangents of the hidden states [R, D], of which each device has a term, and of the head [D, C], in float32."""
+    """Computes the cotangents of the hidden states [R, D] and, in float32, of the head [D, C].
+
+    With a divided head, the former are one term of a sum over the devices.
+    """
     head, dtype = columns(head_DC, vocab_size), x_RD.dtype
 
     def one_block(head_bar_DC, args, logits_rC=None):
@@ -134,23 +148,23 @@ def nll_reverse(x_RD, head_DC, targets_R, softmax: Softmax, nll_bar_R, vocab_siz
         return head_bar_DC, _product(logits_bar_rC, head_DC.T.astype(dtype)).astype(dtype)
 
     args = (x_RD, targets_R, softmax.lse_R, nll_bar_R)
-    none_yet = jnp.zeros(head_DC.shape, at_least_float32(dtype))
+    zeros_DC = jnp.zeros(head_DC.shape, at_least_float32(dtype))
     block = _rows_at_once(len(x_RD), head_DC.shape[1])
     if block == len(x_RD):
-        head_bar_DC, x_bar_RD = one_block(none_yet, args, softmax.logits_RC)
+        head_bar_DC, x_bar_RD = one_block(zeros_DC, args, softmax.logits_RC)
     else:
-        head_bar_DC, x_bar_nrD = jax.lax.scan(one_block, none_yet, _blocks(args, block))
+        head_bar_DC, x_bar_nrD = jax.lax.scan(one_block, zeros_DC, _blocks(args, block))
         x_bar_RD = x_bar_nrD.reshape(x_RD.shape)
     return x_bar_RD, head_bar_DC
 
 
 def logits(x_TD, head_DV):
-    """[T, V], float32, whatever the dtype of the normed hidden states."""
+    """Computes logits [T, V], in float32 whatever the dtype of the normed hidden states."""
     return _product(x_TD, head_DV.astype(x_TD.dtype))
 
 
 def masked_mean(nll, is_target):
-    """Mean over the last axis of `nll` where `is_target`; 0, with zero gradient, where there is none."""
+    """Averages `nll` over the last axis where `is_target`; without any target the mean is 0, with zero gradient."""
     total = jnp.sum(jnp.where(is_target, nll, 0), axis=-1)
     return total / jnp.maximum(jnp.sum(is_target, axis=-1), 1)
 
@@ -160,7 +174,7 @@ def _product(a, b):
 
 
 def _block_size(T: int, limit: int) -> int:
-    """The largest divisor of T up to a limit."""
+    """Returns the largest divisor of T up to a limit."""
     return max(size for size in range(1, T + 1) if T % size == 0 and size <= limit)
 
 
@@ -173,6 +187,7 @@ def _blocks(arrays, block: int):
 
 
 def _block_nll(x_TD, head_DC, targets_T, vocab_size: int):
+    """Computes the NLL [T] with all logits [T, C] at once."""
     head = columns(head_DC, vocab_size)
     logits_TC = head.masked(logits(x_TD, head_DC))
     if not head.divided:

@@ -17,13 +17,13 @@ class RMSNorm(nnx.Module):
         self.eps = config.rms_norm_eps
 
     def __call__(self, x):
-        """`x` [..., size], normalised, in the dtype it came in."""
+        """Normalises `x` [..., size]; the result has the dtype of `x`."""
         return _normed(x, self.weight[...], self.eps)
 
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def _normed(x, weight, eps):
-    """RMSNorm, rematerialised: its residuals would be several arrays wider than x, and it costs little."""
+    """Normalises, rematerialised: it costs little, and would leave several float32 arrays as residuals."""
     wide = x.astype(at_least_float32(x.dtype))
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(mean_square + eps) * weight).astype(x.dtype)

@@ -1,15 +1,17 @@
-"""Sums over the mesh axis `model`, for a program that each device runs on its own part of the matrices.
+"""Tensor parallelism over the mesh axis `model`: the two functions by which devices sum what each computes.
 
-Such a program runs inside of a `jax.shard_map` over all axes of the mesh. Where a device has columns of one matrix and
-the same rows of the next, both products are its own, and what they give is one term of a sum over the devices:
+The program runs inside of a `jax.shard_map` over all axes of the mesh, and each device has its own part of the
+matrices. Where it has columns of one matrix and the same rows of the next (as in Megatron), it computes both products
+alone, and the result is one term of a sum over the devices:
 
-    y = sum_to_all(f(copy_to_all(x)))        f: the device's own columns, then its own rows
+    y = sum_to_all(f(copy_to_all(x)))        f: product with the device's own columns, then with its own rows
 
-`x` and `y` are alike on all devices of the axis, and so are their cotangents. `jax.lax.psum` cannot know that (its
-transpose is a sum, too). These two transpose to each other, under every transformation.
+`x` and `y` are equal on all devices of the axis, and so are their cotangents. `jax.lax.psum` does not assume that: its
+transpose is a sum again, which would count each cotangent once per device. The two functions here are each other's
+transposes, under every JAX transformation.
 
-`divided`: whether there is anything to sum. A layer sees it by the sizes of its own matrices; both functions are the
-identity otherwise, and no mesh is needed.
+`divided`: whether there is anything to sum, which a layer sees by the sizes of its own matrices. If not, both functions
+are the identity, and no mesh is needed.
 """
 
 import jax
@@ -20,17 +22,17 @@ AXIS = "model"
 
 
 def copy_to_all(x, divided: bool):
-    """`x`, which each device is to multiply by its own columns: the cotangents are summed over the devices."""
+    """Returns `x`, for each device to multiply by its own columns; its cotangents are summed over the devices."""
     return _copy_p.bind(x) if divided else x
 
 
 def sum_to_all(x, divided: bool):
-    """The sum of `x` over the devices; each device takes the cotangent as it is."""
+    """Sums `x` over the devices; the cotangent goes to each device unchanged."""
     return _sum_p.bind(x) if divided else x
 
 
 def _linear(name: str, implementation) -> Primitive:
-    """A primitive of one array that is linear, elementwise as far as `vmap` is concerned, and keeps shape and dtype."""
+    """Makes a linear primitive of one array that keeps shape and dtype, and maps over any axis under `vmap`."""
     primitive = Primitive(name)
     primitive.def_impl(implementation)
     primitive.def_abstract_eval(lambda x: x)
@@ -41,6 +43,7 @@ def _linear(name: str, implementation) -> Primitive:
 
 
 def _apply(primitive, tangent):
+    """Applies a primitive to a tangent or cotangent, which may be a symbolic zero."""
     return tangent if type(tangent) is ad.Zero else primitive.bind(tangent)
 
 

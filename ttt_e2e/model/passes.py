@@ -1,11 +1,18 @@
-"""The kinds of pass over a block: on values, recording results for the reverse pass, on values and tangents.
+"""The kinds of pass over a block: on values, on values while recording them for the reverse pass, on values and
+tangents.
 
-A block is written once and run in several kinds of pass: on values alone, by whose shapes its arrays are named, or on
-values and their tangents at once. A pass is used for one run of one block. Its expensive results have names, by which a
-reverse pass finds what the forward pass recorded.
+The code of a block is written once, in terms of a pass (`compute`), and run in several kinds:
+
+    Pass            computes everything
+    FirstOrderPass  the same, where it is differentiated once at most: fused attention kernels may be used
+    Recording       the same, and records the results of products and attention under names (`results`)
+    DualPass        computes values and their tangents together (JVP), taking recorded results instead of computing them
+
+Arrays in a block are named by the shapes of their values; in a `DualPass` each has one more leading axis J, value and
+tangent. A pass object serves one run of one block.
 
 Shapes: `T` positions, `D` width in, `F` width out, `N` query heads, `H` head width; `J` = 2 for a value and its
-tangent, stacked, or 1 for a value that has none.
+tangent, stacked, or 1 for a value without a tangent.
 """
 
 from functools import partial
@@ -22,40 +29,40 @@ from ttt_e2e.model.parts import sum_to_all
 class Pass:
     """Computes everything and records nothing: for reading, and where JAX's autodiff is left to itself."""
 
-    derivatives = "any"  # as of `window_attention`
+    derivatives = "any"  # what `window_attention` must be differentiable for
 
     def __init__(self, recorded: dict[str, Any] | None = None):
-        """recorded: results of a `Recording` pass over the same block, which are not computed again."""
+        """recorded: {name: result} of a `Recording` pass over the same block; these are not computed again."""
         self._recorded = recorded or {}
-        self.results: dict[str, Any] = {}  # what this pass recorded
+        self.results: dict[str, Any] = {}  # {name: result} that this pass records
 
     def begin(self, x_TD, *, in_scan: bool):
-        """Turns hidden states into what enters the first block.
+        """Converts hidden states [T, D] to the form in which blocks of this pass take them.
 
-        in_scan: the shape must stay the same from block to block, as that of a scan's carry.
+        in_scan: whether they are the carry of a scan over blocks, whose shape must not change from block to block.
         """
         return x_TD
 
     def call(self, function, arrays, *constants):
-        """Runs any JAX function, (arrays, *constants) -> (outputs, values).
+        """Runs any JAX function (arrays, *constants) -> (outputs, values).
 
-        arrays: a pytree of arrays of this pass, which may have tangents; what comes out of them, `outputs`, has, too.
-        constants: have no tangents; nor do `values`, such as a mixer's Entry.
+        arrays: a pytree of arrays that may have tangents; then `outputs` have tangents, too.
+        constants: arguments without tangents. Nor have `values` any, such as a mixer's Entry.
         """
         return function(arrays, *constants)
 
     def apply(self, function, *arrays):
-        """Applies a cheap function, such as a norm or a sum, to arrays; it returns one array."""
+        """Applies a cheap function of arrays that returns one array, such as a norm or a sum."""
         return self.call(lambda arrays: (function(*arrays), None), arrays)[0]
 
     def value(self, array):
-        """Drops the tangent of an array, where it has one."""
+        """Drops the tangent of an array, if it has one."""
         return array
 
     def product(self, name: str, x_TD, w_DF, *, divided: bool = False):
         """Multiplies x [T, D] by w [D, F], in the dtype of x.
 
-        divided: both are one device's part of D, and the results of all devices are summed.
+        divided: whether x and w have only this device's part of D; then the products are summed over the devices.
         """
         operands, product = (x_TD, w_DF.astype(x_TD.dtype)), partial(_product, divided)
         if name in self._recorded:
@@ -63,20 +70,20 @@ class Pass:
         return product(*operands)
 
     def attention(self, name: str, *arrays, **options):
-        """`window_attention` of the same arguments."""
+        """Computes `window_attention` of the same arguments; `name` as in `product`."""
         return window_attention(*arrays, derivatives=self.derivatives, known=self._recorded.get(name), **options)
 
 
 class FirstOrderPass(Pass):
-    """A pass that is differentiated once at most: it admits fused attention kernels."""
+    """Computes everything, and is differentiated once at most: fused attention kernels may be used."""
 
     derivatives = "first_order"
 
 
 class Recording(Pass):
-    """Records its expensive results."""
+    """Computes everything, and records the results of products and attention by name."""
 
-    def product(self, name: str, x_TD, w_DF, *, divided: bool = False):  # noqa: D102 (as of `Pass`)
+    def product(self, name: str, x_TD, w_DF, *, divided: bool = False):  # noqa: D102 (see `Pass`)
         return self._record(name, super().product(name, x_TD, w_DF, divided=divided))
 
     def attention(self, name: str, *arrays, **options):  # noqa: D102
@@ -90,16 +97,19 @@ class Recording(Pass):
 
 
 class DualPass(Pass):
-    """Runs on values and their tangents: every array of a block has a leading axis J. Is differentiated once.
+    """Computes values and tangents together: every array of a block has a leading axis J. Is differentiated once.
 
-    Tangents come from those of the hidden states and from fast weights, which are `Directed`. Products of a value and
-    of its tangent with the same weight are one product over stacked rows. So is its transpose, and the gradient of the
-    weight is one over a stacked contraction: the weight is read once each time. What was recorded is not computed
-    again.
+    The sources of tangents are the fast weights, which come as `Directed` (weight, tangent). From the first fast MLP
+    on, hidden states have tangents.
+
+    The products of a value and of its tangent with the same weight are one matrix product over stacked rows, [x; x_dot]
+    w. Its transpose is one product over stacked rows, too, and the gradient of the weight one over a stacked
+    contraction: the weight is read once each time. Values that were recorded are not computed again; their tangents
+    are.
     """
 
     def begin(self, x_TD, *, in_scan: bool):
-        """Hidden states before any fast MLP have no tangents, or in a scan tangents of 0."""
+        """Gives hidden states no tangent, J = 1; in a scan a tangent of zeros, J = 2."""
         return jnp.stack([x_TD, jnp.zeros_like(x_TD)]) if in_scan else x_TD[None]
 
     def call(self, function, arrays, *constants):  # noqa: D102
@@ -121,7 +131,7 @@ class DualPass(Pass):
         product, operands = partial(_dual_product, divided), (x_JTD, *weights)
         if name not in self._recorded:
             return product(*operands)
-        tangent = sum_to_all(_along(x_JTD, *weights), divided)
+        tangent = sum_to_all(_tangent_of_product(x_JTD, *weights), divided)
         return _recorded_result(product, operands, jnp.concatenate([self._recorded[name][None], tangent]))
 
     def attention(self, name: str, *arrays_J, **options):  # noqa: D102
@@ -132,7 +142,7 @@ class DualPass(Pass):
 
 
 def _parts(array_J):
-    """[value], or [value, tangent]; by a split, since the transpose of slices would pad and add."""
+    """Splits into [value] or [value, tangent]. Not by slices: their transposes would pad with zeros and add."""
     return [jnp.squeeze(part, 0) for part in jnp.split(array_J, len(array_J))]
 
 
@@ -141,26 +151,26 @@ def _product(divided: bool, x_TD, w_DF):
 
 
 def _dual_product(divided: bool, x_JTD, w_DF, u_DF=None):
-    """x w of a value and its tangent, where w has the tangent u, or none: [J, T, F]."""
+    """Computes x w, and its tangent x_dot w + x u where x has the tangent x_dot or w has u: [J, T, F]."""
     y_JTF = x_JTD @ w_DF
     if u_DF is not None:
-        y_TF, *along_x_TF = _parts(y_JTF)
-        y_JTF = jnp.stack([y_TF, sum(along_x_TF, x_JTD[0] @ u_DF)])
+        y_TF, *x_dot_w_TF = _parts(y_JTF)  # the list is empty where x has no tangent
+        y_JTF = jnp.stack([y_TF, sum(x_dot_w_TF, x_JTD[0] @ u_DF)])
     return sum_to_all(y_JTF, divided)
 
 
-def _along(x_JTD, w_DF, u_DF=None):
-    """The tangent of x w alone, [1, T, F]; of a value without one, [0, T, F]."""
-    along_x = x_JTD[1:] @ w_DF
+def _tangent_of_product(x_JTD, w_DF, u_DF=None):
+    """Computes the tangent of x w alone, x_dot w + x u: [1, T, F]; [0, T, F] where neither x nor w has one."""
+    x_dot_w = x_JTD[1:] @ w_DF
     if u_DF is None:
-        return along_x
-    along_w = (x_JTD[0] @ u_DF)[None]
-    return along_x + along_w if len(along_x) else along_w
+        return x_dot_w
+    x_u = (x_JTD[0] @ u_DF)[None]
+    return x_dot_w + x_u if len(x_dot_w) else x_u
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _recorded_result(function, operands, result):
-    """`function` of the operands, whose result was recorded: not computed, but differentiated as if it were."""
+    """Returns the recorded result of `function(*operands)`: not computed again, but differentiated as if it were."""
     return result
 
 

@@ -1,9 +1,11 @@
-"""Blocks in stacks: those of one slot of the mixer pattern are one `Block`, whose parameters have a leading axis.
+"""Stacks of blocks: many blocks as one `Block` module, whose parameters have a leading axis L over the blocks.
 
-They run under `jax.lax.scan`, so that neither the program nor its compile time grows with depth. A pattern of several
-mixers, such as "window,window,attention", has a stack for each of its slots, and a step of the scan runs a block of
-each: slots may differ in kind, and nothing is sliced out of a stack. The stacks of the prefix are "prefix", or
-"prefix_0", "prefix_1", ...; those of the suffix likewise.
+A stack runs under `jax.lax.scan`, so that neither the program nor its compile time grows with depth.
+
+A mixer pattern such as "window,window,attention" repeats along the depth of the model. Each slot of the pattern has a
+stack of its own, and one step of the scan runs one *period*: a block of each stack, in order. So slots may differ in
+kind, and no stack is sliced. With one slot, the stack of the prefix is called "prefix"; with several, they are called
+"prefix_0", "prefix_1", ... Those of the suffix likewise.
 
 Shapes: `T` positions, `M` mini-batches of a sequence, `D` model width, `L` blocks of a stack.
 """
@@ -19,13 +21,13 @@ from ttt_e2e.model.block import Block
 
 
 def stack_names(part: str, config) -> list[str]:
-    """Names of the stacks of a part of the model, "prefix" or "suffix", in the order in which their blocks run."""
+    """Names the stacks of a part of the model, "prefix" or "suffix", in the order in which their blocks run."""
     count = len(config.mixers)
     return [part] if count == 1 else [f"{part}_{i}" for i in range(count)]
 
 
 def make_stacks(part: str, num_blocks: int, config, rngs: nnx.Rngs, *, fast: bool) -> dict[str, Block]:
-    """`num_blocks` independently initialised blocks, by stack."""
+    """Initialises blocks independently, {name: stack}; block i is in stack i % (number of stacks)."""
     keys = jax.random.split(rngs.params(), num_blocks)
     count = len(config.mixers)
     stacks = {}
@@ -40,10 +42,11 @@ def make_stacks(part: str, num_blocks: int, config, rngs: nnx.Rngs, *, fast: boo
 
 
 class Stacks(nnx.Module):
-    """A module with stacks of blocks, and what is asked of the mixers of all of them.
+    """Holds stacks of blocks, and maps the methods of `Mixer` over all of their blocks.
 
-    States, Entries, Logs and Drafts (mixers/base.py) are by stack, {name: pytree}, of one sequence, with a leading axis
-    L over the blocks of the stack.
+    States, Entries, Logs and Drafts (mixers/base.py) are those of one sequence, as {name of stack: pytree with a
+    leading axis L over the blocks of the stack}. Each method below does for all blocks what the method of that name in
+    `Mixer` does for one.
     """
 
     def _set_stacks(self, stacks: dict[str, Block]) -> None:
@@ -58,17 +61,18 @@ class Stacks(nnx.Module):
 
     @property
     def grows(self) -> bool:
-        """Whether the State of any mixer grows with the sequence, as a full KV cache does."""
+        """Whether any mixer's State grows with the sequence, as a full KV cache does."""
         return any(stack.mixer.grows for stack in self.stacks.values())
 
     def check_use(self, use: str) -> None:
-        """Raises `UserError` where some mixer has an obstacle to a use (mixers/base.py)."""
+        """Raises `UserError` where some mixer cannot serve a use (`Mixer.obstacle`)."""
+        # The stacks of prefix and suffix go through the same pattern: it is repeated, and `zip` drops what is too much.
         for mixer, stack in zip(self.config.mixers * len(self.names), self.stacks.values()):
             if obstacle := stack.mixer.obstacle(use):
                 raise UserError(f"config.model.mixer names {mixer!r}, which {obstacle}")
 
     def empty(self, seq_len: int) -> dict:
-        """States before anything was read, with room for a sequence of `seq_len` tokens."""
+        """Makes the States before the first token (empty KV caches), with room for a sequence of `seq_len` tokens."""
 
         def of_stack(stack: Block):
             L = stack.mlp_norm.weight.get_value().shape[0]
@@ -78,7 +82,7 @@ class Stacks(nnx.Module):
         return {name: of_stack(stack) for name, stack in self.stacks.items()}
 
     def resize(self, states: dict, seq_len: int) -> dict:
-        """States with room for a sequence of `seq_len` tokens."""
+        """Gives States room for a sequence of `seq_len` tokens."""
 
         def of_stack(mixer, state):
             return jax.vmap(lambda block_state: mixer.resize(block_state, mixer.capacity(seq_len)))(state)
@@ -86,29 +90,30 @@ class Stacks(nnx.Module):
         return {name: of_stack(self.stacks[name].mixer, state) for name, state in states.items()}
 
     def advance(self, states: dict, entries: dict) -> dict:
-        """States after a mini-batch."""
+        """Computes the States after a mini-batch from those before it and its Entries."""
         return {name: jax.vmap(self.stacks[name].mixer.advance)(state, entries[name]) for name, state in states.items()}
 
     def log(self, first: dict, entries_ML: dict) -> dict:
-        """Logs of M mini-batches, from the States before them and all their Entries."""
+        """Makes the Logs of M mini-batches from the States before the first and all Entries (axes [M, L, ...])."""
         return {
             name: jax.vmap(self.stacks[name].mixer.log, in_axes=(0, 1))(state, entries_ML[name])
             for name, state in first.items()
         }
 
     def at(self, log: dict, i, take: Callable = jax.lax.dynamic_slice_in_dim) -> dict:
-        """States that mini-batch i saw. The Logs may have more leading axes, which the States then have, too.
+        """Slices the States before mini-batch i out of the Logs. More leading axes of the Logs are axes of the States,
+        too.
 
-        take: (array, start, size, axis) -> that slice of it.
+        take: (array, start, size, axis) -> the slice of `size` entries from `start`.
         """
         return {name: self.stacks[name].mixer.at(stack_log, i, take) for name, stack_log in log.items()}
 
     def prepare(self, states: dict) -> dict:
-        """States as decoding reads them."""
+        """Prepares States for `decode`, once for all tokens of a mini-batch."""
         return {name: jax.vmap(self.stacks[name].mixer.prepare)(state) for name, state in states.items()}
 
     def append(self, drafts: dict, added: dict, count) -> dict:
-        """Drafts with another token in them, after the first `count` of the mini-batch."""
+        """Adds a token to the Drafts, after the first `count` of the mini-batch."""
 
         def of_stack(mixer, draft, added):
             return jax.vmap(lambda *block: mixer.append(*block, count))(draft, added)
@@ -116,7 +121,7 @@ class Stacks(nnx.Module):
         return {name: of_stack(self.stacks[name].mixer, draft, added[name]) for name, draft in drafts.items()}
 
     def draft(self, states: dict, b: int, entries: dict | None = None, count=0) -> dict:
-        """Drafts after the first `count` tokens of a mini-batch of b, whose Entries are `entries`."""
+        """Makes the Drafts after the first `count` tokens of a mini-batch of b, whose Entries are `entries`."""
 
         def of_stack(mixer, state, entry):
             return jax.vmap(lambda *block: mixer.draft(block[0], b, block[1], count))(state, entry)
@@ -136,17 +141,18 @@ def scan_blocks(
     unroll: bool = False,
     fetch: Callable = lambda name, state: state,
 ):
-    """Runs blocks one after another, one of each stack at a time.
+    """Runs blocks one after another: a block of each stack in turn, then the next of each.
 
     Args:
       stacks: by name, in order.
       run_block: (block, x_TD, *of_block) -> (x_TD, output).
       x_TD: hidden states before the first block.
-      of_blocks: {stack: tuple of pytrees with a leading axis L}, the other arguments of `run_block`.
+      of_blocks: {stack: tuple of pytrees with a leading axis L}: each block's own arguments `of_block`.
       remat: whether each block is rematerialised in the backward pass.
-      unroll: whether the program repeats the block's, and slices nothing out of stacked arrays in a loop. Not with
-        `remat`: XLA would see that a block is computed twice, and keep what it has.
-      fetch: (stack, state of a block as it is stored) -> as it is computed with; part of what is rematerialised.
+      unroll: whether to write the blocks out one after another, instead of a scan that slices stacked arrays. Not
+        together with `remat`: outside of a scan, XLA merges the recomputation with the first computation (CSE).
+      fetch: (stack, a block's weights as they are stored) -> the weights as they are computed with, e.g. gathered over
+        devices. It is rematerialised with the block.
 
     Returns:
       Hidden states after the last block, and {stack: outputs with a leading axis L}.

@@ -36,28 +36,28 @@ class Transformer(Stacks):
 
     @property
     def prefix_stacks(self) -> dict[str, Block]:
-        """The stacks of the prefix."""
+        """The stacks of the prefix, {name: stack}."""
         return {name: stack for name, stack in self.stacks.items() if not stack.fast}
 
     @property
     def suffix_stacks(self) -> dict[str, Block]:
-        """The stacks of the suffix."""
+        """The stacks of the suffix, {name: stack}."""
         return {name: stack for name, stack in self.stacks.items() if stack.fast}
 
     def embed(self, tokens_T):
-        """Token embeddings [T, D] in the compute dtype."""
+        """Looks up the embeddings [T, D] of tokens [T], in the compute dtype."""
         return self.embedding[...][tokens_T].astype(jnp.dtype(self.config.compute_dtype))
 
     def run_prefix(
         self, x_TD, *, remat: bool = True, fetch=lambda name, state: state, parts: SequenceParts | None = None
     ):
-        """All prefix blocks over a whole sequence [T, D] in parallel; may be differentiated once.
+        """Runs all prefix blocks over a whole sequence, [T, D] to [T, D]; may be differentiated once.
 
         Args:
           x_TD: hidden states of the sequence, or of one device's part of it.
           remat: whether each block is rematerialised in the backward pass.
-          fetch: as of `scan_blocks`.
-          parts: where x_TD is a part of the sequence: how that is divided.
+          fetch: makes the weights of a block from those stored, as in `scan_blocks`.
+          parts: how the sequence is divided, where x_TD is one device's part of it.
         """
         context = Context(parts=parts)
 
@@ -69,15 +69,15 @@ class Transformer(Stacks):
         return scan_blocks(self.prefix_stacks, run_block, x_TD, remat=remat, fetch=fetch)[0]
 
     def extend(self, x_bD, states: dict, context: Context):
-        """Blocks over a mini-batch that follows the States of their mixers; may be differentiated once.
+        """Runs a mini-batch, given the States before it (prefill in pieces); may be differentiated once.
 
         Args:
           x_bD: hidden states.
-          states: of the stacks to run.
-          context: where the mini-batch stands.
+          states: {stack: States}, of all stacks or of some; only these stacks are run.
+          context: position of the mini-batch in the sequence.
 
         Returns:
-          Hidden states [b, D], and the Entries of the same stacks.
+          Hidden states [b, D], and the Entries of the stacks that ran.
         """
 
         def run_block(block: Block, x_bD, state):
@@ -86,16 +86,16 @@ class Transformer(Stacks):
         return self._run_parts(run_block, x_bD, {name: (state,) for name, state in states.items()})
 
     def decode(self, x_1D, prepared: dict, drafts: dict, context: Context):
-        """All blocks over the next token of an unfinished mini-batch.
+        """Runs all blocks over the next token of an unfinished mini-batch.
 
         Args:
-          x_1D: hidden states.
-          prepared: what `prepare` made of the States.
-          drafts: of the tokens before it.
-          context: where it stands.
+          x_1D: its embedding.
+          prepared: the States before the mini-batch, as `prepare` returns them.
+          drafts: the Drafts after the tokens of the mini-batch that came before this one.
+          context: `start` and `count` give the token's position.
 
         Returns:
-          Hidden states [1, D], and what the token adds to the Drafts.
+          Hidden states [1, D], and for `append` what the token adds to the Drafts.
         """
 
         def run_block(block: Block, x_1D, prepared, draft):
@@ -104,7 +104,7 @@ class Transformer(Stacks):
         return self._run_parts(run_block, x_1D, {name: (prepared[name], drafts[name]) for name in self.stacks})
 
     def _run_parts(self, run_block, x_TD, of_blocks: dict):
-        """The prefix, then the suffix, as far as `of_blocks` has their stacks; arguments as of `scan_blocks`."""
+        """Runs the prefix, then the suffix, without stacks that `of_blocks` lacks; arguments as in `scan_blocks`."""
         outputs = {}
         for part in (self.prefix_stacks, self.suffix_stacks):
             if stacks := {name: stack for name, stack in part.items() if name in of_blocks}:
@@ -113,47 +113,47 @@ class Transformer(Stacks):
         return x_TD, outputs
 
     def make_suffix(self) -> "Suffix":
-        """The part of the model that reads mini-batch by mini-batch; it shares this model's weights."""
+        """Makes the part of the model that reads mini-batch by mini-batch, with this model's weights."""
         return Suffix(
             self.config, self.suffix_stacks, self.final_norm, nnx.Param(self.head_DV, axes=("width", "vocabulary"))
         )
 
     def nll(self, x_TD, targets_T):
-        """Negative log likelihood [T] of the targets, float32 nats, from the last block's hidden states."""
+        """Computes the NLL [T] of the targets, float32 nats, from the last block's hidden states."""
         return token_nll(self.final_norm(x_TD), self.head_DV, targets_T)
 
     def logits(self, x_TD):
-        """Logits [T, V] of the next token, float32, from the last block's hidden states."""
+        """Computes the logits [T, V] of the next token, float32, from the last block's hidden states."""
         return logits(self.final_norm(x_TD), self.head_DV)
 
     @property
     def head_DV(self):
-        """Matrix [D, V] that turns normed hidden states into logits: the head, or the embeddings transposed."""
+        """The matrix [D, V] from normed hidden states to logits: the head, or if tied the transposed embeddings."""
         return self.embedding[...].T if self.config.tie_word_embeddings else self.head[...]
 
 
 class Suffix(Stacks):
-    """The suffix blocks, final norm and head: all that an inner step runs."""
+    """Holds the suffix blocks, the final norm and the head: all that an inner step runs."""
 
     def __init__(self, config, stacks: dict[str, Block], final_norm: RMSNorm, head_DV: nnx.Param):
         self.config, self.final_norm, self.head = config, final_norm, head_DV
         self._set_stacks(stacks)
 
     def extend(self, x_bD, states: dict, context: Context, *, make_pass=Pass, recorded=None, remat=False, unroll=False):
-        """All suffix blocks and the final norm over one mini-batch.
+        """Runs all suffix blocks and the final norm over one mini-batch.
 
         Args:
           x_bD: the mini-batch's hidden states after the prefix.
-          states: of the mixers.
-          context: where the mini-batch stands.
-          make_pass: what kind of pass this is: makes the `Pass` of each block, given what was recorded of it.
-          recorded: {stack: results that a `Recording` pass recorded, with a leading axis L}, where there was one.
-          remat: as of `scan_blocks`.
-          unroll: as of `scan_blocks`.
+          states: the mixers' States before it.
+          context: position of the mini-batch in the sequence.
+          make_pass: kind of pass, a class of passes.py; each block gets one, given the results recorded for it.
+          recorded: {stack: results with a leading axis L} of a `Recording` pass, which are not computed again.
+          remat: whether each block is rematerialised, as in `scan_blocks`.
+          unroll: whether the blocks are written out, as in `scan_blocks`.
 
         Returns:
-          Normed hidden states [b, D], of a `DualPass` with their tangents [2, b, D]; the Entries of the mini-batch; and
-          {stack: results that this pass recorded}.
+          Normed hidden states [b, D] (of a `DualPass` [2, b, D]: values and tangents), the Entries of the mini-batch,
+          and {stack: results that this pass recorded}.
         """
 
         def run_block(block: Block, x_bD, state, results):
@@ -169,22 +169,22 @@ class Suffix(Stacks):
         return compute.apply(self.final_norm, x_bD), entries, results
 
     def nll(self, x_bD, targets_b):
-        """Negative log likelihood [b] of the targets, float32 nats, from what `extend` returns."""
+        """Computes the NLL [b] of the targets, float32 nats, from the normed hidden states of `extend`."""
         return token_nll(x_bD, self.head[...], targets_b, self.config.vocab_size)
 
     @property
     def divides_fast(self) -> bool:
-        """Whether the fast weights at hand are one device's part of them."""
+        """Whether the fast weights are one device's part of them (tensor parallelism)."""
         return any(stack.fast_mlp.is_divided for stack in self.stacks.values())
 
 
 @lru_cache
 def abstract_transformer(config) -> Transformer:
-    """A `Transformer` of shapes: computes nothing, and answers what depends on sizes alone. Not to be changed."""
+    """Makes a `Transformer` with shapes in place of arrays, for questions of size. It is cached: do not change it."""
     return nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
 
 
 def abstract_model(config):
-    """(graphdef, params): a `Transformer`'s static structure and the shapes of {"fast", "slow"}."""
+    """Returns (graphdef, params): a `Transformer`'s static structure, and its weights' shapes {"fast", "slow"}."""
     graphdef, fast, slow = split(abstract_transformer(config))
     return graphdef, {"fast": fast, "slow": slow}

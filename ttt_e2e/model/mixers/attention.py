@@ -1,8 +1,9 @@
 """Attention to all positions before, or (window.py) to a window of the most recent ones.
 
-What it carries are keys, normed and *not* rotated, and values, heads first, as kernels and decoding read them. RoPE
-rotates them at positions that count from the beginning of the cache: absolute float32 angles would be wrong by 0.06 rad
-at position 2M.
+The State is a KV cache of fixed size, K positions, with the newest last and empty positions at its front. It holds
+normed keys that are *not* rotated, and values, heads first, as kernels and decoding read them. RoPE rotates at use, at
+positions that count from the beginning of the cache: 0 to K - 1 in the cache, K to K + b - 1 in the mini-batch.
+Absolute float32 angles would be wrong by 0.06 rad at position 2M.
 
 Shapes: `T` positions, `b` inner mini-batch, `K` cached positions, `M` mini-batches of a sequence, `D` model width,
 `N` query heads, `G` key/value heads, `H` head width.
@@ -27,8 +28,11 @@ from ttt_e2e.model.rope import rotate
 
 
 class KeyValues(NamedTuple):
-    """Keys and values [G, positions, H]: a State (the KV cache, empty positions at its front), an Entry, or a Draft
-    (keys rotated, zeros after the last token)."""
+    """Keys and values [G, positions, H].
+
+    Of K positions: a State, the KV cache. Of b: an Entry, or a Draft (zeros after the last token). Of 1: what a token
+    adds to a Draft. Keys are unrotated in States and Entries, rotated in Drafts.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -37,9 +41,9 @@ class KeyValues(NamedTuple):
 @partial(jax.tree_util.register_dataclass, data_fields=["stream"], meta_fields=["capacity", "mini_batch_size"])
 @dataclass(frozen=True)
 class Log:
-    """K positions of the first cache, then those of all mini-batches: every cache is a slice of it."""
+    """Keys and values of the first cache, then of all mini-batches: the cache before mini-batch i is a slice."""
 
-    stream: KeyValues  # [G, K + M b, H]
+    stream: KeyValues  # [G, K + M b, H]; the cache before mini-batch i is its positions i b to i b + K - 1
     capacity: int  # K
     mini_batch_size: int  # b
 
@@ -50,7 +54,7 @@ class Attention(Mixer):
     label = "attention"
 
     def __init__(self, config, rngs: nnx.Rngs, *, window: int):
-        """window: k, positions that each one attends to, itself included; 0 = all before it."""
+        """window: number of positions that each one attends to, itself included; 0 = all up to itself."""
         D, H = config.hidden_size, config.head_dim
         N, G = config.num_attention_heads, config.num_key_value_heads
         self.wq = matrix(rngs, (D, N * H), config, ("width", "heads"))
@@ -63,7 +67,7 @@ class Attention(Mixer):
         self.config, self.window = config, window
         self.grows = not window
 
-    def whole(self, x_TD, compute: Pass, context: Context):  # noqa: D102 (as of `Mixer`)
+    def whole(self, x_TD, compute: Pass, context: Context):  # noqa: D102 (see `Mixer`)
         q_NTH, k_GTH, v_GTH = self._project(x_TD, compute)
         parts, T = context.parts, x_TD.shape[-2]
         positions_T = parts.positions(T) if parts else jnp.arange(T)
@@ -82,7 +86,8 @@ class Attention(Mixer):
             *(q_NbH, k_GbH, v_GbH),
             window=self.window,
             num_empty=_num_empty(K, context),
-            # Apart from the new ones: constants to the inner gradient, which then spends nothing on them.
+            # In arrays of their own, apart from the new keys: the inner gradient treats the cache as a constant, and so
+            # computes no cotangents for it.
             cached_k=self._rotated(state.k, jnp.arange(K)),
             cached_v=state.v,
             backend=self.config.attention_backend,
@@ -90,10 +95,11 @@ class Attention(Mixer):
         return self._output(out_NbH, compute), entry
 
     def decode(self, x_1D, compute: Pass, prepared: KeyValues, draft: KeyValues, context: Context):
-        """As of `Mixer`. Reads the KV cache in place: copies no key, and rotates none but the new one."""
+        """Runs one token, as `Mixer.decode`. Reads the KV cache in place: copies no key, rotates only the new one."""
         q_N1H, k_G1H, v_G1H = self._project(x_1D, compute)
         K, b, count = prepared.k.shape[1], draft.k.shape[1], context.count
         q_N1H, k_G1H = (self._rotated(a, K + count + jnp.arange(1)) for a in (q_N1H, k_G1H))
+        # Positions count from the beginning of the cache, and the token stands at K + count.
         reach = self.window or K + b + 1
         place_K, place_b = jnp.arange(K), jnp.arange(b)
         is_visible_K = (place_K >= _num_empty(K, context)) & (place_K > K + count - reach)
@@ -107,7 +113,7 @@ class Attention(Mixer):
 
     def empty(self, capacity: int) -> KeyValues:  # noqa: D102
         H = self.config.head_dim
-        heads = self.wk.get_value().shape[-1] // H  # those at hand: of one device's part of the matrices, fewer
+        heads = self.wk.get_value().shape[-1] // H  # fewer than G where the matrices are one device's part
         zeros = jnp.zeros((heads, capacity, H), jnp.dtype(self.config.compute_dtype))
         return KeyValues(zeros, zeros)
 
@@ -115,7 +121,7 @@ class Attention(Mixer):
         return min(self.window, seq_len) if self.window else seq_len
 
     def resize(self, state: KeyValues, capacity: int) -> KeyValues:
-        """Adds empty positions at the front of the cache, or drops the oldest ones; the newest stands last."""
+        """Adds empty positions at the front of the cache, or drops the oldest ones. The newest position stays last."""
         lacking = capacity - state.k.shape[-2]
 
         def at_the_front(a):
@@ -125,7 +131,7 @@ class Attention(Mixer):
         return jax.tree.map(at_the_front, state)
 
     def advance(self, state: KeyValues, entry: KeyValues) -> KeyValues:
-        """Appends the mini-batch and drops as many of the oldest positions: the cache keeps its size."""
+        """Appends the mini-batch and drops as many of the oldest positions. The cache keeps its size."""
 
         def most_recent(old, new):
             both = jnp.concatenate([old, new], axis=1)
@@ -153,13 +159,13 @@ class Attention(Mixer):
         return jax.tree.map(lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, count, 1), draft, added)
 
     def prepare(self, state: KeyValues) -> KeyValues:
-        """Rotates the keys at their positions in the cache, once for all tokens of a mini-batch."""
+        """Rotates the cached keys at their positions in the cache, once for all tokens of a mini-batch."""
         return state._replace(k=self._rotated(state.k, jnp.arange(state.k.shape[1])))
 
     def flops(self, seq_len: int) -> float:  # noqa: D102
         config, k = self.config, self.window
         N, G, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        keys = (seq_len + 1) / 2 if not k or k >= seq_len else k - k * (k - 1) / (2 * seq_len)  # of a query, on average
+        keys = (seq_len + 1) / 2 if not k or k >= seq_len else k - k * (k - 1) / (2 * seq_len)  # a query's average
         return 4 * config.hidden_size * H * (N + G) + 4 * N * H * keys
 
     def received(self, T: int, num_parts: int) -> float:  # noqa: D102
@@ -171,7 +177,7 @@ class Attention(Mixer):
         return "" if use == "sequence axis" else super().obstacle(use)
 
     def _project(self, x_TD, compute: Pass):
-        """Queries [N, T, H], and keys and values [G, T, H]: normed, unrotated."""
+        """Projects to queries [N, T, H], keys and values [G, T, H]: after QK-norm, before RoPE."""
         x_TD = copy_to_all(x_TD, self.is_divided)
         weights = {"attention.q": self.wq, "attention.k": self.wk, "attention.v": self.wv}
         q_NTH, k_GTH, v_GTH = (self._heads(compute.product(name, x_TD, w[...])) for name, w in weights.items())
@@ -180,26 +186,26 @@ class Attention(Mixer):
         return q_NTH, k_GTH, v_GTH
 
     def _output(self, out_NTH, compute: Pass):
-        """[T, D]"""
+        """Projects the heads' outputs [N, T, H] to [T, D]."""
         out_T = out_NTH.swapaxes(-3, -2)
         out_T = out_T.reshape(*out_T.shape[:-2], -1)
         return compute.product("attention.o", out_T, self.wo[...], divided=self.is_divided)
 
     @property
     def is_divided(self) -> bool:
-        """Whether the matrices at hand are those of one device's heads (parts.py)."""
+        """Whether the matrices hold only one device's heads (tensor parallelism, parts.py)."""
         return self.wo.get_value().shape[-2] < self.config.num_attention_heads * self.config.head_dim
 
     def _rotated(self, x_NTH, positions_T):
         return rotate(x_NTH, positions_T, theta=self.config.rope_theta, style=self.config.rope_style)
 
     def _heads(self, x_T):
-        """[T, N H] to [N, T, H]."""
+        """Splits [T, N H] into heads [N, T, H]."""
         return x_T.reshape(*x_T.shape[:-1], -1, self.config.head_dim).swapaxes(-3, -2)
 
 
 def _num_empty(K: int, context: Context):
-    """Leading positions of a cache that hold nothing yet."""
+    """Counts the empty positions at the front of a cache of K positions."""
     return jnp.maximum(K - context.start, 0)
 
 

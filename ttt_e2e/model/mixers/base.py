@@ -1,16 +1,24 @@
-"""Sequence mixers: what a block mixes the positions of a sequence with. The protocol, and the registry.
+"""Sequence mixers (attention, or a recurrence): the protocol of a mixer, and the registry.
 
 A mixer is one file: a subclass of `Mixer`, registered under the name by which `config.model.mixer` asks for it. Its
-methods are written for one sequence; callers batch them with `jax.vmap`. What it carries from mini-batch to mini-batch
-is its own affair, in four pytrees of floating arrays, none of which holds weights:
+methods are written for one sequence; callers batch them with `jax.vmap`. It carries four pytrees of floating arrays
+from mini-batch to mini-batch. Their contents are its own choice, but for weights, which they must not hold:
 
     State   all that it needs of the mini-batches before this one: a KV cache, or a recurrent state
-    Entry   what one mini-batch adds to it: new keys and values, or the recurrent state after the mini-batch
-    Log     the first State and the Entries of all mini-batches, kept for the reverse pass: the State that each
-            mini-batch saw is a slice of it
-    Draft   what the tokens of an unfinished mini-batch have added so far, while they are predicted one by one
+    Entry   what one mini-batch contributes: new keys and values, or the recurrent state after the mini-batch
+    Log     residual of the reverse pass: the first State and all Entries, such that the State before each mini-batch is
+            a slice of it
+    Draft   only in decoding: what the tokens of an unfinished mini-batch contributed, predicted one by one
 
-The defaults are those of a recurrent mixer, whose Entry is its next State. docs/architecture.md has a whole example.
+How they meet (attention in parentheses):
+
+    reading     output, entry = extend(x, state)      state = advance(state, entry)   (appends to the KV cache)
+    training    the same in the forward pass; log = log(first state, all entries); in reverse, state_i = at(log, i)
+    decoding    prepared = prepare(state)             (rotates the cached keys once)
+                draft = draft(state, b)               (an empty cache of b positions)
+                output, added = decode(x, prepared, draft)      draft = append(draft, added)    for each token
+
+The defaults are those of a recurrent mixer, whose Entry is its next State. docs/mixers.md has a whole example.
 
 Shapes: `T` positions, `b` inner mini-batch, `M` mini-batches of a sequence, `D` model width.
 """
@@ -29,96 +37,100 @@ from ttt_e2e.model.sequence_parts import SequenceParts
 
 
 class Context(NamedTuple):
-    """Place of the given positions in their sequence; the same for all sequences of a batch."""
+    """Says where the given positions stand in their sequence; the same for all sequences of a batch."""
 
-    start: Any = 0  # positions before the mini-batch: those that the State has seen
-    # Positions of the mini-batch that hold tokens, the others being padding at its end; None = all. For `decode`: how
-    # many come before this one.
+    start: Any = 0  # number of positions before the mini-batch, which the State is made of
+    # In `extend`: number of tokens in the mini-batch, with padding after them; None = no padding. In `decode`: number
+    # of tokens of the mini-batch before this one.
     count: Any = None
-    parts: SequenceParts | None = None  # where the positions are one device's part of a sequence: how that is divided
+    parts: SequenceParts | None = None  # how the sequence is divided, where the positions are one device's part of it
 
 
 class Mixer(nnx.Module):
-    """Mixes positions: normed hidden states [T, D] to what is added to the residual stream [T, D].
+    """Maps normed hidden states [T, D] to what the block adds to the residual stream [T, D].
 
-    All expensive results go through `compute`, the kind of pass this is (passes.py): products with weights by
-    `compute.product`, anything else by `compute.call`.
+    All expensive results are computed through the argument `compute`, the kind of pass (passes.py): products with
+    weights by `compute.product`, anything else by `compute.call`.
     """
 
     label = "mixer"  # what its parameters are called in checkpoints: "prefix.LABEL.wq", "prefix.LABEL_norm.weight"
     grows = False  # whether its State grows with the sequence
 
     def whole(self, x_TD, compute: Pass, context: Context):
-        """Output [T, D] of a whole sequence, as the prefix runs it in training."""
+        """Computes the output [T, D] of a whole sequence, as the prefix runs it in training."""
         raise NotImplementedError
 
     def extend(self, x_bD, compute: Pass, state, context: Context):
-        """(output [b, D], Entry) of a mini-batch that follows a State.
+        """Runs a mini-batch, given the State before it: returns (output [b, D], Entry).
 
-        An Entry is a value without a tangent: `compute.value` takes it. Where `context.count` says that some positions
-        are padding, an Entry that is a state is that after the last token.
+        An Entry must not have tangents: `compute.value` drops them. With padding (`context.count`), the Entry of a
+        recurrent mixer is its state after the last token, not after the padding.
         """
         raise NotImplementedError
 
     def decode(self, x_1D, compute: Pass, prepared, draft, context: Context):
-        """(output [1, D], what the token adds) of the next token of an unfinished mini-batch.
+        """Runs the next token of an unfinished mini-batch: returns (output [1, D], what `append` adds to the Draft).
 
-        `prepared` is what `prepare` made of the State; `append` adds to the Draft what the token adds.
+        prepared: the State before the mini-batch, as `prepare` returns it.
+        draft: the Draft after the tokens of the mini-batch before this one.
         """
         raise NotImplementedError
 
     def empty(self, capacity: int):
-        """The State before anything was read, with room for `capacity` positions."""
+        """Makes the State before the first token, with room for `capacity` positions."""
         raise NotImplementedError
 
     def flops(self, seq_len: int) -> float:
-        """FLOPs of one forward pass, per token of a sequence of this length."""
+        """Counts the FLOPs of one forward pass, per token of a sequence of this length."""
         raise NotImplementedError
 
     def capacity(self, seq_len: int) -> int:
-        """Positions that a State must have room for, so that a sequence of `seq_len` tokens can be read."""
+        """Counts the positions that a State needs room for, to read a sequence of `seq_len` tokens."""
         return 0
 
     def resize(self, state, capacity: int):
-        """A State with room for more positions, or for fewer where the oldest are out of reach."""
+        """Gives a State room for more positions, or for fewer where the oldest are out of reach."""
         return state
 
     def advance(self, state, entry):
-        """The State after a mini-batch."""
+        """Computes the State after a mini-batch from the one before it and the Entry."""
         return entry
 
     def log(self, first, entries_M):
-        """The Log of M mini-batches: the State before them, and their Entries."""
+        """Makes the Log of M mini-batches from the State before the first and the Entries, with a leading axis M."""
         return jax.tree.map(lambda s, e: jnp.concatenate([s[None], e[:-1]]), first, entries_M)
 
     def at(self, log, i, take: Callable):
-        """The State that mini-batch i saw, in one slice of each array.
+        """Slices the State before mini-batch i out of the Log, by one call of `take` for each array.
 
-        take: (array, start, size, axis) -> that slice. The arrays may have leading axes of which `take` knows more, so
-            that axes are counted from the end.
+        take: (array, start, size, axis) -> the slice of `size` entries from `start`. Give `axis` counted from the end:
+            the arrays may have more leading axes (sequences, blocks), which only the caller knows.
         """
         first = jax.eval_shape(lambda: self.empty(0))
         return jax.tree.map(lambda a, s: jnp.squeeze(take(a, i, 1, -1 - s.ndim), -1 - s.ndim), log, first)
 
     def draft(self, state, b: int, entry=None, count=0):
-        """The Draft after the first `count` tokens of a mini-batch of b, whose Entry is `entry`; None where it is 0."""
+        """Makes the Draft after the first `count` tokens of a mini-batch of b with this Entry (None: no token)."""
         return state if entry is None else entry
 
     def append(self, draft, added, count):
-        """The Draft with another token in it, after the first `count` of the mini-batch."""
+        """Adds to the Draft what `decode` returned for a token, after the first `count` of the mini-batch."""
         return added
 
     def prepare(self, state):
-        """A State as `decode` reads it: what is computed once for all tokens of a mini-batch."""
+        """Prepares a State for `decode`: computes what is the same for all tokens of a mini-batch."""
         return state
 
     def received(self, T: int, num_parts: int) -> float:
-        """Numbers that a device receives in one forward pass, where it has T positions of a sequence and others have
-        the rest. Only of mixers without an obstacle to "sequence axis"."""
+        """Counts the numbers that a device receives in one forward pass, with T positions of each of `num_parts`
+        devices.
+
+        Only asked of mixers without an obstacle to "sequence axis".
+        """
         raise NotImplementedError
 
     def obstacle(self, use: str) -> str:
-        """Why it cannot serve a use, or "".
+        """Says why the mixer cannot serve a use, or returns "" where it can. Ends a message: "..., which OBSTACLE".
 
         use: "decode", predicting token by token; "sequence axis", a prefix whose positions are divided over devices;
             "twice differentiable", a suffix block under the exact meta-gradient.
@@ -134,14 +146,14 @@ _MIXERS: dict[str, Callable] = {}
 
 
 def register(name: str, make: Callable, section: type | None = None) -> None:
-    """Makes a mixer known as `name`.
+    """Registers a mixer under a name.
 
     Args:
-      name: by which `config.model.mixer` asks for it. A mixer of this directory has the name of the file in which it
-        registers itself; another one must be registered before the config is made.
+      name: the word in `config.model.mixer`. In this directory, a mixer has the name of its file, which is imported
+        when it is asked for; a mixer elsewhere must be registered before the config is made.
       make: (config.model, rngs) -> Mixer.
-      section: dataclass of fields that it alone has, each a `config.fields.field`: `config.model.NAME.FIELD`, which the
-        mixer reads as `config.section(NAME)`.
+      section: dataclass of the mixer's own config fields, each a `config.fields.field`. They are set as
+        `config.model.NAME.FIELD`, and read as `config.section(NAME).FIELD`.
     """
     _MIXERS[name] = make
     if name not in MIXERS:
@@ -151,7 +163,7 @@ def register(name: str, make: Callable, section: type | None = None) -> None:
 
 
 def make_mixer(name: str, config, rngs: nnx.Rngs) -> Mixer:
-    """A mixer with fresh parameters."""
+    """Makes a mixer with freshly initialised parameters."""
     if name not in _MIXERS:
         importlib.import_module(f"ttt_e2e.model.mixers.{name}")
     return _MIXERS[name](config, rngs)
