@@ -1,10 +1,10 @@
-"""The reverse of one mini-batch, block by block: what `inner.remat = "block"` does with the dual program.
+"""The reverse pass over the dual program of one mini-batch, block by block (`inner.remat = "block"`).
 
-JAX's reverse of a scan over blocks would return the gradients of all blocks stacked, for the caller to add to the sums
-of earlier mini-batches: a second copy of all of them. Here each block adds its own in place, after its residuals have
-been computed again from the hidden states (and their tangents) that entered it.
+JAX's reverse of a scan over blocks would return the gradients of all blocks, stacked, for the caller to add to the sums
+over mini-batches: a second array of the size of all gradients. Here each block adds its gradients to the sums in place.
+Each block is rematerialised from its inputs: hidden states, and their tangents.
 
-The reference is the reverse of `meta_gradient.reverse_program`.
+It computes the same as the reverse of `meta_gradient.reverse_program`, against which it is tested.
 
 Shapes: `B` sequences, `b` inner mini-batch, `D` model width, `L` blocks of a stack.
 """
@@ -23,37 +23,39 @@ from ttt_e2e.model.passes import DualPass
 
 
 class Cotangents(NamedTuple):
-    """Sums over the mini-batches from the last to this one; but `states`, of the mixers' States between two of them."""
+    """What the reverse scan carries. Sums over the mini-batches after this one, but for `states`, which is no sum."""
 
-    fast: Any
-    slow: Any
-    states: Any  # {stack: State [B, L, ...]}
+    fast: Any  # W_bar, with leading axes [B, L]
+    slow: Any  # {stack: [L, ...]}, and final norm and head
+    states: Any  # {stack: [B, L, ...]}, cotangents of the States between this mini-batch and the next
 
 
 def pull_back(
     suffix: Structure, sums: Cotangents, slow, of_block, context: Context, mini_batch: MiniBatch, head: HeadPass, seeds
 ):
-    """Adds one mini-batch's cotangents to those of the mini-batches after it.
+    """Runs the reverse of one mini-batch, and adds its cotangents to those of the mini-batches after it.
 
     Args:
       suffix: structure of the `Suffix`.
-      sums: cotangents so far; those of the States are of what the mini-batch leaves.
+      sums: cotangents so far; `sums.states` are those of the States after this mini-batch.
       slow: slow weights.
-      of_block: (stack, index of a block in it, sum of its fast weights' cotangents over the mini-batches after this
-        one) -> (W_i, u, State) of that block. Made anew where they are needed, so that no copy of a whole stack is.
-      context: where the mini-batch stands.
+      of_block: (stack, index of a block in it, the block's part of `sums.fast`) -> (W_i, u, State before the
+        mini-batch) of that block. Called where they are needed, so that they exist for one block at a time.
+      context: position of the mini-batch in the sequence.
       mini_batch: arrays with a leading axis B.
       head: the head's forward pass.
       seeds: cotangents [B, b] of the NLL and of its tangent along u.
 
     Returns:
-      The sums, those of the States now of what the mini-batch sees, and the cotangent [B, b, D] of the hidden states.
+      The new cotangents, whose `states` are those of the States before this mini-batch; and the cotangent [B, b, D] of
+      the mini-batch's hidden states.
     """
     stacks, config = suffix.module.stacks, suffix.module.config
     block_defs = {name: split(stack)[0] for name, stack in stacks.items()}
-    top = {name: weights for name, weights in slow.items() if name not in stacks}
+    top = {name: weights for name, weights in slow.items() if name not in stacks}  # final norm and head
 
     def dual_block(name, i, sums):
+        """Returns a function that runs block i of a stack, and its operands but the hidden states."""
         fast, u, state = of_block(name, i, _take(sums.fast[name], i, axis=1))
         run = partial(_dual_block, block_defs[name], context, u)
         return run, (fast, _take(slow[name], i, axis=0), state)
@@ -64,20 +66,20 @@ def pull_back(
         values_BbD, tangents_BbD = hidden_B2bD[:, 0], hidden_B2bD[:, 1]
         return dual_nll(values_BbD, tangents_BbD, top["head"], mini_batch.targets, head, config.vocab_size)
 
-    def forward_period(x_B2bD, i):
-        entered = {}
+    def forward_period(x_B2bD, i):  # block i of each stack; keeps the hidden states before each block
+        block_inputs = {}
         for name in stacks:
-            entered[name] = x_B2bD
+            block_inputs[name] = x_B2bD
             run, operands = dual_block(name, i, sums)
             x_B2bD, _ = run(*operands, x_B2bD)
-        return x_B2bD, entered
+        return x_B2bD, block_inputs
 
     def reverse_period(carry, step):
-        i, entered = step
+        i, block_inputs = step
         for name in reversed(stacks):
             x_bar_B2bD, sums = carry
             run, operands = dual_block(name, i, sums)
-            _, pull = jax.vjp(run, *operands, entered[name])
+            _, pull = jax.vjp(run, *operands, block_inputs[name])
             state_bar = _take(sums.states[name], i, axis=1)
             fast_bar, slow_bar, state_bar, x_bar_B2bD = pull((x_bar_B2bD, state_bar))
             sums = Cotangents(
@@ -90,18 +92,18 @@ def pull_back(
 
     num_periods = config.num_fast_blocks // len(stacks)
     x_B2bD = jax.vmap(partial(DualPass().begin, in_scan=True))(mini_batch.hidden)
-    x_B2bD, entered = jax.lax.scan(forward_period, x_B2bD, jnp.arange(num_periods))
+    x_B2bD, block_inputs = jax.lax.scan(forward_period, x_B2bD, jnp.arange(num_periods))
     _, pull = jax.vjp(dual_top, top, x_B2bD)
     top_bar, x_bar_B2bD = pull(seeds)
-    in_blocks = sums._replace(slow={name: sums.slow[name] for name in stacks})
-    steps = jnp.arange(num_periods), entered
-    (x_bar_B2bD, in_blocks), _ = jax.lax.scan(reverse_period, (x_bar_B2bD, in_blocks), steps, reverse=True)
+    block_sums = sums._replace(slow={name: sums.slow[name] for name in stacks})
+    steps = jnp.arange(num_periods), block_inputs
+    (x_bar_B2bD, block_sums), _ = jax.lax.scan(reverse_period, (x_bar_B2bD, block_sums), steps, reverse=True)
     top_sum = jax.tree.map(jnp.add, {name: sums.slow[name] for name in top}, top_bar)
-    return in_blocks._replace(slow=in_blocks.slow | top_sum), x_bar_B2bD[:, 0]
+    return block_sums._replace(slow=block_sums.slow | top_sum), x_bar_B2bD[:, 0]
 
 
 def _dual_block(block_def, context: Context, u, fast, slow, state, x_B2bD):
-    """(Hidden states and their tangents after a block, its mixer's State after the mini-batch)."""
+    """Runs a block on values and tangents: returns (hidden states [B, 2, b, D], State after the mini-batch)."""
 
     def run(directed, x_2bD, state):
         block = merge(block_def, directed, slow)
@@ -112,12 +114,15 @@ def _dual_block(block_def, context: Context, u, fast, slow, state, x_B2bD):
 
 
 def _take(stacked, i, axis: int):
+    """Takes entry i of the axis over blocks."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, axis, keepdims=False), stacked)
 
 
 def _put(stacked, new, i, axis: int):
+    """Replaces entry i of the axis over blocks."""
     return jax.tree.map(lambda a, n: jax.lax.dynamic_update_index_in_dim(a, n, i, axis), stacked, new)
 
 
 def _add(sums, new, i, axis: int):
+    """Adds to entry i of the axis over blocks."""
     return _put(sums, jax.tree.map(jnp.add, _take(sums, i, axis), new), i, axis)

@@ -1,12 +1,14 @@
-"""Divides the reading of a batch among the devices of a mesh, each of which has its own part of every array.
+"""Divides the reading of a batch among the devices of a mesh: which part of every array a device has, and its gathers.
 
-The program runs inside of a `jax.shard_map` over both axes of the mesh. `data`: each device has its own sequences, and
-a part of every weight, which it stores for all; a weight is put together before it is used, in the compute dtype, and
-its cotangents are added up over the devices in the dtype in which it is stored. `model`: each device has its part of
-every matrix and computes with that (model/parts.py); or, in the prefix, its part of the positions, and then whole
-matrices (model/sequence_parts.py).
+The program runs inside of a `jax.shard_map` over both axes of the mesh.
 
-What a loop runs gathers nothing, but for the weights of the prefix: those of one block at a time.
+    data    fully sharded data parallelism (FSDP): each device has its own sequences, and stores one shard of every
+            weight. A weight is gathered in the compute dtype before use (`all_gather`); its cotangents are summed over
+            the devices in the stored dtype, and each device gets its shard of the sum (`psum_scatter`).
+    model   tensor parallelism: each device computes with its own part of every matrix (model/parts.py). Or, in the
+            prefix, sequence parallelism: it computes its own positions with whole matrices (model/sequence_parts.py).
+
+No loop over mini-batches gathers anything. The loop over prefix blocks gathers the weights of one block at a time.
 
 Shapes: `B` sequences of a device, `T` positions of a sequence, `Q` of a device's part of it, `V` vocabulary, `D` model
 width.
@@ -28,34 +30,34 @@ DATA = "data"
 class Leaf(NamedTuple):
     """Layout of one weight: as stored, and as a device computes with it. Dimensions count from the end: -1 or -2."""
 
-    is_matrix: bool = True  # computes in the compute dtype; others, of norms, as they are
-    data: int = 0  # dimension that is divided over `data`; 0 = none
-    gathered: int = 0  # dimension that is divided over `model`, but whole in the computation; 0 = none
-    sums: bool = False  # whether cotangents of what was gathered over `model` are terms of a sum, or all alike
-    columns: int = 0  # of a head stored whole, of which each device of `model` computes with its own; 0 = not so
-    unsummed: tuple[str, ...] = ()  # axes over which cotangents are still to be added up, once a step
+    is_matrix: bool = True  # cast to the compute dtype; the weights of norms are not
+    data: int = 0  # dimension that is sharded over `data`; 0 = none
+    gathered: int = 0  # dimension that is sharded over `model`, and gathered for the computation; 0 = none
+    sums: bool = False  # `gathered` only: the devices' cotangents are terms of a sum; otherwise equal on all devices
+    columns: int = 0  # columns of a head that is stored whole, though each device of `model` uses its own; 0 = not so
+    unsummed: tuple[str, ...] = ()  # axes over which `complete` sums the cotangents, once a step
 
 
 class Weights(NamedTuple):
-    """Layouts of a tree of weights; None where nothing is divided."""
+    """Layouts of a tree of weights."""
 
-    leaves: Any = None
+    leaves: Any = None  # tree of `Leaf`; None where nothing is divided
     num_parts: int = 1  # devices of the `model` axis
     compute_dtype: Any = None
 
     def of(self, *names: str) -> "Weights":
-        """The layouts of a part of the tree."""
+        """Selects the layouts of a part of the tree, by path."""
         leaves = self.leaves
         for name in names if leaves is not None else ():
             leaves = leaves[name]
         return self._replace(leaves=leaves)
 
     def whole(self, stored):
-        """Gathers stored weights into those that this device computes with."""
+        """Gathers stored weights (shards) into those that this device computes with, and casts matrices."""
         return self._map(partial(_whole, self), stored)
 
     def reduced(self, bars):
-        """The transpose of `whole`: cotangents of what is stored, added up over those devices that share it."""
+        """Transposes `whole`: sums the cotangents over the devices, and returns those of the stored shards."""
         return self._map(partial(_reduced, self), bars)
 
     def _map(self, function, tree):
@@ -63,13 +65,13 @@ class Weights(NamedTuple):
 
 
 class Division(NamedTuple):
-    """Layout of all arrays on a device."""
+    """Layouts of all weights, and the division of the prefix."""
 
     slow: Weights = Weights()
-    head: Weights = Weights()  # [D, V], be it a weight of its own or the transpose of the embeddings' table
+    head: Weights = Weights()  # of [D, V], whether a weight of its own or the transposed embeddings
     fast: Weights = Weights()
     num_parts: int = 1  # devices of the `model` axis
-    by_sequence: bool = False  # whether the prefix divides positions over `model`, and not matrices
+    by_sequence: bool = False  # whether `model` divides positions in the prefix, not matrices
 
 
 UNDIVIDED = Division()
@@ -77,7 +79,7 @@ UNDIVIDED = Division()
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def fetch(weights: Weights, stored):
-    """`Weights.whole`, with `Weights.reduced` as its transpose; differentiable once, in reverse."""
+    """Gathers weights: `Weights.whole`, with `Weights.reduced` as its reverse; differentiable once."""
     return weights.whole(stored)
 
 
@@ -93,12 +95,12 @@ fetch.defvjp(_fetch_forward, _fetch_reverse)
 
 
 def fetch_block(weights: Weights, state):
-    """The state of a block, of what this device stores of it."""
+    """Gathers the weights of a block, given as an `nnx.State` of this device's shards."""
     return nnx.State(fetch(weights, nnx.to_pure_dict(state)))
 
 
 def complete(division: Division, gradient):
-    """Adds up over the devices what is left of a gradient {"fast", "slow"} of the stored weights."""
+    """Completes a gradient {"fast", "slow"} of the stored weights: sums it over the axes that `reduced` left out."""
 
     def add_up(bar, leaf: Leaf):
         return jax.lax.psum(bar, leaf.unsummed) if leaf.unsummed else bar
@@ -107,10 +109,10 @@ def complete(division: Division, gradient):
 
 
 def embed(division: Division, table_VD, tokens_BT, vocab_size: int, dtype):
-    """Embeddings [B, T, D] of this device's sequences; where the prefix divides them, of its positions [B, Q, D].
+    """Embeds this device's sequences, [B, T, D]; where the prefix divides positions, its own positions, [B, Q, D].
 
-    Not the table travels, but what is looked up: every device looks up the tokens of all, in the rows and columns of
-    the table that it stores. So the table's cotangents are each device's own.
+    Devices exchange embeddings, not the table: each looks up the tokens of all devices in its own shard of the table.
+    So the table's cotangents need no sum over devices.
     """
     leaf: Leaf = division.slow.of("embedding").leaves or Leaf()
     ids = jax.lax.all_gather(tokens_BT, DATA, axis=0, tiled=True) if leaf.data else tokens_BT
@@ -131,7 +133,7 @@ def embed(division: Division, table_VD, tokens_BT, vocab_size: int, dtype):
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather_alike(part, axis: int, num_parts: int):
-    """The whole of an array whose dimension `axis` is divided over `model`; its cotangents are alike on all devices."""
+    """Gathers an array whose dimension `axis` is divided over `model`; its cotangents must be equal on all devices."""
     return jax.lax.all_gather(part, MODEL, axis=axis, tiled=True)
 
 
@@ -142,7 +144,7 @@ gather_alike.defvjp(
 
 
 def own_part(whole, axis: int, num_parts: int):
-    """This device's part of a dimension that `model` divides evenly."""
+    """Slices this device's part out of a dimension that `model` divides evenly."""
     size = whole.shape[axis] // num_parts
     return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(MODEL) * size, size, axis)
 
@@ -153,9 +155,9 @@ def _whole(weights: Weights, stored, leaf: Leaf):
     for dimension, axis in ((leaf.data, DATA), (leaf.gathered, MODEL)):
         if dimension:
             stored = jax.lax.all_gather(stored, axis, axis=stored.ndim + dimension, tiled=True)
-    if leaf.columns:  # filled up with columns of zeros to a multiple of the devices
-        filled = jnp.pad(stored, ((0, 0), (0, -leaf.columns % weights.num_parts)))
-        stored = own_part(filled, 1, weights.num_parts)
+    if leaf.columns:  # padded with columns of zeros to a multiple of the devices
+        padded_head = jnp.pad(stored, ((0, 0), (0, -leaf.columns % weights.num_parts)))
+        stored = own_part(padded_head, 1, weights.num_parts)
     return stored
 
 

@@ -1,7 +1,7 @@
 """Reading a sequence: score each mini-batch, then learn from it.
 
-Pure functions of (fast, slow, tokens); `fast` and `slow` are nested dicts of arrays, the two halves of one
-`split(model)`, and `graphdef` is its static third.
+Pure functions of (fast, slow, tokens). `fast` and `slow` are nested dicts of arrays; they and the static `graphdef` are
+what `split(model)` returns.
 
 Shapes: `B` sequences, `T` tokens of a sequence, `Q` of a device's part of it, `M` mini-batches of a sequence, `b` inner
 mini-batch, `R` = B T rows, `D` model width, `V` vocabulary.
@@ -26,12 +26,12 @@ from ttt_e2e.model.sequence_parts import SequenceParts
 
 
 class Reading(NamedTuple):
-    """Result of reading: losses, and the fast weights after the last mini-batch; of a batch, with a leading axis B."""
+    """Result of reading a sequence. That of a batch has a leading axis B in every array."""
 
     loss: jax.Array  # mean over mini-batches
-    mini_batch_loss_M: jax.Array  # mean over the unmasked targets of each
-    token_nll_T: jax.Array  # unmasked, each token scored before its mini-batch was learned from
-    fast: Any
+    mini_batch_loss_M: jax.Array  # mean over the unmasked targets of each mini-batch
+    token_nll_T: jax.Array  # of masked targets, too; each token is scored before its mini-batch is learned from
+    fast: Any  # fast weights after the last mini-batch
 
 
 def read_batch(
@@ -45,28 +45,28 @@ def read_batch(
     bos_id: int,
     division: Division = UNDIVIDED,
 ) -> Reading:
-    """Reads B sequences: predicts each of their last T tokens from those before it, learning after every mini-batch.
+    """Reads B sequences: predicts each of the last T tokens from those before it, and learns after every mini-batch.
 
     Args:
       graphdef: static structure of the `Transformer`.
-      fast: initial fast weights W_0 with a leading axis over sequences, each of which changes its own.
-      slow: slow weights; what this device stores of them.
+      fast: initial fast weights W_0, with a leading axis B: each sequence changes its own copy.
+      slow: slow weights, or this device's shards of them.
       tokens: integers [B, T + 1]; T must be a multiple of `inner.mini_batch_size`.
       inner: the inner loop's configuration; `inner.gradient` chooses how the meta-gradient is computed. Its policies
-        must not be "auto" (memory.py).
-      learning_rate: eta, may be traced; 0 reads without learning. A constant to the meta-gradient.
-      bos_id: targets equal to it do not count in the loss; 0 = all count.
-      division: how devices share the work, where they do.
+        must not be "auto" (memory.py resolves it).
+      learning_rate: eta, may be traced; 0 reads without learning. The meta-gradient treats it as a constant.
+      bos_id: targets equal to it are masked in the loss; 0 = none is.
+      division: how arrays are divided among devices.
 
-    Differentiable in `fast` and `slow`, in reverse: the result is the meta-gradient.
+    Differentiable in `fast` and `slow`, once, in reverse: the result is the meta-gradient.
     """
     if "auto" in (inner.trajectory, inner.remat):
         raise ValueError("inner.trajectory and inner.remat are still 'auto': see inner/memory.py")
     model = merge(graphdef, fast, slow)
     x_BQD = run_prefix(model, tokens, inner, division)
     if not model.config.num_fast_blocks:
-        nll_BT, b = _static_nll(model, division, x_BQD, tokens[:, 1:]), inner.mini_batch_size
-        nll_BMb, targets_BMb = (a.reshape(len(tokens), -1, b) for a in (nll_BT, tokens[:, 1:]))
+        nll_BT = _nll_without_suffix(model, division, x_BQD, tokens[:, 1:])
+        nll_BMb, targets_BMb = (a.reshape(len(tokens), -1, inner.mini_batch_size) for a in (nll_BT, tokens[:, 1:]))
         loss_BM = masked_mean(nll_BMb, is_target(targets_BMb, bos_id))
         return Reading(loss_BM.mean(axis=1), loss_BM, nll_BT, fast)
 
@@ -84,8 +84,14 @@ def read_batch(
     return Reading(loss_BM.mean(axis=1), loss_BM, nll_BMb.reshape(len(tokens), -1), fast)
 
 
+def read_sequence(graphdef, fast, slow, tokens, **options) -> Reading:
+    """Reads one sequence, tokens [T + 1]: `read_batch` without the leading axis B in `fast` and in the result."""
+    reading = read_batch(graphdef, jax.tree.map(lambda w: w[None], fast), slow, tokens[None], **options)
+    return jax.tree.map(lambda a: a[0], reading)
+
+
 def run_prefix(model: Transformer, tokens, inner: InnerConfig, division: Division = UNDIVIDED):
-    """Hidden states [B, Q, D] after the prefix, of the positions that are this device's, given tokens [B, T + 1]."""
+    """Runs embedding and prefix on tokens [B, T + 1]; returns hidden states [B, Q, D] of this device's positions."""
     config = model.config
     x_BQD = embed(division, model.embedding[...], tokens[:, :-1], config.vocab_size, jnp.dtype(config.compute_dtype))
     parts = SequenceParts(division.num_parts) if division.by_sequence else None
@@ -100,7 +106,7 @@ def run_prefix(model: Transformer, tokens, inner: InnerConfig, division: Divisio
 def make_mini_batches(x_BQD, tokens, inner: InnerConfig, bos_id: int, division: Division = UNDIVIDED) -> MiniBatch:
     """Cuts sequences into mini-batches: arrays with leading axes [B, M].
 
-    Where devices have other positions each, the hidden states are put together once, here.
+    Where the prefix ran on divided positions (Q < T), all devices gather the hidden states here, once.
     """
     x_BTD = gather_alike(x_BQD, 1, division.num_parts) if division.by_sequence else x_BQD
     x_BMbD, targets_BMb = (
@@ -110,18 +116,18 @@ def make_mini_batches(x_BQD, tokens, inner: InnerConfig, bos_id: int, division: 
 
 
 def suffix_weights(division: Division, slow) -> Weights:
-    """Layouts of the slow weights of a model's `Suffix`, by the names in `slow`."""
+    """Selects the layouts of the slow weights of a model's `Suffix`, by the names in `slow`."""
     if division.slow.leaves is None:
         return division.slow
     leaves = {name: division.head.leaves if name == "head" else division.slow.leaves[name] for name in slow}
     return division.slow._replace(leaves=leaves)
 
 
-def _static_nll(model: Transformer, division: Division, x_BQD, targets_BT):
-    """NLL [B, T] of a model without a suffix, from its hidden states."""
+def _nll_without_suffix(model: Transformer, division: Division, x_BQD, targets_BT):
+    """Computes the NLL [B, T] of a model without fast weights, from the last block's hidden states."""
     x_BQD = model.final_norm(x_BQD)
     if division.by_sequence:
-        x_BTD = jax.lax.all_gather(x_BQD, MODEL, axis=1, tiled=True)  # cotangents are terms of a sum
+        x_BTD = jax.lax.all_gather(x_BQD, MODEL, axis=1, tiled=True)  # in reverse: a sum over the devices
     else:
         x_BTD = copy_to_all(x_BQD, division.num_parts > 1)
     x_RD, targets_R = x_BTD.reshape(targets_BT.size, -1), targets_BT.reshape(-1)
@@ -131,7 +137,10 @@ def _static_nll(model: Transformer, division: Division, x_BQD, targets_BT):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _head_nll(weights: Weights, vocab_size: int, x_RD, head_DV, targets_R):
-    """NLL [R] of rows, given the head as it is stored; differentiable once, in reverse."""
+    """Computes the NLL [R] of rows, given the head as it is stored (sharded); differentiable once, in reverse.
+
+    A custom VJP, so that the head is gathered once and its cotangents are scattered once, after all blocks of rows.
+    """
     return _head_nll_forward(weights, vocab_size, x_RD, head_DV, targets_R)[0]
 
 
@@ -142,15 +151,9 @@ def _head_nll_forward(weights: Weights, vocab_size: int, x_RD, head_DV, targets_
 
 
 def _head_nll_reverse(weights: Weights, vocab_size: int, residuals, nll_bar_R):
-    *operands, like = residuals
+    *operands, stored_dtype = residuals  # the dtype as that of a scalar, since residuals are arrays
     x_bar_RD, head_bar_DC = nll_reverse(*operands, nll_bar_R, vocab_size)
-    return x_bar_RD, weights.reduced(head_bar_DC.astype(like.dtype)), None
+    return x_bar_RD, weights.reduced(head_bar_DC.astype(stored_dtype.dtype)), None
 
 
 _head_nll.defvjp(_head_nll_forward, _head_nll_reverse)
-
-
-def read_sequence(graphdef, fast, slow, tokens, **options) -> Reading:
-    """`read_batch` of one sequence: tokens [T + 1], and no leading axis in `fast` and in the result."""
-    reading = read_batch(graphdef, jax.tree.map(lambda w: w[None], fast), slow, tokens[None], **options)
-    return jax.tree.map(lambda a: a[0], reading)

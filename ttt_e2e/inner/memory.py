@@ -1,7 +1,7 @@
 """Estimates the memory that a meta-gradient takes, from shapes alone, and chooses policies that fit ("auto").
 
-Nothing is computed or compiled: the estimate adds up what JAX would save for each reverse pass. XLA fuses some of that
-away and adds buffers of its own; the test compares both.
+Nothing is computed or compiled: the estimate adds up the residuals that JAX would save for each reverse pass. XLA fuses
+some of them away and adds buffers of its own; tests/inner/test_memory.py compares the estimate with compiled programs.
 
 Shapes: `B` sequences, `T` sequence, `M` mini-batches of a sequence, `b` inner mini-batch.
 """
@@ -20,9 +20,8 @@ from ttt_e2e.inner.loop import make_mini_batches, run_prefix, suffix_weights
 from ttt_e2e.model.mixers import Context
 from ttt_e2e.model.parameters import at_least_float32, merge, split, structure_of
 
-# (trajectory, remat) by the matrix products that they take. Those of a slow suffix weight, in forward passes of it:
-# 7 where activations are kept, 8, 9 (segments redone, activations kept), 10, 10 and 12. "delta" rounds what the forward
-# pass applies: it changes results, and is taken by name only.
+# (trajectory, remat), fewest matrix products first. A slow suffix weight takes, in units of its forward product, 7, 8,
+# 9, 10, 10 and 12. "delta" is not here: it rounds the updates, which changes results, and must be asked for by name.
 FASTEST_FIRST = (
     ("store", "keep"),
     ("store", "mini_batch"),
@@ -36,24 +35,24 @@ FASTEST_FIRST = (
 def choose(
     inner: InnerConfig, graphdef, fast, slow, tokens, budget: int, division: Division = UNDIVIDED
 ) -> tuple[InnerConfig, int]:
-    """Replaces "auto" in `trajectory` and `remat` by the fastest pair that fits, or else by the smallest.
+    """Replaces "auto" in `trajectory` and `remat` by the fastest pair that fits the budget, or else by the smallest.
 
     Args:
       inner: the inner loop's configuration.
       graphdef: static structure of the `Transformer`.
-      fast: shapes of its fast weights, as a device stores them.
+      fast: shapes of its fast weights, or of a device's shards of them.
       slow: shapes of its slow weights, likewise.
       tokens: shape [B, T + 1] of the sequences that one device reads at once.
-      budget: bytes that `held_bytes` may reach.
-      division: how devices share the work; then this is called inside of the `jax.shard_map` in which they do.
+      budget: bytes that the estimate may reach.
+      division: how arrays are divided among devices; then call this inside of the `jax.shard_map` that divides them.
 
     Returns:
-      The configuration and the bytes estimated for it.
+      The configuration, and the bytes estimated for it.
     """
     estimates = {}
     remats = [remat for trajectory, remat in FASTEST_FIRST if trajectory == "store"]
-    by_name = [("delta", remat) for remat in remats] if inner.trajectory == "delta" else []
-    for policies in (*FASTEST_FIRST, *by_name):
+    with_delta = [("delta", remat) for remat in remats] if inner.trajectory == "delta" else []
+    for policies in (*FASTEST_FIRST, *with_delta):
         if any(wanted not in ("auto", policy) for wanted, policy in zip((inner.trajectory, inner.remat), policies)):
             continue
         candidate = dataclasses.replace(inner, trajectory=policies[0], remat=policies[1])
@@ -65,15 +64,15 @@ def choose(
 
 
 def held_bytes(inner: InnerConfig, graphdef, fast, slow, tokens, division: Division = UNDIVIDED) -> int:
-    """Peak bytes of the temporaries of one loss and meta-gradient; arguments as of `choose`, none of them "auto"."""
+    """Estimates peak bytes of temporaries of one loss and meta-gradient; arguments as in `choose`, without "auto"."""
     shapes = jax.eval_shape(partial(_held, inner, graphdef, division), fast, slow, tokens)
     size = {name: _bytes(arrays) for name, arrays in shapes.items()}
     prefix = size["prefix"] + size["prefix_block"]
     if "scan" not in shapes:
         return prefix
-    # Carried or made anew by each step: W_i, W_bar, g, u and the update; gradients of slow weights, and their sum.
+    # Of each step of the reverse scan: W_i, W_bar, g, u and the update; gradients of slow weights, and their sum.
     carried = 5 * size["fast"] + 2 * size["slow"]
-    if inner.remat == "block":  # of u and the gradients no more than a block's
+    if inner.remat == "block":  # u and the gradients exist for one block at a time
         carried = 3 * size["fast"] + size["slow"]
     if inner.trajectory == "segment":
         length = trajectory.segment_length(inner, tokens.shape[1] // inner.mini_batch_size)
@@ -83,7 +82,7 @@ def held_bytes(inner: InnerConfig, graphdef, fast, slow, tokens, division: Divis
 
 
 def _held(inner: InnerConfig, graphdef, division: Division, fast, slow, tokens) -> dict:
-    """Residuals and other arrays that live through a step, by what holds them."""
+    """Makes the arrays that live through a step, {term of the estimate: arrays}; only their shapes are used."""
     fast = fetch(division.fast, fast)
     config = structure_of(graphdef, fast, slow).module.config
 
@@ -127,9 +126,10 @@ def _held(inner: InnerConfig, graphdef, division: Division, fast, slow, tokens) 
 
 
 def _share(arrays, count: int):
-    """A `count`-th of some arrays."""
+    """Makes an array of a `count`-th of the bytes of some arrays."""
     return [jnp.zeros(math.ceil(_bytes(arrays) / count), jnp.uint8)]
 
 
 def _bytes(arrays) -> int:
+    """Counts the bytes of all leaves of a tree."""
     return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(arrays))

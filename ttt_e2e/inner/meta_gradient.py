@@ -1,17 +1,19 @@
-"""The inner loop with its own reverse: a custom VJP over the whole scan, derived in docs/meta_gradient.md.
+"""The inner loop with a custom VJP over the whole scan, derived in docs/meta_gradient.md.
 
-The reverse of mini-batch i, given the cotangent W_bar of W_{i+1}, takes one reverse pass over the dual program
+The reverse of mini-batch i, given the cotangent W_bar of W_{i+1}, is one reverse pass over the dual program
 
     (W, states, slow, x) -> (nll, states', d/de loss(W + e u)),    u = -eta s (W_bar - D <D, W_bar> / |D|^2),
 
-where D = W_i - W_{i+1} and s is the clip scale; the projection stands only where the gradient was clipped. That pass
-holds one mini-batch's residuals at a time and differentiates nothing twice in reverse.
+where D = W_i - W_{i+1} and s is the clip scale; the second term of u is there only if the gradient was clipped. That
+pass is reverse over forward: nothing is differentiated twice in reverse, and the residuals of one mini-batch exist at a
+time.
 
-All sequences of a batch go through together, so that the gradients of the slow weights are summed over them at once.
+All sequences of a batch go through together, so that matrix products sum the gradients of the slow weights over them.
 
-What the mixers carry from mini-batch to mini-batch (their States: KV caches, or recurrent states) is kept as Logs, of
-which each mini-batch's States are slices. The reverse scan carries the cotangents of the States between two
-mini-batches (model/mixers/base.py).
+The mixers' States (KV caches, or recurrent states) are stored as Logs, out of which the reverse scan slices the States
+before each mini-batch. It carries the cotangents of the States between two mini-batches (model/mixers/base.py).
+
+Reading order: `forward_scan`, `_reverse`, `reverse_program`; then the functions that they call.
 
 Shapes: `B` sequences, `M` mini-batches of a sequence, `b` inner mini-batch, `D` model width, `L` blocks of a stack.
 """
@@ -32,34 +34,35 @@ from ttt_e2e.model.mixers import Context
 from ttt_e2e.model.parameters import Directed, Structure, at_least_float32, structure_of
 from ttt_e2e.model.passes import DualPass, Pass, Recording
 
-# Suffix blocks: slicing so few out of stacked arrays, for each mini-batch anew, costs more than a longer program. And
-# where the first block has a program of its own, that spends nothing on tangents before its fast MLP: there are none.
+# Number of suffix blocks that are written out (unrolled), not scanned. For so few, slicing stacked weights in each
+# mini-batch costs more than a longer program. And the first block, compiled by itself, computes no tangents before its
+# fast MLP, where a scan would compute with zeros.
 MAX_UNROLLED = 2
 
 
 class Residuals(NamedTuple):
-    """Residuals of the forward scan, for the reverse one."""
+    """Residuals of the forward scan for the reverse scan."""
 
-    slow: Any  # what this device computes with
-    stored_dtypes: Any  # of what it stores of that: scalars
+    slow: Any  # slow weights that this device computes with: gathered, in the compute dtype
+    stored_dtypes: Any  # dtypes of the stored slow weights, each as that of a scalar, since residuals are arrays
     mini_batches_M: MiniBatch
     learning_rate: jax.Array
-    log: Any  # {stack: Log [B, L, ...]} of its mixers
-    scale_MB: jax.Array  # clip scales
-    trajectory: Any  # what rebuilds W_i, and what else is known of each mini-batch
+    log: Any  # {stack: Log [B, L, ...]} of the stack's mixers
+    scale_MB: jax.Array  # clip scales s
+    trajectory: Any  # what `trajectory.scan` saved: to rebuild W_i, and the intermediates of each mini-batch
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def adapt(suffix_def, inner: InnerConfig, weights: Weights, fast, slow, mini_batches: MiniBatch, learning_rate):
-    """Reads the sequences of a batch, mini-batch by mini-batch.
+    """Reads the sequences of a batch, mini-batch by mini-batch, taking an inner step after each.
 
     Args:
       suffix_def: static structure of the `Suffix`.
       inner: the inner loop's configuration.
-      weights: how the slow weights are stored. They are put together once, and their cotangents, sums in float32 over
-        all mini-batches, added up over the devices once.
-      fast: initial fast weights, with a leading axis over the B sequences.
-      slow: slow weights, as they are stored.
+      weights: layouts of the slow weights. These are gathered once, before the scan; their cotangents, sums in float32
+        over all mini-batches, are summed over the devices once, after it.
+      fast: initial fast weights, with a leading axis B.
+      slow: slow weights as they are stored, i.e. this device's shards.
       mini_batches: arrays with leading axes [B, M].
       learning_rate: eta; a constant to the meta-gradient.
 
@@ -70,7 +73,7 @@ def adapt(suffix_def, inner: InnerConfig, weights: Weights, fast, slow, mini_bat
 
 
 def forward_scan(suffix_def, inner: InnerConfig, weights: Weights, fast, slow, mini_batches: MiniBatch, learning_rate):
-    """Forward pass of `adapt`: its results, and the `Residuals` of its reverse."""
+    """Runs the forward pass of `adapt`: returns its results, and the `Residuals`."""
     stored_dtypes, slow = jax.tree.map(lambda w: jnp.zeros((), w.dtype), slow), weights.whole(slow)
     B, M, b, _ = mini_batches.hidden.shape
     suffix = structure_of(suffix_def, fast, slow)
@@ -85,13 +88,14 @@ def forward_scan(suffix_def, inner: InnerConfig, weights: Weights, fast, slow, m
         scale_B = jax.vmap(clip)(gradient)
         next_fast, saved = jax.vmap(partial(trajectory.take_step, inner))(fast, gradient, learning_rate * scale_B)
         next_states = jax.vmap(suffix.module.advance)(states, entries)
-        return (next_fast, next_states), ((head.nll_T, scale_B, entries), (saved, (head, recorded)))
+        intermediates = head, recorded  # for the reverse of this mini-batch
+        return (next_fast, next_states), ((head.nll_T, scale_B, entries), (saved, intermediates))
 
     first = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape)), suffix.module.empty(M * b))
     mini_batches_M = jax.tree.map(lambda a: a.swapaxes(0, 1), mini_batches)
     steps = (mini_batches_M, jnp.arange(M))
     (final, _), ((nll_MBb, scale_MB, entries_M), saved) = trajectory.scan(inner, inner_step, (fast, first), steps)
-    # Not carried through the scan: XLA would copy the whole Log for every mini-batch that writes to it.
+    # The scan returns Entries and does not carry the Log: XLA would copy all of it in every mini-batch.
     log = jax.vmap(suffix.module.log, in_axes=(0, 1))(first, entries_M)
     nll_BMb = nll_MBb.swapaxes(0, 1)
     loss_BM = jnp.sum(target_weights(mini_batches.is_target, nll_BMb.dtype) * nll_BMb, axis=-1)
@@ -100,25 +104,31 @@ def forward_scan(suffix_def, inner: InnerConfig, weights: Weights, fast, slow, m
 
 
 def _reverse(suffix_def, inner: InnerConfig, weights: Weights, residuals: Residuals, cotangents):
+    """Runs the reverse pass of `adapt`: from cotangents of its results to those of (fast, slow, mini_batches).
+
+    Names in `_bar` are cotangents. `fast_bar` is W_bar, of W_{i+1} before a step of the reverse scan, of W_i after it.
+    """
     loss_bar_BM, nll_bar_BMb, final_bar = cotangents
     slow, stored_dtypes, mini_batches_M, learning_rate, log, scale_MB, saved = residuals
     M, _, b, _ = mini_batches_M.hidden.shape
     suffix = structure_of(suffix_def, final_bar, slow)
 
     def replay_step(fast, step):
+        """Computes (W_{i+1}, intermediates) from W_i again, for segments."""
         mini_batch, i, scale_B, *_ = step
         states, context = suffix.module.at(log, i), Context(start=i * b)
         gradient, head, _, recorded = gradient_of_suffix(suffix, inner, fast, slow, states, context, mini_batch)
         return jax.vmap(sgd_update)(fast, gradient, learning_rate * scale_B), (head, recorded)
 
-    def reverse_step(carry, inner_step: trajectory.Step | trajectory.RoundedStep, forward, step):
+    def reverse_step(carry, inner_step: trajectory.Step | trajectory.RoundedStep, intermediates, step):
         fast_bar, slow_bar, states_bar = carry
         mini_batch, i, scale_B, loss_bar_B, nll_bar_Bb = step
         weight_Bb = target_weights(mini_batch.is_target, nll_bar_Bb.dtype)
+        # Cotangents of the dual program's NLL, and of its derivative along u, whose weighted sum is <u, g_i>.
         seeds = nll_bar_Bb + loss_bar_B[:, None] * weight_Bb, weight_Bb
         fast, update = inner_step.weights()
         rate_B, context = learning_rate * scale_B, Context(start=i * b)
-        parallel_B = jax.vmap(partial(_parallel_part, suffix.module.divides_fast))(fast_bar, update, scale_B < 1)
+        parallel_B = jax.vmap(partial(_parallel_coefficient, suffix.module.divides_fast))(fast_bar, update, scale_B < 1)
         if inner.remat == "block" and inner.gradient != "first_order":
 
             def of_block(stack, block, fast_bar):
@@ -126,12 +136,12 @@ def _reverse(suffix_def, inner: InnerConfig, weights: Weights, residuals: Residu
                 state = suffix.module.at({stack: log[stack]}, i, partial(_take_of_block, block))[stack]
                 return fast, jax.vmap(_update_cotangent)(fast_bar, update, rate_B, parallel_B), state
 
-            sums = by_block.Cotangents(*carry)
-            sums, x_bar_BbD = by_block.pull_back(suffix, sums, slow, of_block, context, mini_batch, forward[0], seeds)
+            sums, (head, _) = by_block.Cotangents(*carry), intermediates
+            sums, x_bar_BbD = by_block.pull_back(suffix, sums, slow, of_block, context, mini_batch, head, seeds)
             fast_bar, slow_bar, states_bar = sums
         else:
             direction = jax.vmap(_update_cotangent)(fast_bar, update, rate_B, parallel_B)
-            program = reverse_program(suffix, inner, direction, mini_batch, context, *forward)
+            program = reverse_program(suffix, inner, direction, mini_batch, context, *intermediates)
             seeds = (seeds[0], states_bar, *(() if inner.gradient == "first_order" else seeds[1:]))
             _, pull_back = jax.vjp(program, fast, suffix.module.at(log, i), slow, mini_batch.hidden)
             fast_bar_i, states_bar, slow_bar_i, x_bar_BbD = pull_back(seeds)
@@ -154,7 +164,11 @@ adapt.defvjp(forward_scan, _reverse)
 def reverse_program(
     suffix: Structure, inner: InnerConfig, direction, mini_batch: MiniBatch, context: Context, head: HeadPass, recorded
 ):
-    """The function of (fast, states, slow, x) that the reverse of a mini-batch differentiates."""
+    """Makes the function of (fast, states, slow, x) that the reverse of a mini-batch differentiates.
+
+    Its results are (NLL [B, b], States after the mini-batch), and but for the first-order gradient the derivative of
+    the NLL along `direction`, u. head, recorded: intermediates of the forward pass over the same mini-batch.
+    """
     run = partial(_run_suffix, suffix, context=context, recorded=recorded, remat=inner.remat == "block")
     if inner.gradient == "first_order":
         return partial(_first_order_program, suffix, run, mini_batch.targets)
@@ -164,8 +178,10 @@ def reverse_program(
 def _run_suffix(
     suffix: Structure, fast, slow, states: dict, x_BbD, *, context: Context, make_pass=Pass, recorded=None, remat: bool
 ):
-    """The suffix over a mini-batch of every sequence: normed hidden states [B, b, D], in a `DualPass` [B, 2, b, D], the
-    mixers' Entries, and what the pass recorded."""
+    """Runs the suffix on one mini-batch of every sequence.
+
+    Returns normed hidden states [B, b, D] (of a `DualPass` [B, 2, b, D]), the mixers' Entries, and recorded results.
+    """
 
     def run(fast, states, x_bD, recorded):
         unroll = suffix.module.config.num_fast_blocks <= MAX_UNROLLED and not remat
@@ -178,8 +194,11 @@ def _run_suffix(
 def gradient_of_suffix(
     suffix: Structure, inner: InnerConfig, fast, slow, states: dict, context: Context, mini_batch: MiniBatch
 ):
-    """Gradient of each sequence's loss_i at its fast weights; the head's forward pass; the mixers' Entries; and the
-    results that the reverse of the mini-batch need not compute again."""
+    """Computes the gradient of each sequence's loss_i at its fast weights.
+
+    Returns (gradient, the head's forward pass, the mixers' Entries, results recorded for the reverse of the
+    mini-batch).
+    """
     make_pass, remat = (Recording if inner.remat == "keep" else Pass), inner.remat == "block"
 
     def run(fast):
@@ -194,7 +213,7 @@ def gradient_of_suffix(
 
 
 def _dual_program(suffix: Structure, run, direction, targets_Bb, head: HeadPass, fast, states: dict, slow, x_BbD):
-    """(NLL, States after the mini-batch, derivative of the NLL along `direction` of the fast weights)."""
+    """Returns (NLL, States after the mini-batch, derivative of the NLL along `direction` of the fast weights)."""
     directed = jax.tree.map(Directed, fast, direction)
     hidden_B2bD, entries, _ = run(directed, slow, states, x_BbD, make_pass=DualPass)
     nll_Bb, nll_dot_Bb = dual_nll(
@@ -204,7 +223,7 @@ def _dual_program(suffix: Structure, run, direction, targets_Bb, head: HeadPass,
 
 
 def _first_order_program(suffix: Structure, run, targets_Bb, fast, states: dict, slow, x_BbD):
-    """(NLL, States after the mini-batch): what is left where updates are constants."""
+    """Returns (NLL, States after the mini-batch): with u = 0, nothing else has a cotangent."""
     hidden_BbD, entries, _ = run(fast, slow, states, x_BbD)
     nll = partial(token_nll, vocab_size=suffix.module.config.vocab_size)
     nll_Bb = jax.vmap(nll, in_axes=(0, None, 0))(hidden_BbD, slow["head"], targets_Bb)
@@ -212,9 +231,9 @@ def _first_order_program(suffix: Structure, run, targets_Bb, fast, states: dict,
 
 
 def _take_of_block(block, array, start, size: int, axis: int):
-    """Slices one block of a stack [B, L, ...] along an axis (counted from the end), in one operation.
+    """Slices along an axis (counted from the end) of one block of a stack [B, L, ...], in one operation.
 
-    Two slices, one after the other, would make XLA copy the block's whole entry.
+    With two slices, first the block and then of it, XLA would copy the block's whole array.
     """
     starts, sizes = [0] * array.ndim, list(array.shape)
     starts[1], sizes[1], starts[axis], sizes[axis] = block, 1, start, size
@@ -222,15 +241,19 @@ def _take_of_block(block, array, start, size: int, axis: int):
 
 
 def _update_cotangent(fast_bar, update, rate, parallel):
-    """u: the cotangent of g in W_{i+1} = W_i - eta s(g) g, given that of W_{i+1}; `rate` is eta s."""
+    """Computes u, the cotangent of g in W_{i+1} = W_i - eta s(g) g, from that of W_{i+1}.
+
+    rate: eta s. parallel: `_parallel_coefficient`.
+    """
     return jax.tree.map(lambda w_bar, d: -(rate * (w_bar - parallel * d)).astype(w_bar.dtype), fast_bar, update)
 
 
-def _parallel_part(divided: bool, fast_bar, update, is_clipped):
-    """<D, W_bar> / |D|^2, or 0: how much of D = W_i - W_{i+1} to take out of the cotangent of W_{i+1}.
+def _parallel_coefficient(divided: bool, fast_bar, update, is_clipped):
+    """Computes <D, W_bar> / |D|^2: the coefficient of the part of W_bar that is parallel to D = W_i - W_{i+1}.
 
-    D is parallel to g: where the gradient was clipped, s(g) g has a constant norm, and what is parallel to g drops out.
-    Nothing is divided by eta, which may be 0.
+    If the gradient g was clipped, s(g) g has a constant norm, so that the part of its cotangent parallel to g vanishes.
+    D is parallel to g, and needs no division by eta, which may be 0. If g was not clipped, nothing vanishes: the result
+    is 0.
     """
     squared_norm = inner_product(update, update, divided)
     is_clipped &= squared_norm > 0

@@ -1,4 +1,4 @@
-"""The inner loop with plain autodiff through it: what the production path is tested against.
+"""The inner loop, differentiated by plain autodiff: the reference that meta_gradient.py is tested against.
 
 Shapes: `M` mini-batches of the sequence, `b` inner mini-batch.
 """
@@ -15,10 +15,10 @@ from ttt_e2e.model.parameters import structure_of
 
 
 def adapt(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, learning_rate):
-    """Reads all mini-batches in turn; returns (losses [M], NLL [M, b], final fast weights).
+    """Reads the mini-batches of one sequence in turn; returns (losses [M], NLL [M, b], final fast weights).
 
-    One rematerialisation per mini-batch: of all residuals, only the carry and the inputs are kept. (Inside a scan
-    nothing can be merged across the boundary anyway, so the barrier that prevents it is left out.)
+    Each mini-batch is rematerialised: of its residuals, only the carry and the inputs are kept. (`prevent_cse=False`,
+    since XLA merges nothing across the boundary of a scan.)
     """
     carry, steps, inner_step = inner_loop(suffix_def, inner, fast, slow, mini_batches, learning_rate)
     (fast, _), (loss_M, nll_Mb) = jax.lax.scan(jax.checkpoint(inner_step, prevent_cse=False), carry, steps)
@@ -26,7 +26,7 @@ def adapt(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, l
 
 
 def inner_loop(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, learning_rate):
-    """The operands of `jax.lax.scan`: first carry (W_0, States before anything was read), steps, function of both."""
+    """Returns the operands of `jax.lax.scan`: carry (W_0, empty States), steps (mini-batches, indices), and body."""
     M, b, _ = mini_batches.hidden.shape
     suffix = structure_of(suffix_def, fast, slow).module
 

@@ -1,4 +1,4 @@
-"""One inner step: W_{i+1} = W_i - eta * s * g, with s = min(1, clip / |g|).
+"""One inner step: W_{i+1} = W_i - eta * s * g, with the gradient g of loss_i at W_i, and s = min(1, clip_norm / |g|).
 
 Shapes: `b` inner mini-batch, `D` model width.
 """
@@ -17,15 +17,18 @@ from ttt_e2e.model.parts import copy_to_all, sum_to_all
 
 
 class MiniBatch(NamedTuple):
-    """Input of an inner step. Stacked ones have leading axes [B], [B, M] or [M, B]: sequences, mini-batches."""
+    """Input of an inner step. Several of them are stacked along leading axes [B], [B, M] or [M, B]."""
 
     hidden: jax.Array  # [b, D], hidden states after the prefix
-    targets: jax.Array  # [b]
-    is_target: jax.Array  # [b], False where a target does not count
+    targets: jax.Array  # [b], the next tokens
+    is_target: jax.Array  # [b], False where a target is masked (BOS)
 
 
 def mini_batch_loss(suffix_def, fast, slow, states: dict, context: Context, mini_batch: MiniBatch):
-    """Mean NLL over the unmasked targets, and (NLL [b] of all targets, the mixers' States after the mini-batch)."""
+    """Computes loss_i, to be differentiated by autodiff (reference.py).
+
+    Returns the mean NLL over the unmasked targets, and (NLL [b] of all targets, the States after the mini-batch).
+    """
     suffix = merge(suffix_def, fast, slow)
     x_bD, entries, _ = suffix.extend(mini_batch.hidden, states, context)
     nll_b = suffix.nll(x_bD, mini_batch.targets)
@@ -33,26 +36,28 @@ def mini_batch_loss(suffix_def, fast, slow, states: dict, context: Context, mini
 
 
 def inner_gradient(run, fast, head_DV, mini_batch: MiniBatch, vocab_size: int):
-    """Gradient of loss_i at the fast weights, the head's forward pass, and what `run` gives besides.
+    """Computes the gradient of loss_i at the fast weights, by the written-out gradient of the head (dual_loss.py).
 
-    run: fast -> (normed hidden states of the mini-batch, anything else). Of one mini-batch, or of one of each sequence
-        of a batch; `fast` and the arrays of the mini-batch then have a leading axis B.
+    run: fast -> (normed hidden states [b, D], auxiliary results).
+    fast, mini_batch: of one sequence, or of all with a leading axis B; then `run` is a function of all.
+
+    Returns (gradient, the head's forward pass, auxiliary results).
     """
-    hidden_bD, pull_back, others = jax.vjp(run, fast, has_aux=True)
+    hidden_bD, pull_back, auxiliary = jax.vjp(run, fast, has_aux=True)
     head = head_pass(hidden_bD, head_DV, mini_batch.targets, vocab_size)
     weight_b = target_weights(mini_batch.is_target, head.nll_T.dtype)
     (gradient,) = pull_back((weight_b[..., None] * head.gradient_TD).astype(hidden_bD.dtype))
-    return gradient, head, others
+    return gradient, head, auxiliary
 
 
 def target_weights(is_target_b, dtype):
-    """Weight of each token in the mini-batch's loss (last axis): 1 / (number of unmasked targets), or 0."""
+    """Computes each token's weight in its mini-batch's mean loss [..., b]: 1 / (number of unmasked targets), or 0."""
     count = jnp.maximum(is_target_b.sum(axis=-1, keepdims=True), 1)
     return is_target_b.astype(dtype) / count
 
 
 def inner_learning_rate(inner: InnerConfig, step):
-    """Inner learning rate eta at outer step `step` (from 0, may be traced): a linear warm-up, then constant."""
+    """Computes the inner learning rate eta at outer step `step` (from 0, may be traced): warm-up, then constant."""
     if inner.warmup_steps == 0:
         return jnp.float32(inner.learning_rate)
     progress = jnp.minimum(1.0, (step + 1) / inner.warmup_steps)
@@ -60,18 +65,20 @@ def inner_learning_rate(inner: InnerConfig, step):
 
 
 def inner_product(a, b, divided: bool = False):
-    """<a, b> over all leaves; `divided`: each device has its part of them, and all get the sum.
+    """Computes <a, b> over all leaves of two trees; `divided`: the leaves are one device's part, and all devices get
+    the sum.
 
-    Not by `jnp.vdot`, which ravels: under a division by the compiler, a divided matrix would be put together for that.
+    Not by `jnp.vdot`, which ravels: where the compiler shards, it would gather a sharded matrix for that.
     """
     terms = [jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
     return copy_to_all(sum_to_all(sum(terms), divided), divided)
 
 
 def clip_scale(gradient, clip_norm: float, divided: bool = False):
-    """s = min(1, clip_norm / |gradient|) over all leaves, as of `inner_product`; 1 where clip_norm is 0 (off).
+    """Computes s = min(1, clip_norm / |gradient|), the norm being over all leaves; clip_norm 0 turns it off, s = 1.
 
-    Both branches of the outer `where` must be finite for their derivatives to be: hence the inner one.
+    divided: as in `inner_product`. The inner `where` keeps the branch that is not chosen finite: otherwise its
+    derivative would be NaN at a gradient of 0.
     """
     if clip_norm == 0:
         return jnp.ones((), jax.tree.leaves(gradient)[0].dtype)
@@ -81,10 +88,10 @@ def clip_scale(gradient, clip_norm: float, divided: bool = False):
 
 
 def sgd_update(fast, gradient, rate):
-    """W - rate * g. `rate` is the learning rate times the clip scale."""
+    """Computes W - rate * g, where `rate` is the learning rate times the clip scale."""
     return jax.tree.map(lambda w, g: w - (rate * g).astype(w.dtype), fast, gradient)
 
 
 def is_cut(inner: InnerConfig, i):
-    """Whether truncation stops the meta-gradient at the update that leads to mini-batch i (may be traced)."""
+    """Whether truncation cuts the meta-gradient between mini-batches i - 1 and i (i may be traced)."""
     return (i > 0) & (i % inner.truncate == 0)

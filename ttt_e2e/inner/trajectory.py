@@ -1,12 +1,14 @@
-"""Policies by which the reverse scan rebuilds the fast weights W_i (`inner.trajectory`).
+"""Policies by which the reverse scan rebuilds the fast weights W_i (`inner.trajectory`): what the forward scan saves.
 
     "store"    every W_i, float32
-    "delta"    every update, rounded to bfloat16; the forward pass applies the rounded one, so that adding it back is
-               exact up to float32 addition
-    "segment"  every `inner.segment_length`-th W_i; those in between are recomputed, a segment at a time
+    "delta"    every update, rounded to bfloat16, and the last W; the forward pass applies the rounded update, so that
+               adding it back is exact up to float32 addition
+    "segment"  every `inner.segment_length`-th W_i; the others are recomputed, a segment at a time
+
 "auto" must have been replaced by one of these (memory.py).
 
-What else a step tells its reverse (`known`) is saved with it, in segments when they are recomputed.
+A step of the forward scan may hand other intermediates to its reverse. They are saved for every step under "store" and
+"delta", and recomputed with the W_i under "segment".
 
 Shapes: `M` mini-batches of the sequence, `n` of a segment.
 """
@@ -24,14 +26,14 @@ from ttt_e2e.inner.step import sgd_update
 
 
 class Step(NamedTuple):
-    """One step of a stored trajectory. Slices W_i and W_{i+1} out of the stacked weights where they are used."""
+    """Step i of n steps whose weights are stored. W_i and W_{i+1} are sliced out of the stacked weights when used."""
 
-    first: Any  # W of the first step of all those in `next_n`
-    next_n: Any  # W after each of them
-    i: jax.Array  # which of them this is
+    first: Any  # W before the first of the n steps
+    next_n: Any  # W after each of the n steps: entry i is W_{i+1}, entry i - 1 is W_i
+    i: jax.Array
 
     def weights(self, stack: str = "", block=None):
-        """(W_i, W_i - W_{i+1}); of one block of a stack [B, L, ...] where its name and the block's index are given."""
+        """Returns (W_i, W_i - W_{i+1}); those of one block of a stack [B, L, ...] if its name and index are given."""
         first, next_n = (self.first[stack], self.next_n[stack]) if stack else (self.first, self.next_n)
         if stack:
             first = jax.tree.map(partial(_entry, i=block, axis=1), first)
@@ -41,13 +43,13 @@ class Step(NamedTuple):
 
 
 class RoundedStep(NamedTuple):
-    """One step of which W_{i+1} and the (rounded) update are stored, and W_i is their sum."""
+    """A step whose W_{i+1} and rounded update W_i - W_{i+1} are given; W_i is their sum."""
 
     next_fast: Any
     update: Any
 
     def weights(self, stack: str = "", block=None):
-        """(W_i, W_i - W_{i+1}), as `Step.weights`."""
+        """Returns (W_i, W_i - W_{i+1}), as `Step.weights`."""
         next_fast, update = self
         if stack:
             next_fast, update = jax.tree.map(partial(_entry, i=block, axis=1), (next_fast[stack], update[stack]))
@@ -56,7 +58,7 @@ class RoundedStep(NamedTuple):
 
 
 def take_step(inner: InnerConfig, fast, gradient, rate):
-    """(W_{i+1}, what is saved of step i; segments save nothing of a single step)."""
+    """Takes inner step i: returns (W_{i+1}, what is saved of the step: W_{i+1}, the rounded update, or None)."""
     if inner.trajectory != "delta":
         next_fast = sgd_update(fast, gradient, rate)
         return next_fast, next_fast if inner.trajectory == "store" else None
@@ -65,17 +67,21 @@ def take_step(inner: InnerConfig, fast, gradient, rate):
 
 
 def scan(inner: InnerConfig, inner_step: Callable, carry, steps):
-    """`jax.lax.scan` of the forward pass; the fast weights are the first item of the carry.
+    """Runs the forward pass, as `jax.lax.scan` does; the fast weights are the first item of the carry.
 
-    inner_step: (carry, step) -> (carry, (outputs, saved)), with `saved` = (from `take_step`, known).
+    inner_step: (carry, step) -> (carry, (outputs, (what `take_step` saves, intermediates for the reverse))).
 
     Returns:
-      The final carry, and (outputs, what is saved for `reverse_scan`).
+      The final carry, and (outputs, saved). What `saved` is, which `reverse_scan` takes, depends on the policy:
+
+        "store"    (W_0, all W_{i+1}, intermediates of all steps)
+        "delta"    (W after the last step, all updates, intermediates of all steps)
+        "segment"  W at the beginning of each segment
     """
     first = carry[0]
     if inner.trajectory != "segment":
-        carry, (outputs, (saved_M, known_M)) = jax.lax.scan(inner_step, carry, steps)
-        return carry, (outputs, (carry[0] if inner.trajectory == "delta" else first, saved_M, known_M))
+        carry, (outputs, (saved_M, intermediates_M)) = jax.lax.scan(inner_step, carry, steps)
+        return carry, (outputs, (carry[0] if inner.trajectory == "delta" else first, saved_M, intermediates_M))
 
     def run_segment(carry, segment):
         start = carry[0]
@@ -87,75 +93,78 @@ def scan(inner: InnerConfig, inner_step: Callable, carry, steps):
 
 
 def reverse_scan(inner: InnerConfig, reverse_step: Callable, replay_step: Callable, carry, saved, steps):
-    """`jax.lax.scan` of the backward pass, from the last step to the first.
+    """Runs the reverse pass, as a `jax.lax.scan` from the last step to the first.
 
     Args:
-      reverse_step: (carry, `Step` or `RoundedStep`, known, step) -> (carry, outputs).
-      replay_step: (W_i, step) -> (W_{i+1}, known), as in the forward pass.
-      carry: of the last step.
-      saved: what `scan` saved.
-      steps: what each step reads; leading axis M.
+      reverse_step: (carry, `Step` or `RoundedStep`, intermediates, step) -> (carry, outputs).
+      replay_step: (W_i, step) -> (W_{i+1}, intermediates), as in the forward pass; only for "segment".
+      carry: carry that the last step starts from, the cotangents after it.
+      saved: what `scan` returned.
+      steps: inputs of the steps, with a leading axis M.
 
     Returns:
-      The first step's carry, and the outputs stacked.
+      The carry after step 0, and the outputs with a leading axis M.
     """
     if inner.trajectory == "delta":
-        final, update_M, known_M = saved
+        final, update_M, intermediates_M = saved
 
-        def undo_rounded(carry, step):
+        def reverse_rounded(carry, step):
             next_fast, carry = carry
-            update, known, step = step
-            taken = RoundedStep(next_fast, update)
-            carry, outputs = reverse_step(carry, taken, known, step)
-            return (taken.weights()[0], carry), outputs
+            update, intermediates, step = step
+            inner_step = RoundedStep(next_fast, update)
+            carry, outputs = reverse_step(carry, inner_step, intermediates, step)
+            return (inner_step.weights()[0], carry), outputs
 
-        (_, carry), outputs = jax.lax.scan(undo_rounded, (final, carry), (update_M, known_M, steps), reverse=True)
+        (_, carry), outputs = jax.lax.scan(
+            reverse_rounded, (final, carry), (update_M, intermediates_M, steps), reverse=True
+        )
         return carry, outputs
 
-    def undo_all(carry, first, next_n, known_n, steps):
-        def undo(carry, step):
-            i, known, step = step
-            return reverse_step(carry, Step(first, next_n, i), known, step)
+    def reverse_stored(carry, first, next_n, intermediates_n, steps):
+        def reverse_one(carry, step):
+            i, intermediates, step = step
+            return reverse_step(carry, Step(first, next_n, i), intermediates, step)
 
         places = jnp.arange(len(jax.tree.leaves(steps)[0]))
-        return jax.lax.scan(undo, carry, (places, known_n, steps), reverse=True)
+        return jax.lax.scan(reverse_one, carry, (places, intermediates_n, steps), reverse=True)
 
     if inner.trajectory == "store":
-        return undo_all(carry, *saved, steps)
+        return reverse_stored(carry, *saved, steps)
 
-    def undo_segment(carry, start_and_segment):
+    def reverse_segment(carry, start_and_segment):
         start, segment = start_and_segment
 
-        def redo(fast, step):
-            next_fast, known = replay_step(fast, step)
-            return next_fast, (next_fast, known)
+        def replay_one(fast, step):
+            next_fast, intermediates = replay_step(fast, step)
+            return next_fast, (next_fast, intermediates)
 
-        _, (next_n, known_n) = jax.lax.scan(redo, start, segment)
-        return undo_all(carry, start, next_n, known_n, segment)
+        _, (next_n, intermediates_n) = jax.lax.scan(replay_one, start, segment)
+        return reverse_stored(carry, start, next_n, intermediates_n, segment)
 
-    carry, outputs = jax.lax.scan(undo_segment, carry, (saved, _segments(inner, steps)), reverse=True)
+    carry, outputs = jax.lax.scan(reverse_segment, carry, (saved, _segments(inner, steps)), reverse=True)
     return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
 
 
 def segment_length(inner: InnerConfig, num_mini_batches: int) -> int:
-    """Mini-batches of a segment: as configured, or the divisor of their number that is nearest to its square root."""
+    """Returns the steps of a segment: as configured, or the divisor of all steps nearest to their square root."""
     divisors = [n for n in range(1, num_mini_batches + 1) if num_mini_batches % n == 0]
     return inner.segment_length or min(divisors, key=lambda n: abs(n - math.sqrt(num_mini_batches)))
 
 
 def _segments(inner: InnerConfig, steps):
+    """Reshapes the leading axis [M] of all arrays to [segments, n]."""
     length = segment_length(inner, len(jax.tree.leaves(steps)[0]))
     return jax.tree.map(lambda a: a.reshape(-1, length, *a.shape[1:]), steps)
 
 
 def _entry(stacked, i, axis=0, block=None):
-    """Entry i along an axis; with `block`, of that the entry `block` along its second axis, in one slice of `stacked`.
+    """Takes entry i along an axis. With `block`, takes of that, [B, L, ...], the entry `block` of L, in the same slice.
 
-    Two slices, one after the other, would make XLA copy the whole entry for each block, or before all of them.
+    With two slices, first the entry and then of it, XLA would copy the whole entry.
     """
     starts, sizes = [0] * stacked.ndim, list(stacked.shape)
     for place, at in ((i, axis), (block, axis + 2)):
         if place is not None:
             starts[at], sizes[at] = jnp.maximum(place, 0), 1
-    taken = jax.lax.dynamic_slice(stacked, starts, sizes)
-    return jnp.squeeze(taken, axis if block is None else (axis, axis + 2))
+    entry = jax.lax.dynamic_slice(stacked, starts, sizes)
+    return jnp.squeeze(entry, axis if block is None else (axis, axis + 2))
