@@ -1,1 +1,1 @@
-"""The outer loop proper: the loop over steps, the compiled steps, optimizers, policies, batches."""
+"""The outer loop: the loop over steps, the compiled steps, optimizers, policies, batches."""

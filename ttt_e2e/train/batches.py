@@ -1,4 +1,4 @@
-"""From token stores to arrays on the mesh, and the held-out loss. Shapes: `B` batch, `T` sequence."""
+"""Token stores of a run, batches on the mesh, and the held-out loss. Shapes: `B` batch, `T` sequence."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class HeldOut(NamedTuple):
 
 
 def open_store(config: Config, split: str) -> TokenStore:
-    """A split of the config's token store, checked against the config.
+    """Opens a split of the config's token store, and checks it against the config.
 
     Raises:
       UserError: no such store or split, too few tokens, or prepared for another vocabulary.
@@ -57,7 +57,7 @@ def check_batch(field: str, batch_size: int, mesh, accumulation_steps: int = 1) 
 
 
 def to_device(local_batch: np.ndarray, mesh, batch_size: int) -> jax.Array:
-    """The global batch [B, T + 1], sharded over `data`, of which this process holds `local_batch`."""
+    """Makes the global batch [B, T + 1], sharded over `data`, from the rows that each process has, `local_batch`."""
     shape = (batch_size, *local_batch.shape[1:])
     return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), local_batch, shape)
 
@@ -71,14 +71,22 @@ def held_out_loss(
     stop: Callable[[], bool] = lambda: False,
     take: Callable[[jax.Array, int], None] = lambda nll_BT, num_sequences: None,
 ) -> HeldOut:
-    """Reads the first `eval.num_sequences` sequences of the store (0 = all).
+    """Computes the losses of the first `eval.num_sequences` sequences of the store (0 = all).
 
-    `evaluate` is what `make_eval_step` gives, of given parameters and inner learning rate: a batch of tokens [B, T + 1]
-    and how many rows of it count -> (sums, NLL [B, T]). Each process reads its own rows of every batch, and is told the
-    sums of all. `take` is given each batch's NLL, which lies on the devices, and how many rows of it count.
+    Each process reads its own rows of every batch; all get the same result.
+
+    Args:
+      evaluate: (tokens [B, T + 1], number of its first rows that count) -> (sums, NLL [B, T]): the function of
+        `make_eval_step`, with parameters and inner learning rate bound.
+      store: token store.
+      config: the run's configuration.
+      mesh: that of the evaluation step.
+      desc: label of the progress bar; "" = no bar.
+      stop: called after every batch; if it returns True, the evaluation is abandoned.
+      take: called with each batch's NLL, an array on the devices, and the number of rows that count.
 
     Raises:
-      PreemptedError: `stop`, which is asked after every batch, says so.
+      PreemptedError: `stop` returned True.
     """
     B, T = config.eval.batch_size, config.train.seq_len
     num_sequences = config.eval.num_sequences or store.num_sequences(T)

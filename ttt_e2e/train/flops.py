@@ -1,4 +1,4 @@
-"""What a training step costs, and what its devices could do in that time."""
+"""Counts the FLOPs of a training step, and the peak FLOP/s of the devices."""
 
 import jax
 
@@ -8,16 +8,16 @@ from ttt_e2e.model import abstract_transformer
 
 
 def peak_flops() -> float | None:
-    """Peak FLOP/s of all devices together, or None where it is not known."""
+    """Returns the peak FLOP/s of all devices together, or None where it is unknown."""
     return targets.of_device(jax.devices()[0]).peak_flops * jax.device_count() or None
 
 
 def model_flops_per_token(config: Config) -> float:
-    """FLOPs of one training step per token that the method itself needs, rematerialisation left out.
+    """Counts the FLOPs of one training step per token, without rematerialisation.
 
-    In units of one forward of each matrix product: 3 without an inner loop (forward, and the gradients at the input
-    and at the weight); with one, in the suffix and the head, 7 for a slow and 10 for a fast matrix (the forward
-    scan's activations kept; docs/meta_gradient.md), 4 and 6 under the first-order gradient.
+    In units of the forward product of each matrix: 3 without an inner loop (forward, gradient at the input, gradient at
+    the weight); with one, in the suffix and the head, 7 for a slow and 10 for a fast matrix (docs/meta_gradient.md), 4
+    and 6 under the first-order gradient.
     """
     model, seq_len = config.model, config.train.seq_len
     head = 2 * model.hidden_size * model.vocab_size

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop: setup, then one step after another, with evaluations, saves and preemption between them."""
 
 import logging
 from contextlib import ExitStack, closing
@@ -30,14 +30,15 @@ logger = logging.getLogger(__name__)
 def train(config: Config, workdir, overrides: list[str] = ()) -> dict:
     """Trains to `config.train.num_steps`, resuming where the run directory left off; returns the last metrics.
 
-    `overrides` is how the config was made from its file, for the record.
+    overrides: the command-line overrides that made the config from its file; they are recorded, not applied.
 
-    Whatever ends the run, a save under way is finished and the files are closed. SIGTERM or SIGUSR1 to any one process
-    ends it, in all of them, after the step that they agree on, which is saved; so does one during an evaluation, which
-    is made up for when the run is resumed.
+    However the run ends, a save under way is finished and the files are closed. On SIGTERM or SIGUSR1 to any process,
+    all processes agree on a step, save it and stop. A signal during an evaluation abandons it; the evaluation is made
+    up for when the run is resumed.
 
     Raises:
-      UserError: data, mesh, checkpoint or run directory do not fit the config; a metric became NaN; a save failed.
+      UserError: data, mesh, checkpoint or run directory do not fit the config; a metric became NaN or infinite; a save
+        failed.
       PreemptedError: a signal asked to stop.
     """
     with ExitStack() as stack:
@@ -57,15 +58,15 @@ def _train(
     eval_store = open_store(config, config.data.eval_split) if config.eval.every_steps else None
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], mesh)
     run_directory.claim(workdir, config)
-    taken = take_policies(config, mesh)
-    run_directory.record_start(workdir, overrides, taken.record())
+    policies = take_policies(config, mesh)
+    run_directory.record_start(workdir, overrides, policies.record())
     checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", config.checkpoint)))
     preemption = stack.enter_context(watch_for_preemption())
     state, progress = restore_or_init(config, optimizer, mesh, checkpoints, train_store.fingerprint)
     first_step, next_batch = int(state.step), progress.get("next_batch", 0)
-    placed = jax.tree.map(lambda x: x.sharding, state)
-    train_step = make_train_step(config, optimizer, mesh, placed, taken)
-    eval_step = make_eval_step(config, mesh, placed.params)
+    state_shardings = jax.tree.map(lambda x: x.sharding, state)
+    train_step = make_train_step(config, optimizer, mesh, state_shardings, policies)
+    eval_step = make_eval_step(config, mesh, state_shardings.params)
     choose_attention(config, train_step, eval_step, state)
     batches = training_batches(
         train_store,
@@ -79,16 +80,16 @@ def _train(
         num_workers=config.data.num_workers,
     )
     stack.enter_context(closing(batches))
-    productive, begun = progress.get("productive_seconds", 0.0), run_directory.first_start(workdir)
-    log = stack.enter_context(closing(StepLog(config, workdir, first_step, productive, begun)))
+    productive, first_started = progress.get("productive_seconds", 0.0), run_directory.first_start(workdir)
+    log = stack.enter_context(closing(StepLog(config, workdir, first_step, productive, first_started)))
     phases, exchange = log.phases, Exchange()
-    stack.enter_context(logging_redirect_tqdm())  # lines of the log stand above the bar
+    stack.enter_context(logging_redirect_tqdm())  # log lines are printed above the progress bar
 
     def read(tokens, num_sequences):
         return eval_step(state.params, tokens, config.inner.learning_rate, num_sequences)
 
     def evaluate(step: int) -> bool:
-        """Whether it was finished, and not preempted."""
+        """Evaluates and writes the losses; returns whether it was finished, not preempted."""
         try:
             with phases.during("evaluate"):
                 held_out = held_out_loss(read, eval_store, config, mesh, stop=preemption.poll)
@@ -98,52 +99,78 @@ def _train(
         log.write(step, {"eval_loss": held_out.loss, "eval_token_loss": held_out.token_loss})
         return True
 
-    def finish(step: int, device_metrics: dict, said) -> bool:
-        """Waits for a step; whether any process was asked to stop by then."""
-        said_P = np.asarray(said)
-        log.finish_step(step, device_metrics, said_P[:, 1:])
-        return bool(said_P[:, 0].any())
+    def finish(step: int, device_metrics: dict, reports) -> bool:
+        """Waits for a step and logs it; returns whether any process was asked to stop by then.
+
+        reports: [P, 1 + F], of each process whether it was asked to stop, and its seconds in each phase.
+        """
+        reports_P = np.asarray(reports)
+        log.finish_step(step, device_metrics, reports_P[:, 1:])
+        return bool(reports_P[:, 0].any())
 
     if eval_store and progress.get("owes_evaluation") and not evaluate(first_step):
         raise PreemptedError(f"preempted: step {first_step} is saved in {checkpoints.directory}")
     log.restart_clock()
 
     # ---------------------------------------------------------------- the loop
-    pending, stop = None, False
+    pending, stop = None, False  # pending: arguments of `finish` for a step that the device may still work on
     for step in range(first_step + 1, num_steps + 1):
         log.profile(step)
         with phases.during("input"):
             tokens = to_device(next(batches), mesh, batch_size)
         state, device_metrics = train_step(state, tokens)
-        said = exchange([preemption.requested.is_set(), *phases.take()])
+        reports = exchange([preemption.requested.is_set(), *phases.take()])
 
-        # The device works on this step while the host waits for the one before.
+        # The host waits for the step before this one, so that the device always has a step to work on.
         if pending:
             stop = finish(*pending)
-        pending = (step, device_metrics, said)
+        pending = (step, device_metrics, reports)
 
-        due = eval_store and (_due(step, config.eval.every_steps) or step == num_steps)
-        save = stop or _due(step, config.checkpoint.every_steps) or step == num_steps
-        if save or due:
+        evaluate_now = eval_store and (_is_due(step, config.eval.every_steps) or step == num_steps)
+        save = stop or _is_due(step, config.checkpoint.every_steps) or step == num_steps
+        if save or evaluate_now:
             stop, pending = finish(*pending) or stop, None
-        owed = due and (stop or not evaluate(step))
-        stop = stop or owed
+        owes_evaluation = evaluate_now and (stop or not evaluate(step))
+        stop = stop or owes_evaluation
         if save or stop:
             more = {"data": train_store.fingerprint, "productive_seconds": log.productive_seconds}
-            more |= {"owes_evaluation": True} if owed else {}
+            more |= {"owes_evaluation": True} if owes_evaluation else {}
             with phases.during("save"):
                 progress = progress_of(step, next_batch + step - first_step, config, **more)
                 checkpoints.save(state, progress, wait=stop or step == num_steps)
-        if stop and (step < num_steps or owed):
+        if stop and (step < num_steps or owes_evaluation):
             raise PreemptedError(f"preempted: step {step} is saved in {checkpoints.directory}")
-        if save or due:
+        if save or evaluate_now:
             log.restart_clock()
 
     return log.last
 
 
+def restore_or_init(
+    config: Config, optimizer, mesh, checkpoints: Checkpoints, fingerprint: str
+) -> tuple[TrainState, dict]:
+    """Makes the state to start from, sharded, and the progress that its checkpoint recorded, {} without a checkpoint.
+
+    The first that there is: 1. the run's own newest checkpoint, 2. the parameters of `train.init_from` with a fresh
+    optimizer, 3. fresh parameters.
+    """
+    abstract = jax.eval_shape(lambda: init_state(config, optimizer))
+    state_shardings = shardings(abstract, mesh, config.model)
+    abstract = with_shardings(abstract, state_shardings)
+    if newest := checkpoints.restore_newest(abstract):
+        state, progress = newest
+        logger.info("resuming from step %d of %s", progress["step"], checkpoints.directory)
+        check_position(progress, config, fingerprint)
+        return state, progress
+    state = jax.jit(lambda: init_state(config, optimizer), out_shardings=state_shardings)()
+    if config.train.init_from:
+        logger.info("taking the initial parameters from %s", config.train.init_from)
+        state = state._replace(params=load_params(config.train.init_from, abstract.params))
+    return state, {}
+
+
 def choose_attention(config: Config, train_step, eval_step, state: TrainState) -> None:
-    """On an accelerator, checks and times the backends of window attention for what the steps compute."""
+    """On an accelerator, checks and times the backends of window attention for the shapes of both steps."""
 
     def trace():
         batches = (config.train.global_batch_size, config.eval.batch_size)
@@ -155,28 +182,6 @@ def choose_attention(config: Config, train_step, eval_step, state: TrainState) -
     choice.measure(trace)
 
 
-def _due(step: int, every: int) -> bool:
+def _is_due(step: int, every: int) -> bool:
+    """Whether `step` is a multiple of `every`; 0 = never."""
     return every > 0 and step % every == 0
-
-
-def restore_or_init(
-    config: Config, optimizer, mesh, checkpoints: Checkpoints, fingerprint: str
-) -> tuple[TrainState, dict]:
-    """The state to start from, sharded, and the progress that its checkpoint recorded, empty where there is none.
-
-    In this order: 1. the run's own newest checkpoint, 2. the parameters of `train.init_from` under a fresh optimizer,
-    3. fresh parameters.
-    """
-    abstract = jax.eval_shape(lambda: init_state(config, optimizer))
-    placed = shardings(abstract, mesh, config.model)
-    abstract = with_shardings(abstract, placed)
-    if newest := checkpoints.restore_newest(abstract):
-        state, progress = newest
-        logger.info("resuming from step %d of %s", progress["step"], checkpoints.directory)
-        check_position(progress, config, fingerprint)
-        return state, progress
-    state = jax.jit(lambda: init_state(config, optimizer), out_shardings=placed)()
-    if config.train.init_from:
-        logger.info("taking the initial parameters from %s", config.train.init_from)
-        state = state._replace(params=load_params(config.train.init_from, abstract.params))
-    return state, {}

@@ -1,4 +1,4 @@
-"""What "auto" stands for in a run: policies of the memory that devices have, and of the bytes that they exchange."""
+"""Resolves "auto" in a config: by the memory that devices have, and by the bytes that they would exchange."""
 
 import dataclasses
 import logging
@@ -20,15 +20,16 @@ from ttt_e2e.model import abstract_transformer
 
 logger = logging.getLogger(__name__)
 
-STATE_COPIES = 4  # of the parameters that live through a step: they, their gradient, and AdamW's two moments
-# What JAX takes of a device's memory, where the device is not here to say so: its defaults.
+STATE_COPIES = 4  # arrays of the parameters' size in a step: parameters, gradient, and AdamW's two moments
+# Share of a device's memory that JAX uses by default, for devices that are only compiled for.
 USABLE = {"gpu": 0.75, "tpu": 0.97}
 
 
 def for_training(config: Config, graphdef, params, mesh: Mesh, division: Division) -> Config:
-    """Replaces "auto" in `inner.trajectory` and `inner.remat`; logs what it took and why.
+    """Replaces "auto" in `inner.trajectory` and `inner.remat` by what fits into memory; logs the choice and the
+    estimate.
 
-    graphdef, params: the model's structure, and the shapes of {"fast", "slow"}.
+    graphdef, params: the model's static structure, and the shapes of {"fast", "slow"}.
     """
     inner = config.inner
     if "auto" not in (inner.trajectory, inner.remat):
@@ -59,17 +60,20 @@ def for_training(config: Config, graphdef, params, mesh: Mesh, division: Divisio
 
 
 def for_reading(config: Config) -> Config:
-    """Without a gradient nothing is kept, and the policies do not matter but for the rounding of "delta"."""
+    """Replaces "auto" for reading without a gradient. Nothing is saved then; only the rounding of "delta" matters."""
     trajectory = config.inner.trajectory.replace("auto", "store")
     inner = dataclasses.replace(config.inner, trajectory=trajectory, remat="mini_batch")
     return dataclasses.replace(config, inner=inner)
 
 
 def prefix_by_sequence(config: Config, mesh: Mesh) -> bool:
-    """Whether the prefix divides positions over the `model` axis, and not matrices; logs what it took and why.
+    """Decides whether the prefix divides positions over the `model` axis, not matrices; logs the choice and the bytes.
 
-    "auto" takes what a device receives less of in a step. Where the key/value heads do not divide evenly, every device
-    would compute all of attention, and positions are divided whatever that moves.
+    "auto" chooses the one for which a device receives fewer bytes in a step. If the key/value heads do not divide
+    evenly, it chooses positions in any case: by matrices, every device would compute attention of all heads.
+
+    Raises:
+      UserError: `mesh.prefix` is "sequence", and a mixer does not support it.
     """
     model, num_parts = config.model, mesh.shape["model"]
     if num_parts == 1 or not model.num_prefix_blocks or config.train.seq_len % num_parts:
@@ -88,22 +92,23 @@ def prefix_by_sequence(config: Config, mesh: Mesh) -> bool:
     sequences = max(1, config.train.global_batch_size // parts)
     received = {name: prefix_bytes(config, sequences, num_parts, name) for name in ("sequence", "matrices")}
     heads_divide = model.num_key_value_heads % num_parts == 0
-    taken = min(received, key=received.get) if heads_divide else "sequence"
+    chosen_division = min(received, key=received.get) if heads_divide else "sequence"
     logger.info(
         "mesh.prefix %s: a device receives %.2f GiB in a step by the sequence, %.2f GiB by the matrices%s",
-        taken,
+        chosen_division,
         *(received[name] / 2**30 for name in ("sequence", "matrices")),
         "" if heads_divide else f", which does not divide {model.num_key_value_heads} key/value heads",
     )
-    return taken == "sequence"
+    return chosen_division == "sequence"
 
 
 def prefix_bytes(config: Config, sequences: int, num_parts: int, divided: str) -> float:
-    """Bytes that a device receives over the `model` axis for the prefix, in one step with `sequences` sequences.
+    """Counts the bytes that a device receives over the `model` axis for the prefix, in one step of `sequences`
+    sequences.
 
-    Of the matrices: two sums of hidden states a block forwards, when it is rematerialised, and in reverse. Of the
-    sequence: a block's weights forwards and again in reverse, their gradient in float32, and in all three passes over
-    attention what sequence_parts.py says.
+    divided: "matrices": two sums of hidden states in each of a block's three passes (forward, rematerialisation,
+        reverse). "sequence": a block's weights, forwards and again in reverse; the sum of their gradients; and in each
+        of the three passes the keys and values that attention fetches (`Mixer.received`).
     """
     model, T = config.model, config.train.seq_len
     size, share = jnp.dtype(model.compute_dtype).itemsize, (num_parts - 1) / num_parts
@@ -118,10 +123,11 @@ def prefix_bytes(config: Config, sequences: int, num_parts: int, divided: str) -
 
 
 def free_bytes(params, mesh: Mesh) -> int:
-    """What a device of the mesh has for temporaries: its memory less its part of the state.
+    """Computes the bytes that a device of the mesh has for temporaries: its memory less its part of the training state.
 
-    Its memory is what it reports, on CPU half of the machine's, divided among its devices; of one that is not here,
-    what is known of its kind. `params` are shapes; the parameters are taken to be divided among the devices.
+    Its memory is what it reports; on CPU, half of the machine's, divided among the CPU devices; for a device that is
+    only compiled for, that of its kind (targets/). `params` are shapes; the state is assumed to be divided over all
+    devices.
     """
     device = mesh.devices.flat[0]
     here = device in jax.local_devices()

@@ -1,4 +1,4 @@
-"""What the training loop says of its steps."""
+"""Logs the steps of the training loop."""
 
 import time
 
@@ -14,10 +14,10 @@ from ttt_e2e.train.flops import model_flops_per_token, peak_flops
 
 
 class StepLog:
-    """What the loop says of its steps: metrics on disk, a progress bar, a profile when asked; only process 0 does.
+    """Logs steps: metrics on disk and a progress bar, in process 0 alone; a profile, when asked for.
 
-    `productive_seconds` are those spent in steps, of which no step that was lost and made again is one; `begun` is when
-    the run was first started, in seconds since 1970.
+    productive_seconds: spent in steps before this start of the run, without steps that were lost and are made again.
+    begun: when the run was first started, in seconds since 1970.
     """
 
     def __init__(self, config: Config, workdir, first_step: int, productive_seconds: float, begun: float):
@@ -32,14 +32,16 @@ class StepLog:
         self._profiling = False
         self._start = time.perf_counter()
         self._begun = begun
-        self._since_written: list[np.ndarray] = []  # seconds [P, F] of each step
+        self._since_written: list[
+            np.ndarray
+        ] = []  # of each step since the last line: seconds [P, F] that a process spent in a phase
         self.productive_seconds = productive_seconds
         self.phases = Phases()
         self._watchdog = Watchdog(self.phases, config.log.slow_step_factor)
         self.last: dict = {}
 
     def finish_step(self, step: int, device_metrics: dict, seconds_PF: np.ndarray) -> None:
-        """Waits for a step's metrics, checks and logs them; `seconds_PF` is how long processes were in which phase.
+        """Waits for a step's metrics, checks and logs them; `seconds_PF`: seconds of each process in each phase.
 
         Raises:
           UserError: one is NaN or infinite; the message names it and the step.
@@ -48,7 +50,7 @@ class StepLog:
         bad = first_not_finite(self.last)
         self._watchdog.step_done(step, seconds_PF)
         self._since_written.append(seconds_PF)
-        if step > self._first_step + 1:  # the first one of a start compiles
+        if step > self._first_step + 1:  # the first step after a start compiles
             self.productive_seconds += float(seconds_in(seconds_PF[jax.process_index()], "compute"))
         self.last |= self._rates() | self._time_use()
         if bad or step % self._config.log.every_steps == 0 or step in (1, self._config.train.num_steps):
@@ -71,12 +73,12 @@ class StepLog:
             self._writer.write(step, values)
 
     def restart_clock(self) -> None:
-        """Leaves what has happened since the last step out of the next one's time."""
+        """Restarts the clock, so that the next step's time leaves out what came before it (a save, an evaluation)."""
         self._start = time.perf_counter()
         self._watchdog.restart()
 
     def profile(self, step: int) -> None:
-        """Captures `log.profile_steps` steps into `logs/profile`, after ten that compile and warm up."""
+        """Profiles `log.profile_steps` steps into `logs/profile`, after ten steps of compiling and warming up."""
         begin = self._first_step + 11
         if self._config.log.profile_steps and step == begin:
             jax.profiler.start_trace(str(self._workdir / "logs" / "profile"))
@@ -86,7 +88,7 @@ class StepLog:
             self._profiling = False
 
     def close(self) -> None:
-        """Ends the watch, the bar, the files and a profile under way."""
+        """Closes the watchdog, the progress bar, the files, and a profile under way."""
         self._watchdog.close()
         if self._profiling:
             jax.profiler.stop_trace()
@@ -95,7 +97,7 @@ class StepLog:
             self._writer.close()
 
     def _rates(self) -> dict:
-        """Tokens and model FLOPs a second, and their share of the devices' peak (None where that is not known)."""
+        """Computes tokens and model FLOPs a second, and the share of the devices' peak (None where it is unknown)."""
         now = time.perf_counter()
         seconds, self._start = now - self._start, now
         flops, peak = self._flops / seconds, peak_flops()
@@ -106,9 +108,10 @@ class StepLog:
         }
 
     def _time_use(self) -> dict:
-        """Where the time went: goodput of all the run; and, of the steps since the last line, two more.
+        """Computes where time went: goodput of the whole run, and two measures of the steps since the last line.
 
-        They are the worst process's share of waiting for data, and how far processes are apart in what they do alone.
+        `data_wait_share`: share of the steps' time that the worst process waited for data. `host_spread_seconds`: mean
+        difference between the slowest and the fastest process in the work that waits for no device: input and saves.
         """
         seconds_SPF = np.stack(self._since_written)
         alone_SP = seconds_alone(seconds_SPF)

@@ -1,7 +1,8 @@
 """The compiled programs of the outer loop: one training step, one evaluation step.
 
-Losses and gradients are computed inside of a `jax.shard_map` over both axes of the mesh, where each device works on its
-own parts (inner/division.py) and every byte that travels is asked for by name; the compiler divides only the update.
+Losses and gradients are computed inside of a `jax.shard_map` over both axes of the mesh: each device works on its own
+parts of the arrays, and every collective is written in the program (inner/division.py). Only the optimizer's update is
+left to the compiler's partitioner.
 
 Shapes: `B` batch, `A` accumulation steps, `T` sequence.
 """
@@ -29,35 +30,35 @@ from ttt_e2e.train.optimizers import gradient_norm, learning_rate_schedule
 
 
 class TrainState(NamedTuple):
-    """What a training step maps to its successor, and what a checkpoint holds."""
+    """State of training: input and result of a training step, and contents of a checkpoint."""
 
     params: Any  # {"fast": W_0, "slow": theta}, nested dicts of arrays
-    optimizer: Any
-    step: jax.Array  # number of updates made
+    optimizer: Any  # optax state
+    step: jax.Array  # number of updates so far
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """Fresh parameters and optimizer state. Pure: call it under `jit` to have it made in place."""
+    """Initialises parameters and optimizer state. Pure: under `jit` with shardings, each device makes its shards."""
     _, fast, slow = split(Transformer(config.model, nnx.Rngs(config.train.seed)))
     params = {"fast": fast, "slow": slow}
     return TrainState(params, optimizer.init(params), jnp.int32(0))
 
 
 class Policies(NamedTuple):
-    """What a step does where the configuration leaves it open, and how it is divided."""
+    """The config with every "auto" of its inner loop resolved, and the division of arrays among devices."""
 
-    config: Config  # without "auto" in its inner loop
+    config: Config
     division: Division
 
     def record(self) -> dict[str, str]:
-        """What was taken, for the run directory: field -> value."""
+        """Lists the resolved fields for the run directory: {field: value}."""
         prefix = "sequence" if self.division.by_sequence else "matrices"
         inner = {f"inner.{name}": getattr(self.config.inner, name) for name in ("trajectory", "remat")}
         return inner | {"mesh.prefix": prefix}
 
 
 def take_policies(config: Config, mesh: Mesh) -> Policies:
-    """Decides what "auto" means for a training step on a mesh."""
+    """Resolves "auto" for a training step on a mesh."""
     graphdef, params = abstract_model(config.model)
     division = divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
     return Policies(policies.for_training(config, graphdef, params, mesh, division), division)
@@ -70,10 +71,12 @@ def make_train_step(
     state_shardings,
     taken: Policies | None = None,
 ) -> Callable:
-    """The compiled outer step: (state, tokens [B, T + 1]) -> (state, metrics). The state passed in is donated.
+    """Makes the compiled outer step: (state, tokens [B, T + 1]) -> (state, metrics). The state passed in is donated.
 
-    metrics: scalars `loss`, `grad_norm` (before clipping), `learning_rate` and `inner_learning_rate` of this step.
-    `taken`: what `take_policies` said, where it was asked before.
+    taken: result of `take_policies`, if it was called before.
+
+    The metrics are scalars: `loss`, `grad_norm` (before clipping), `learning_rate` and `inner_learning_rate` of the
+    step.
     """
     taken = taken or take_policies(config, mesh)
     loss_and_gradient = make_gradient(taken.config, mesh, taken.division)
@@ -101,10 +104,9 @@ def make_train_step(
 
 
 def make_gradient(config: Config, mesh: Mesh, division: Division, mean_loss: Callable | None = None) -> Callable:
-    """(params, tokens [B, T + 1], inner learning rate) -> mean loss of the batch, and its gradient.
+    """Makes the function (params, tokens [B, T + 1], inner learning rate) -> (mean loss of the batch, its gradient).
 
-    mean_loss: (params, tokens, inner learning rate) -> mean loss of a device's own sequences, if it is not to be what
-    `read_batch` gives.
+    mean_loss: (params, tokens, inner learning rate) -> mean loss of a device's own sequences; None = `read_batch`'s.
     """
     graphdef, params = abstract_model(config.model)
     specs = partition_specs(params, mesh, config.model)
@@ -127,10 +129,11 @@ def make_gradient(config: Config, mesh: Mesh, division: Division, mean_loss: Cal
 
 
 def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
-    """The compiled evaluation: (params, tokens [B, T + 1], inner learning rate, n) -> (sums, token_nll [B, T]).
+    """Makes the compiled evaluation: (params, tokens [B, T + 1], inner learning rate, n) -> (sums, token_nll [B, T]).
 
-    sums over the first n sequences: `loss`, and of their unmasked targets `token_nll` and the number, `num_tokens`.
-    Every process has them; the NLL of each token stays where its sequence was read.
+    The sums are over the first n sequences: of their losses, `loss`; over their unmasked targets, of the NLL,
+    `token_nll`, and their number, `num_tokens`. Sums are replicated on all devices; `token_nll` [B, T] is sharded like
+    the tokens.
     """
     config = policies.for_reading(config)
     graphdef, params = abstract_model(config.model)
@@ -164,7 +167,7 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
 
 
 def _read(config: Config, graphdef, division: Division, params, tokens, inner_rate) -> Reading:
-    """Reads a device's sequences, tokens [B, T + 1], given its stored parts of the parameters."""
+    """Reads a device's sequences, tokens [B, T + 1], given its shards of the parameters."""
     fast = fetch(division.fast, params["fast"])
     fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (len(tokens), *w.shape)), fast)
     options = {"inner": config.inner, "learning_rate": inner_rate, "bos_id": config.data.bos_id}
@@ -172,7 +175,7 @@ def _read(config: Config, graphdef, division: Division, params, tokens, inner_ra
 
 
 def _accumulate(function, tokens, num_parts: int):
-    """Mean of `function` over `num_parts` parts of a device's sequences [B, T + 1], one after the other."""
+    """Averages `function` over `num_parts` parts of a device's sequences [B, T + 1], run one after the other."""
     if num_parts == 1:
         return function(tokens)
     parts = tokens.reshape(num_parts, -1, tokens.shape[1])

@@ -1,11 +1,11 @@
-"""Optimizers of the outer loop: global-norm clip, then what `optimizer.name` names, under warm-up and cosine decay.
+"""Optimizers of the outer loop: global-norm clip, then the optimizer `optimizer.name`, under warm-up and cosine decay.
 
-Each file of this directory is one, and its name the legal `optimizer.name`. It has a function
+Each file of this directory is an optimizer, and `optimizer.name` is the name of its file. It has a function
 
     make(config: OptimizerConfig, learning_rate: optax.Schedule, mesh: Mesh | None) -> optax.GradientTransformation
 
 for trees {"fast", "slow"} of parameters; `train_only` leaves `optax.MaskedNode` in the place of those that are frozen.
-State that has the shape of the parameters is sharded as they are; any other array of it is on every device whole.
+Optimizer state that has the shapes of the parameters is sharded as they are; other state is replicated on every device.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from ttt_e2e.model.parameters import parameter_name
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Rate at outer step n, counted from 0: the first update has rate 0 where there is a warm-up."""
+    """Makes the schedule: outer step, from 0 -> learning rate. With a warm-up, the first update has rate 0."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
@@ -33,9 +33,9 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, params, mesh: Mesh | None = None) -> optax.GradientTransformation:
-    """The gradient transformation for `params` (or their shapes); decays every parameter it trains.
+    """Makes the gradient transformation for `params` (or their shapes); it decays every parameter that it trains.
 
-    mesh: that of the training step which the updates are part of; it changes what devices exchange, and no update.
+    mesh: that of the training step. It changes the communication of an update, not its values.
 
     Raises:
       UserError: `train_only` is no regular expression, or matches no parameter.
@@ -49,11 +49,12 @@ def make_optimizer(config: OptimizerConfig, params, mesh: Mesh | None = None) ->
 
 
 def gradient_norm(gradient):
-    """sqrt(sum g^2 + 1e-5), the norm that is logged: that of the released implementation."""
+    """Computes sqrt(sum g^2 + 1e-5), the norm that is logged, as the released implementation does."""
     return jnp.sqrt(optax.tree.norm(gradient, squared=True) + 1e-5)
 
 
 def _frozen(train_only: str, params):
+    """Marks the parameters whose names `train_only` does not match, as a tree of bool."""
     try:
         pattern = re.compile(train_only)
     except re.error as error:
