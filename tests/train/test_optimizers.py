@@ -129,10 +129,10 @@ def test_muon_on_a_mesh_makes_the_updates_of_one_device(trees):
 
 
 def test_state_that_is_of_no_parameter_is_whole_on_every_device():
-    mesh = sharding.make_mesh(MeshConfig(data=4, model=2))
-    assert sharding.specs({"coefficients": jnp.zeros((8, 8))}, mesh) == {"coefficients": P()}
-    with pytest.raises(ValueError, match=r"no sharding rule for slow.gate"):
-        sharding.specs({"slow": {"gate": jnp.zeros((8, 8))}}, mesh)
+    mesh = make_mesh(MeshConfig(data=4, model=2))
+    assert partition_specs({"coefficients": jnp.zeros((8, 8))}, mesh, MODEL) == {"coefficients": P()}
+    with pytest.raises(ValueError, match=r"slow.gate is no parameter of the model"):
+        partition_specs({"slow": {"gate": jnp.zeros((8, 8))}}, mesh, MODEL)
 
 
 def test_adamw_keeps_the_state_that_checkpoints_have():

@@ -130,10 +130,14 @@ def _axes_of_parameters(model: ModelConfig) -> dict[str, tuple]:
 
 
 def _axes_of(path, axes: dict[str, tuple]) -> tuple:
-    """What the last dimensions of a leaf are whose path ends in a parameter's name; () where none does."""
+    """The axes of the parameter whose name ends the path of a leaf; () where none does: an optimizer's own state."""
     keys = parameter_name(path).split(".")
     begin = next((i for i, key in enumerate(keys) if key in ("fast", "slow")), len(keys))
-    return axes.get(".".join(keys[begin:]), ())
+    if begin == len(keys):
+        return ()
+    if (name := ".".join(keys[begin:])) not in axes:
+        raise ValueError(f"{name} is no parameter of the model, and so has no sharding")
+    return axes[name]
 
 
 def _spec(axes: tuple, shape, mesh: Mesh) -> P:
