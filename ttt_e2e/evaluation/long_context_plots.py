@@ -5,8 +5,9 @@ Matplotlib is imported where it is used: it is an optional dependency.
 
 import numpy as np
 
-from ttt_e2e.evaluation.plots import STYLE, colors_of, make_figure
+from ttt_e2e.evaluation.plots import colors_of
 from ttt_e2e.evaluation.runs import Run
+from ttt_e2e.figures import STYLE, make_figure
 
 # What a row of panels of the needle figure shows: field, title, how a number is written.
 NEEDLE_ROWS = (

@@ -14,8 +14,9 @@ from flax import nnx
 from ttt_e2e.config import ModelConfig, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.long_context_plots import context_lengths_figure, needle_figure
-from ttt_e2e.evaluation.plots import position_figure, require_matplotlib, training_figure
+from ttt_e2e.evaluation.plots import position_figure, training_figure
 from ttt_e2e.evaluation.runs import Run, read_runs
+from ttt_e2e.figures import require_matplotlib
 from ttt_e2e.model import Transformer
 
 NUM_WORD_COLUMNS = 4  # of the table; the others are numbers
