@@ -30,7 +30,7 @@ class Cotangents(NamedTuple):
     states: Any  # {stack: State [B, L, ...]}
 
 
-def pull_back(
+def pull_back(  # long: the forward and the reverse scan over the blocks, which share what stands around them
     suffix: Structure, sums: Cotangents, slow, of_block, context: Context, mini_batch: MiniBatch, head: HeadPass, seeds
 ):
     """Adds one mini-batch's cotangents to those of the mini-batches after it.
