@@ -13,9 +13,6 @@ DIRECTORIES = ("ttt_e2e", "launch", "configs", "tests")
 TO_DO = {
     "ttt_e2e/config.py: _check_run",
     "ttt_e2e/inner/by_block.py: pull_back",
-    "ttt_e2e/kernels/mosaic_gpu.py: second_reverse",
-    "ttt_e2e/kernels/pallas_tpu_sweep.py: _sweep",
-    "ttt_e2e/kernels/window_attention.py: window_attention",
 }
 
 

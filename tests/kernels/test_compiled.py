@@ -9,7 +9,7 @@ import pytest
 
 from tests.kernels.cases import Case
 from ttt_e2e.bench import compiled
-from ttt_e2e.kernels import bands
+from ttt_e2e.kernels.attention import bands
 
 # Matrix products per score, of what `passes` compiles: forward; with reverse; with tangent; all, and second reverse.
 PRODUCTS = {"forward": 2, "reverse": 7, "tangent": 6, "reverse_of_tangent": 21}

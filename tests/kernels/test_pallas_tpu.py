@@ -11,7 +11,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from tests.kernels.cases import Case, nestings, relative_error, results, third_derivatives
 from ttt_e2e.bench.attention_check import pass_operands
-from ttt_e2e.kernels import bands, pallas_tpu, window_attention, xla
+from ttt_e2e.kernels import window_attention
+from ttt_e2e.kernels.attention import bands, xla
+from ttt_e2e.kernels.attention.tpu import passes as pallas_tpu
 
 
 class Problem(NamedTuple):

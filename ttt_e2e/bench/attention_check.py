@@ -3,12 +3,11 @@
 For a machine that nobody has run the kernels on: it says in a minute whether they are right there. Where there is no
 such device, kernels are interpreted, so that the check itself can be tried anywhere.
 
-Shapes: those of kernels/xla.py.
+Shapes: those of kernels/attention/xla.py.
 """
 
 import logging
 from functools import partial
-from importlib import import_module
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,14 @@ from tqdm import tqdm
 from ttt_e2e import targets
 from ttt_e2e.bench import table
 from ttt_e2e.errors import UserError
-from ttt_e2e.kernels import window_attention, xla
+from ttt_e2e.kernels import window_attention
+from ttt_e2e.kernels.attention import backends, xla
+from ttt_e2e.kernels.attention.trials import MAX_RATIO, SMALLEST
 from ttt_e2e.kernels.precision import matmul_precision
-from ttt_e2e.kernels.trials import MAX_RATIO, SMALLEST
 
 PASSES = ("forward", "tangent", "dual", "reverse", "second_reverse")
-KERNELS = ("xla", "mosaic_gpu")  # modules of all five passes
-FIRST_ORDER = ("cudnn",)  # forward and reverse, where queries and keys are the same positions
+KERNELS = backends.names("passes", "", "gpu")  # checked in all five passes
+FUSED = backends.names("fused", "gpu")  # in forward and reverse, where queries and keys are the same positions
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def run(  # noqa: PLR0913 -- each is a flag
     output,
     *,
-    variants=(*KERNELS, *FIRST_ORDER),
+    variants=(*KERNELS, *FUSED),
     head_dims=(64, 80, 128),
     dtypes=("bfloat16", "float16"),
     seq_len: int = 320,
@@ -48,15 +48,15 @@ def run(  # noqa: PLR0913 -- each is a flag
     that of `xla` in the same dtype. A variant that cannot run here has a row that says why.
     """
     for variant in variants:
-        if variant not in KERNELS + FIRST_ORDER:
-            raise UserError(f"--variants={variant}: legal are {', '.join(KERNELS + FIRST_ORDER)}")
+        if variant not in KERNELS + FUSED:
+            raise UserError(f"--variants={variant}: legal are {', '.join(KERNELS + FUSED)}")
     rows = []
     cases = [(H, dtype) for H in head_dims for dtype in dtypes]
     for H, dtype in tqdm(cases, desc="bench attention_check", unit="case"):
         sizes = {"seq_len": seq_len, "cached": cached, "window": window, "head_dim": H, "dtype": dtype}
         shape = (batch, heads_per_key_head, seq_len, cached, H)
         for variant in variants:
-            check = _first_order_errors if variant in FIRST_ORDER else _errors
+            check = _fused_errors if variant in FUSED else _errors
             for name, figures in check(variant, shape, window, num_empty, jnp.dtype(dtype)).items():
                 rows.append({"variant": f"{variant}/{name}"} | sizes | figures)
     text = table.write(output, rows, "Errors of window attention against float64")
@@ -112,7 +112,8 @@ def _run(module, name: str, operands, window: int):
 
 
 def _errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:
-    module = import_module(f"ttt_e2e.kernels.{variant}")
+    """Figures of every pass, by name."""
+    module = backends.load(variant)
     if targets.current().platform == "cpu" and variant != "xla" and not module.can_interpret():
         return {"all": {"skipped": f"JAX {jax.__version__} does not interpret it"}}
     with jax.enable_x64(True):
@@ -133,7 +134,8 @@ def _errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:
     return rows
 
 
-def _first_order_errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:
+def _fused_errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:
+    """Figures of forward and reverse, by name."""
     if targets.current().platform != "gpu":
         return {"all": {"skipped": "needs an NVIDIA GPU"}}
     B, R, T, _, H = shape

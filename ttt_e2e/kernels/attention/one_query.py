@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_e2e.kernels import tiles
+from ttt_e2e.kernels.attention import tiles
 
 
 class Keys(NamedTuple):

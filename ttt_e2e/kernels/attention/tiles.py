@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_e2e.kernels import score_tiles
-from ttt_e2e.kernels.score_tiles import mean, wide
+from ttt_e2e.kernels.attention import score_tiles
+from ttt_e2e.kernels.attention.score_tiles import mean, wide
 
 
 class View(NamedTuple):

@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ttt_e2e.kernels import bands, tiles
+from ttt_e2e.kernels.attention import bands, tiles
 
 
 def forward(q, k, v, num_empty, *, window):
