@@ -79,7 +79,7 @@ def candidates(problem: Problem) -> tuple[str, ...]:
 def _expected(problem: Problem, able: tuple[str, ...]) -> str:
     """The one of these backends to take where nothing was measured: fused kernels, then our own, then XLA.
 
-    Our own kernels are taken only for devices that are not at hand: where they could be checked, they were not.
+    Our own kernels only for devices that are not at hand: on one that is, they have to be checked first.
     """
     xla, *kernels = able
     fused = [name for name in kernels if REGISTRY[name].form == "fused"]

@@ -1,9 +1,8 @@
-"""The algebra of one tile of scores between its matrix products: softmax, centring and what reverses them.
+"""What is computed on a tile of scores between its matrix products: softmax, means, and the reverse of these.
 
-Shared by tiles.py, where a tile holds all keys of its rows and the mean of a row is a sum over the tile, and by the
-hardware kernels, which sweep a row's keys tile by tile and are given its mean, a dot product of rows (docs/kernels.md).
-It stands in a file of its own because that is all the two have in common: their matrix products, and the order in which
-things are summed, differ.
+Shared by tiles.py, where a tile holds all keys of its rows, and by the hardware kernels, which visit a row's keys tile
+by tile and are given the means of rows (docs/kernels.md). The two differ in their matrix products and in the order of
+their sums.
 
 Shapes: scores [..., t, w] of t queries and w keys; row statistics [..., t, 1], or whatever else broadcasts. All in
 float32 or wider, and nothing but jax.numpy on them, so that kernels may call it.
@@ -12,33 +11,37 @@ float32 or wider, and nothing but jax.numpy on them, so that kernels may call it
 import jax
 import jax.numpy as jnp
 
-# Finite, unlike finfo.min and -inf: with those the second derivative of a softmax is NaN.
-MASKED_SCORE = -1e30
+from ttt_e2e.kernels.attention.reference import MASKED_SCORE
 
 
 def wide(dtype):
-    """The dtype of scores and statistics."""
+    """The dtype of scores and statistics: float32 or wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def mask(scores, visible):
-    """Scores, and a very low one where a key is not seen."""
+    """The scores, with `MASKED_SCORE` where a key is not visible."""
     return jnp.where(visible, scores, MASKED_SCORE)
 
 
 def soften(scores):
-    """Of rows that are here as a whole: unnormalised weights, the largest score, and the weights' total."""
+    """The softmax of whole rows: unnormalised weights, the largest score of each row, and the total of its weights."""
     largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     return weights, largest, jnp.sum(weights, axis=-1, keepdims=True)
 
 
 def soften_more(scores, largest, total):
-    """The same of one more tile of rows, whose `largest` and `total` so far are given: MASKED_SCORE and 0 before any.
+    """The softmax of rows that are visited tile by tile: adds one tile.
+
+    Args:
+      scores: of the tile, masked.
+      largest: largest score of each row so far; before the first tile `MASKED_SCORE`.
+      total: total of its weights so far; before the first tile 0.
 
     Returns:
-      Weights, largest, total, and the factor that takes sums over the tiles before to the new scale of weights. (What
-      is summed while a row has seen nothing but masked keys is finite, and taken to 0 by its first visible one.)
+      Unnormalised weights, the new largest and total, and the factor by which to multiply sums over earlier tiles.
+      (Sums over masked keys alone are finite, and the factor of a row's first visible key makes them 0.)
     """
     new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
     weights, decay = jnp.exp(scores - new_largest), jnp.exp(largest - new_largest)
@@ -56,25 +59,25 @@ def probabilities(scores, lse):
 
 
 def mean(p, scores):
-    """Of each row, under its own softmax."""
+    """The mean of each row of scores, weighted by its row of p."""
     return jnp.sum(p * scores, axis=-1, keepdims=True)
 
 
 def deviation(p_bar, mean, lse_bar=None):
-    """Cotangent of the log-probabilities, up to the factor p, from the p_bar of a row whose mean is given."""
+    """p_bar less its mean, plus lse_bar: times p, the cotangent of the scores."""
     return p_bar - mean if lse_bar is None else p_bar - mean + lse_bar
 
 
 def scores_bar(p, p_bar, mean, lse_bar=None):
-    """Cotangent of the scores. (That of the scores' tangent is the same of p_dot_bar and lse_dot_bar.)"""
+    """Cotangent of the scores. (From p_dot_bar and lse_dot_bar, that of the scores' tangent.)"""
     return p * deviation(p_bar, mean, lse_bar)
 
 
 def narrow(weights, dtype):
-    """Weights in the dtype of a matrix product, and what rounding took from each row's total; None where nothing.
+    """Weights in the dtype of a matrix product, and how much rounding took from each row's total, or None.
 
-    Many weights sum to 0 over a row: rounded they do not, and what all keys have in common would not cancel. Whoever
-    sums keys by them gives the loss back at one of the keys.
+    Many weights sum to 0 over a row. Rounded they do not, and what all keys have in common would not cancel. So the
+    caller, who sums keys by them, adds one of the keys times that loss.
     """
     rounded = weights.astype(dtype)
     if rounded.dtype == weights.dtype:

@@ -77,7 +77,7 @@ def window_attention(  # noqa: PLR0913 -- a call has as many properties
 
 def _by_passes(q_NTH, k_GSH, v_GSH, cached, num_empty, recorded, **params):
     """Output [N, T, H] and lse [G, R, T], by the primitive whose derivatives are a backend's passes."""
-    if cached[0] is None:  # an empty cache, whose tangent is known to be zero
+    if cached[0] is None:  # an empty cache; JAX knows that its tangent is zero
         cached = (jnp.zeros((a.shape[0], 0, a.shape[2]), a.dtype) for a in (k_GSH, v_GSH))
     (N, T, _), G = q_NTH.shape, k_GSH.shape[0]
 

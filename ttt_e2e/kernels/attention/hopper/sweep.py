@@ -377,10 +377,10 @@ def _with_registers(function, number: int, action: str):
 
 
 def _mask(band: Band, by_keys: bool, own, first, num_empty, hidden, arrays):
-    """Puts `hidden` into tiles of a warpgroup's rows (keys) from `own` on and keys (rows) from `first` on.
+    """Puts `hidden` where a score is not visible, into arrays over a warpgroup's rows (keys) and a tile's keys (rows).
 
-    That is where they do not see each other. Each row (key) of the warpgroup sees, or is seen by, one range of the
-    others; a tile inside all of these ranges is left as it is.
+    The former begin at `own`, the latter at `first`. A row's visible keys (a key's visible rows) are one range; a tile
+    inside of all ranges is left as it is.
     """
     shape, position = arrays[0].shape, own + band.first_row if by_keys else own
     first = first if by_keys else first + band.first_row
