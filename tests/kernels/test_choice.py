@@ -141,7 +141,7 @@ def test_a_verdict_is_kept(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def kept_verdict(tmp_path_factory):
+def stored_verdict(tmp_path_factory):
     """The content of a file: that "raises" is the best, which it is not."""
     with problems.noting() as noted:
         trace()
@@ -161,9 +161,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_file_that_cannot_be_used_is_written_anew(damage, kept_verdict, tmp_path, caplog):
+def test_a_file_that_cannot_be_used_is_written_anew(damage, stored_verdict, tmp_path, caplog):
     file = tmp_path / "verdicts.json"
-    file.write_text(json.dumps(kept_verdict))
+    file.write_text(json.dumps(stored_verdict))
     good = json.loads(file.read_text())
     damaged = damage(good)
     file.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())

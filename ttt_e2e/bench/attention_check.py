@@ -1,7 +1,7 @@
 """`ttt-e2e bench attention_check`: the error of every pass of every backend of window attention, against float64.
 
-For a machine that nobody has run the kernels on: it says in a minute whether they are right there. Where there is no
-such device, kernels are interpreted, so that the check itself can be tried anywhere.
+For the first minute on a new machine: says whether the kernels compute the right numbers there. Where their device is
+missing, kernels are interpreted, so that the check itself can be tried anywhere.
 
 Shapes: those of kernels/attention/xla.py.
 """
@@ -19,7 +19,7 @@ from ttt_e2e.bench import table
 from ttt_e2e.errors import UserError
 from ttt_e2e.kernels import window_attention
 from ttt_e2e.kernels.attention import backends, xla
-from ttt_e2e.kernels.attention.trials import MAX_RATIO, SMALLEST
+from ttt_e2e.kernels.attention.trials import MAX_RATIO, SMALLEST, relative_error
 from ttt_e2e.kernels.precision import matmul_precision
 
 PASSES = ("forward", "tangent", "dual", "reverse", "second_reverse")
@@ -44,8 +44,8 @@ def run(  # noqa: PLR0913 -- each is a flag
 ) -> list[dict]:
     """Checks every combination, writes the errors to the directory `output`, returns the rows; fails if one is large.
 
-    A row has the `relative_error` of each pass's worst result, by Euclidean norm, and as `ratio` that error in terms of
-    that of `xla` in the same dtype. A variant that cannot run here has a row that says why.
+    A row is one pass: the `relative_error` of its worst result, by Euclidean norm, and the `ratio` of that error to the
+    error of `xla` in the same dtype. A variant that cannot run here has a row that says why.
     """
     for variant in variants:
         if variant not in KERNELS + FUSED:
@@ -125,7 +125,7 @@ def _errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:
         try:
             ours = jax.block_until_ready(_run(module, name, operands[name], window))
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            # The kernel's compiler refused it: the check fails in the end, but the other passes may do.
+            # The kernel's compiler refused it: the check fails in the end, but first tries the other passes.
             logger.exception("%s/%s, %s, head width %d", variant, name, dtype, shape[-1])
             rows[name] = {"relative_error": float("inf"), "ratio": float("inf"), "failed": str(error)[:100]}
         else:
@@ -159,13 +159,9 @@ def _fused_errors(variant: str, shape, window: int, num_empty: int, dtype) -> di
 
 
 def _figures(ours, theirs, truths) -> dict:
-    """The worst result's error, and the worst in terms of `theirs`."""
-    pairs = [(_error(a, truth), _error(b, truth)) for a, b, truth in zip(ours, theirs, truths, strict=True)]
+    """The worst result's error, and the worst ratio to the error of `theirs`."""
+    pairs = [
+        (relative_error(a, truth), relative_error(b, truth)) for a, b, truth in zip(ours, theirs, truths, strict=True)
+    ]
     ratio = max(error / max(usual, SMALLEST) for error, usual in pairs)
     return {"relative_error": max(error for error, _ in pairs), "ratio": ratio}
-
-
-def _error(actual, truth) -> float:
-    """Relative, by Euclidean norm; infinite where a result is not a number."""
-    error = np.linalg.norm(np.asarray(actual, np.float64) - truth) / max(np.linalg.norm(truth), 1e-100)
-    return float(error) if np.isfinite(error) else float("inf")

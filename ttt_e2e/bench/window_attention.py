@@ -59,7 +59,7 @@ def run(  # noqa: PLR0913 -- each is a flag
 
 
 def _compare(rows: list[dict], variant: str) -> None:
-    """Adds the rate of every row in terms of that variant's, where it was measured."""
+    """Adds to every row its rate relative to the best rate of that variant, where that was measured."""
 
     def case(row):
         return row["variant"].split("/")[1], row["head_dim"], row["dtype"]
@@ -130,7 +130,7 @@ def _pass(name: str, variant: str, window: int):
 
 
 def _passes(name: str, variant: str, window: int):
-    """The same function, of a backend's passes; they are what `window_attention` and its derivatives come down to."""
+    """The same function as `_pass`, made of a backend's passes, which `window_attention` and its derivatives call."""
     kernels = backends.load(variant)
 
     def program(cached_k, cached_v, *arrays):

@@ -140,10 +140,13 @@ def _bars(out, x: dict):
 
 
 def _errors(actual, expected) -> list[float]:
-    """Relative error of each result, by Euclidean norm; infinite where it is not a number."""
-    errors = []
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-100) if a.size else 0.0
-        errors.append(float(error) if np.isfinite(error) else float("inf"))
-    return errors
+    """The relative error of each result."""
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    return [relative_error(*pair) for pair in pairs]
+
+
+def relative_error(actual, expected) -> float:
+    """The error of an array by Euclidean norm, relative to the expected one; infinite where it is not a number."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    error = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-100)
+    return float(error) if np.isfinite(error) else float("inf")
