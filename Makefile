@@ -13,10 +13,10 @@ DATA := data/stdlib
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-parity lint format clean
+.PHONY: help install train test test-processes test-all test-parity lint format clean
 
 help:  ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 install: $(INSTALLED)  ## make the environment (.venv; with PYTHON=..., .venv-VERSION)
 
@@ -35,11 +35,15 @@ train: install  ## prepare the embedded corpus, train the quickstart, evaluate i
 	@printf '\n%-12s %s\n' data $(DATA) run $(RUN) checkpoints $(RUN)/checkpoints metrics $(RUN)/metrics.jsonl \
 	  evaluation $(RUN)/evaluation/metrics.json report $(RUN)/report/report.html | sed '/^$$/d'
 
-# Compiling dominates, on one core each: as many workers as cores, and a file's tests, which share programs, in one.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+# Compiling dominates, on one core each: as many workers as cores. A worker takes tests in order, so that it makes a
+# file's fixtures once, until another has none left. build/NAME.xml has every test's seconds.
+PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal --junitxml=build/$@.xml
 
-test: install  ## run the tests, but for the slow ones
-	$(PYTEST) -m 'not slow'
+test: install  ## run the tests, but for the slow ones and those of processes
+	$(PYTEST) -m 'not slow and not processes'
+
+test-processes: install  ## run the tests of several processes: launchers, signals, kills, sweeps
+	$(PYTEST) -m 'processes and not slow'
 
 test-all: install  ## run all tests
 	$(PYTEST)

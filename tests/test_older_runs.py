@@ -28,12 +28,11 @@ BOS, READ = 256, "The License, in a few words, is the following aaaaa"
 KINDS = pytest.mark.parametrize("kind", ["window", "mixed"])
 
 
-@pytest.fixture(scope="module")
-def older(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("older")
+@pytest.fixture
+def older(tmp_path):
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(directory, filter="data")
-    return directory
+        archive.extractall(tmp_path / "older", filter="data")
+    return tmp_path / "older"
 
 
 def config_of(older, kind: str) -> Config:
@@ -43,9 +42,10 @@ def config_of(older, kind: str) -> Config:
 
 @KINDS
 def test_a_checkpoint_has_the_losses_that_it_had(kind, older, tmp_path):
-    evaluate(config_of(older, kind), older / kind / "run", tmp_path)
+    evaluate(config_of(older, kind), older / kind / "run", tmp_path / "evaluation")
     ours, theirs = (
-        json.loads((directory / "metrics.json").read_text()) for directory in (tmp_path, older / kind / "evaluation")
+        json.loads((directory / "metrics.json").read_text())
+        for directory in (tmp_path / "evaluation", older / kind / "evaluation")
     )
     assert ours["step"] == theirs["step"] == 4
     for name in ("loss", "token_loss", "loss_without_learning"):

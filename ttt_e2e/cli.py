@@ -4,15 +4,16 @@ import inspect
 import json
 import logging
 import sys
+from dataclasses import replace
 
 from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
+from ttt_e2e import settings
 from ttt_e2e.config import Config, suggestion, to_dict
 from ttt_e2e.errors import EXIT_REQUEUE, PreemptedError, UserError
-from ttt_e2e.evaluation import flags as evaluation_flags
-from ttt_e2e.flags import load_config_file, override, parse, sampling, string
+from ttt_e2e.flags import load_config_file, override, parse, string
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,11 +92,13 @@ def train(argv: list[str]) -> None:
 
 def evaluate(argv: list[str]) -> None:
     """Measure a checkpoint on held-out text: its loss, with and without learning, context lengths, needles, samples."""
+    from ttt_e2e.evaluation import flags as evaluation
+    from ttt_e2e.evaluation.base import run_all
 
     def define(values):
         _trained_model(values)
         string(values, "output", "Directory for what is found; default: WORKDIR/evaluation.")
-        evaluation_flags.define(values)
+        evaluation.define(values)
         _processes(values)
 
     values, overrides = parse(argv, define, "ttt-e2e evaluate: held-out loss of a checkpoint, or what it recalls.")
@@ -103,40 +106,24 @@ def evaluate(argv: list[str]) -> None:
     if not values.workdir:
         _require(values, "checkpoint", "output")
     checkpoint, output = values.checkpoint or values.workdir, values.output or f"{values.workdir}/evaluation"
-    asked = evaluation_flags.asked(values)
+    asked = evaluation.asked(values)
     is_main = _join(values)
-    if not asked:
-        from ttt_e2e.evaluation.token_losses import evaluate
-
-        metrics = evaluate(config, checkpoint, output)
-        if is_main:
-            print(json.dumps({"output": output, **metrics}, indent=2))
-        return
-    import jax
-
-    if jax.process_count() > 1:
-        raise UserError(f"--{asked[0][0].NAME} runs in one process, and this is one of several: start it alone")
-    from ttt_e2e.checkpoints.steps import find_step
-
-    find_step(checkpoint)
-    for evaluation, settings in asked:  # all of them before the first one runs, which may take hours
-        evaluation.check(config, settings)
-    results = {"output": output}
-    for evaluation, settings in asked:
-        result = evaluation.evaluate(config, checkpoint, output, settings)
-        results[evaluation.NAME] = {k: v for k, v in result.items() if k not in ("cells", "about")}
-    print(json.dumps(results, indent=2))
+    results = run_all(asked, config, checkpoint, output)
+    if is_main:
+        print(json.dumps(results, indent=2))
 
 
 def generate(argv: list[str]) -> None:
     """Continue a prompt, or save what reading it taught."""
+    from ttt_e2e.inference.settings import Sampling
 
     def define(values):
         _trained_model(values)
         string(values, "prompt", "Text to continue; without any, a new document.")
         string(values, "prompt_file", "File with the prompt, or .jsonl with one a line, in the field `prompt`.")
         flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate; 0 = only read.", flag_values=values)
-        sampling(values)
+        settings.define(values, Sampling)
+        flags.DEFINE_integer("seed", 0, "Of what is drawn.", flag_values=values)
         flags.DEFINE_float("repetition_penalty", 1.0, "Weakens tokens that were there; 1 = off.", flag_values=values)
         flags.DEFINE_multi_string("stop", [], "Text to stop before; may be given repeatedly.", flag_values=values)
         string(values, "learn", "Learn while reading from: all, prompt or none.", "all")
@@ -154,14 +141,13 @@ def generate(argv: list[str]) -> None:
         raise UserError("--prompt and --prompt_file are both given: choose one")
     from ttt_e2e.inference.generate import Settings, generate
     from ttt_e2e.inference.prompts import read_prompts
-    from ttt_e2e.inference.sampling import Sampling
 
     prompts = read_prompts(values.prompt_file) if values.prompt_file else [values.prompt]
-    drawn = Sampling(values.temperature, values.top_k, values.top_p, values.repetition_penalty)
-    settings = Settings(values.max_new_tokens, drawn, values.seed, tuple(values.stop), values.learn)
+    drawn = replace(settings.read(values, Sampling), repetition_penalty=values.repetition_penalty)
+    wanted = Settings(values.max_new_tokens, drawn, values.seed, tuple(values.stop), values.learn)
     states = {"load_from": values.load_state, "save_to": values.save_state, "precision": values.precision}
     checkpoint = values.checkpoint or values.workdir
-    generate(config, checkpoint, prompts, settings, **states, output=values.output, max_length=values.max_length)
+    generate(config, checkpoint, prompts, wanted, **states, output=values.output, max_length=values.max_length)
 
 
 def import_(argv: list[str]) -> None:

@@ -113,20 +113,3 @@ def override(base: ConfigDict, overrides: list[str]) -> Config:
 def string(values: flags.FlagValues, name: str, text: str, default: str = "") -> None:
     """Defines a flag that takes text, described by `text`."""
     flags.DEFINE_string(name, default, text, flag_values=values)
-
-
-def sampling(values: flags.FlagValues) -> None:
-    """Defines the flags of how tokens are drawn."""
-    flags.DEFINE_float("temperature", 1.0, "0 = always the likeliest token.", flag_values=values)
-    flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0 = off.", flag_values=values)
-    flags.DEFINE_float("top_p", 1.0, "Draw from the fewest with this probability; 1 = off.", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Of what is drawn.", flag_values=values)
-
-
-def integers(values: flags.FlagValues, name: str) -> tuple[int, ...]:
-    """What a flag lists. Raises `UserError` where that is anything but integers."""
-    try:
-        return tuple(map(int, values[name].value))
-    except ValueError:
-        listed = ",".join(values[name].value)
-        raise UserError(f"--{name}={listed}: it takes integers separated by commas") from None

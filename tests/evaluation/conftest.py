@@ -114,7 +114,7 @@ class FakeReader:
     def start(self, first, batch_size=1):
         return FakeState(np.broadcast_to(np.asarray(first).reshape(-1, 1), (batch_size, 1)))
 
-    def read(self, state, tokens_Bn, *, learn=True):
+    def read(self, state, tokens_Bn, *, learn=True, bar=None):
         nlls = [np.zeros((len(tokens_Bn), 0))]
         for i in range(tokens_Bn.shape[1]):
             state, _, nll = self.step(state, lambda _, i=i: tokens_Bn[:, i])

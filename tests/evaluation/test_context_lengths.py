@@ -9,9 +9,15 @@ import pytest
 
 from tests.evaluation.conftest import BOS, DOCUMENT_LENGTHS, FakeReader, T, make_run, without_fast_blocks
 from ttt_e2e.data.store import TokenStore
-from ttt_e2e.evaluation import context_lengths, token_losses
-from ttt_e2e.evaluation.context_lengths import Settings, evaluate, ratio
+from ttt_e2e.evaluation import token_losses
+from ttt_e2e.evaluation.context_lengths import ContextLengths, Settings, ratio
+from ttt_e2e.evaluation.subject import Subject
+from ttt_e2e.inference.reader import Reader
 from ttt_e2e.runs.directory import load_config
+
+
+def evaluate(config, checkpoint, output, settings) -> dict:
+    return ContextLengths().evaluate(Subject(config, checkpoint), output, settings)
 
 
 def by_length(result) -> dict:
@@ -61,11 +67,11 @@ def test_the_same_targets_are_scored_whatever_the_length(
 ):
     """Of a reader whose NLL is the token itself, all losses are the mean of the same tokens."""
 
-    class Reader(FakeReader):
-        def read(self, state, tokens_Bn, *, learn=True):
+    class TokenReader(FakeReader):
+        def read(self, state, tokens_Bn, *, learn=True, bar=None):
             return state, tokens_Bn.astype(float)
 
-    monkeypatch.setattr(context_lengths, "load_reader", lambda config, checkpoint, length: Reader(config, None))
+    monkeypatch.setattr(Subject, "reader", lambda subject, _: TokenReader(subject.config, None))
     result = evaluate(without_fast_blocks(config), workdir, tmp_path, Settings(lengths, scored, num_stretches=0))
     tokens = TokenStore.open(config.data.path, "val").sequences(range(sum(DOCUMENT_LENGTHS) // 200), 200)
     targets = tokens[:, -expected:]
@@ -106,10 +112,14 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(config, workdir, setting
     cut = "".join(lines[: 1 + 5 + 2 + 1]) + lines[1 + 5 + 3][:20]
     (tmp_path / "cut/context_lengths.jsonl").write_text(cut)
     numbers_read = []
-    read = context_lengths.read
-    monkeypatch.setattr(
-        context_lengths, "read", lambda *args, **kw: (numbers_read.append(args[2].shape), read(*args, **kw))[1]
-    )
+    read = Reader.read
+
+    def count(reader, state, tokens_Bn, *, learn, bar=None):
+        if bar is not None:  # else it is a piece
+            numbers_read.append(tokens_Bn.shape)
+        return read(reader, state, tokens_Bn, learn=learn, bar=bar)
+
+    monkeypatch.setattr(Reader, "read", count)
     caplog.set_level("INFO")
     resumed = evaluate(config, workdir, tmp_path / "cut", settings)
     assert resumed == whole

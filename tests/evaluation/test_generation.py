@@ -12,13 +12,19 @@ from tests.evaluation.conftest import BOS, DOCUMENT_LENGTHS, T, make_run, write_
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from ttt_e2e.evaluation import generation
-from ttt_e2e.evaluation.generation import Settings, evaluate, find_documents
+from ttt_e2e.evaluation.generation import Generation, Settings, find_documents
+from ttt_e2e.evaluation.subject import Subject
+from ttt_e2e.inference import sampling
 from ttt_e2e.inference.generate import load_reader
-from ttt_e2e.inference.sampling import Sampling
+from ttt_e2e.inference.settings import Sampling
 from ttt_e2e.runs.directory import load_config
 
 P, N = 21, 14  # tokens of a prompt, and of its continuation
 SETTINGS = Settings(P, N, samples=3, sampling=Sampling(temperature=0.8), seed=3)
+
+
+def evaluate(config, checkpoint, output, settings) -> dict:
+    return Generation().evaluate(Subject(config, checkpoint), output, settings)
 
 
 def records(output) -> dict:
@@ -113,7 +119,7 @@ def test_what_is_generated_is_what_a_batch_of_one_would_be(config, workdir, whol
 
 def test_bos_ends_a_continuation(config, workdir, tmp_path, monkeypatch):
     """A model that is made to say BOS from the sixth token on, in one row only."""
-    choose = generation.choose
+    choose = sampling.choose
 
     def choose_bos(keys, index, *args):
         tokens = np.array(choose(keys, index, *args))
@@ -121,7 +127,7 @@ def test_bos_ends_a_continuation(config, workdir, tmp_path, monkeypatch):
             tokens[1] = BOS
         return np.where((np.arange(len(tokens)) != 1) & (tokens == BOS), 97, tokens)
 
-    monkeypatch.setattr(generation, "choose", choose_bos)
+    monkeypatch.setattr(sampling, "choose", choose_bos)
     result = evaluate(config, workdir, tmp_path, SETTINGS)
     lengths = [len(records(tmp_path)["generated", n]["tokens"]) for n in range(3)]
     assert lengths == [N, 5, N]
@@ -133,7 +139,7 @@ def test_bos_ends_a_continuation(config, workdir, tmp_path, monkeypatch):
 
 
 def test_a_model_that_says_nothing_has_no_score(config, workdir, tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "choose", lambda keys, *args: np.full(len(keys), BOS))
+    monkeypatch.setattr(sampling, "choose", lambda keys, *args: np.full(len(keys), BOS))
     result = evaluate(config, workdir, tmp_path, SETTINGS)
     assert result["generated"]["num_tokens"] == 0
     assert result["generated"]["own_nll_per_token"] is result["generated"]["judge_nll_per_byte"] is None
@@ -197,7 +203,7 @@ def test_the_command_prints_and_writes_the_same_beside_the_others(run, workdir, 
 
 
 def test_the_prompt_is_half_the_trained_length_by_default(config):
-    assert generation.check(config, Settings()).prompt_tokens == T // 2
+    assert Generation().check(Subject(config, ""), Settings()).prompt_tokens == T // 2
 
 
 def _remove(path):

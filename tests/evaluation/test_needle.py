@@ -13,10 +13,14 @@ from ttt_e2e.data.store import TokenStore
 from ttt_e2e.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from ttt_e2e.evaluation import needle
 from ttt_e2e.evaluation.haystacks import NOISE, REACH, TASKS, Haystacks
-from ttt_e2e.evaluation.needle import Settings, evaluate
-from ttt_e2e.inference.generate import load_reader
+from ttt_e2e.evaluation.needle import Needle, Settings
+from ttt_e2e.evaluation.subject import Subject
 
 LENGTHS, DEPTHS = (400, 700), (0, 30, 100)
+
+
+def evaluate(config, checkpoint, output, settings) -> dict:
+    return Needle().evaluate(Subject(config, checkpoint), output, settings)
 
 
 @pytest.fixture(scope="module", params=["bytes", "pieces"])
@@ -112,13 +116,13 @@ def digits_where_there_were_digits(tokens_n):
 
 
 def found_by(next_logits, config, workdir, output, monkeypatch, **settings):
-    monkeypatch.setattr(needle, "load_reader", lambda config, *_: FakeReader(config, next_logits))
-    # What is read of the prompt is predicted too, which a reader of no model need not do.
-    monkeypatch.setattr(
-        needle,
-        "read",
-        lambda reader, state, tokens, bar: (state._replace(tokens_Bn=np.hstack([state.tokens_Bn, tokens])), None),
-    )
+    class PromptReader(FakeReader):
+        """Does not predict what it reads of the prompt, as a model would."""
+
+        def read(self, state, tokens_Bn, *, learn=True, bar=None):
+            return state._replace(tokens_Bn=np.hstack([state.tokens_Bn, tokens_Bn])), None
+
+    monkeypatch.setattr(Subject, "reader", lambda subject, _: PromptReader(subject.config, next_logits))
     return evaluate(config, workdir, output, Settings(tuple(TASKS), LENGTHS, DEPTHS, **settings))
 
 
@@ -156,8 +160,8 @@ def whole(config, workdir, settings, tmp_path_factory):
 
 
 def test_the_nll_of_an_answer_is_that_of_reading_it(config, workdir, settings, whole):
-    reader = load_reader(config, workdir, 0)
-    haystacks, _ = needle.check(config, settings)
+    subject = Subject(config, workdir)
+    reader, (haystacks, _) = subject.reader(0), Needle().check(subject, settings)
     records = [json.loads(line) for line in (whole[1] / "needle.jsonl").read_text().splitlines()[1:]]
     assert len(records) == 2 * 2 * 3
     for record in records[::5]:
@@ -188,7 +192,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(config, workdir, setting
 def test_lengths_by_default_are_those_that_fit(config, workdir):
     def lengths(seq_len, task):
         longer = dataclasses.replace(config, train=dataclasses.replace(config.train, seq_len=seq_len))
-        return needle.check(longer, Settings((task,)))[1]
+        return Needle().check(Subject(longer, ""), Settings((task,)))[1]
 
     assert lengths(920, 2) == (230, 460, 920, 1840)
     assert lengths(920, 3) == (460, 920, 1840)  # a UUID takes more tokens

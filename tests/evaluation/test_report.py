@@ -9,7 +9,7 @@ import pytest
 
 from ttt_e2e.config import default_config, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.evaluation.long_context_plots import context_lengths_figure, needle_figure
+from ttt_e2e.evaluation.base import evaluations
 from ttt_e2e.evaluation.report import format_table, write_report
 from ttt_e2e.evaluation.runs import read_runs
 
@@ -200,14 +200,14 @@ def test_every_number_of_a_result_is_in_its_figure(tmp_path, run_index):
     sizes = [{"lengths": (512, 1024, 2048), "tasks": (1, 3)}, {"lengths": (256, 4096), "tasks": (2,), "stretches": 1}]
     workdir = evaluate_long_contexts(make_run(tmp_path / "run"), **sizes[run_index])
     runs = read_runs([workdir])
-    top, bottom = context_lengths_figure(runs).axes
-    losses = [entry["loss"] for entry in runs[0].context_lengths["lengths"]]
+    top, bottom = evaluations()["context_lengths"].figure(runs).axes
+    losses = [entry["loss"] for entry in runs[0].results["context_lengths"]["lengths"]]
     assert list(top.get_lines()[0].get_ydata()) == losses
     assert list(top.get_lines()[0].get_xdata()) == list(sizes[run_index]["lengths"])
     assert list(bottom.get_lines()[0].get_ydata()) == [loss - losses[0] for loss in losses]
     assert [text.get_text() for text in top.get_legend().get_texts()] == ["run", "run, not learning"]
-    texts = [text.get_text() for panel in needle_figure(runs).axes for text in panel.texts]
-    count = len(runs[0].needle["cells"])
+    texts = [text.get_text() for panel in evaluations()["needle"].figure(runs).axes for text in panel.texts]
+    count = len(runs[0].results["needle"]["cells"])
     assert texts == ["25%"] * count + ["+0.50"] * count + ["-0.12"] * count
 
 

@@ -8,7 +8,7 @@ from tests.inner.conftest import BOS, LEARNING_RATE
 from tests.inner.conftest import learning_model as inner_learning_model
 from tests.model.tiny import TinyModel
 from ttt_e2e.config import from_config_dict, to_dict
-from ttt_e2e.inference import Reader, ReaderState
+from ttt_e2e.inference.reader import Reader, ReaderState
 from ttt_e2e.inner import Reading, read_batch
 
 # Shapes: B sequences, T tokens read, V vocabulary.

@@ -18,7 +18,7 @@ from ttt_e2e.cli import main
 from ttt_e2e.config import from_config_dict, to_dict
 from ttt_e2e.data.tokenizers import ByteTokenizer
 from ttt_e2e.inference.generate import Settings, generate_tokens
-from ttt_e2e.inference.sampling import Sampling
+from ttt_e2e.inference.settings import Sampling
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.parameters import split
 

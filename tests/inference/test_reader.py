@@ -3,6 +3,8 @@
 Tolerances: float64 adds in different orders on both sides, through 3 blocks and several updates.
 """
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -64,6 +66,17 @@ def test_pieces_give_the_same_state_within_a_mini_batch(learning, cuts):
         assert_same_state(state, whole, **EXACT)
         assert_same_state(state.fast, whole.fast)
         assert_same_state(state.states, whole.states)
+
+
+def test_a_progress_bar_counts_the_tokens_of_every_piece(learning, monkeypatch):
+    monkeypatch.setattr("ttt_e2e.inference.reader.PIECE", 2 * b + 1)
+    reader, tokens_BT1, expected = learning
+    counts = []
+    with jax.enable_x64(True):
+        start = reader.start(tokens_BT1[:, 0], B)
+        _, nll_BT = reader.read(start, tokens_BT1[:, 1:], bar=SimpleNamespace(update=counts.append))
+    np.testing.assert_allclose(nll_BT, expected.token_nll_T, **EXACT)
+    assert counts == [B * 2 * b] * 3 + [B * b]
 
 
 def test_one_by_one_equals_one_shot(learning):

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.sampling import Sampling, adjust, choose
+from ttt_e2e.inference.sampling import adjust, choose
+from ttt_e2e.inference.settings import Sampling
 
 V = 12
 logits = st.lists(st.floats(-8, 8, width=16), min_size=V, max_size=V, unique=True).map(np.float32)

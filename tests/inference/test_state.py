@@ -84,6 +84,16 @@ def test_the_digest_sees_values_names_and_types():
     assert parameters_digest(params) == parameters_digest(jax.tree.map(jax.numpy.asarray, params))
 
 
+def test_digests_in_old_states_and_records_stay_what_they_were(caplog):
+    ramp = np.arange(24.0).reshape(2, 3, 4) / 7
+    slow = {"embedding": jax.numpy.asarray(ramp[0], "bfloat16"), "norm": ramp}
+    params = {"fast": {"w1": ramp.astype(np.float32)}, "slow": slow}
+    assert parameters_digest(params) == "7791e190fd2c18f3"  # by the checksum of its own that state.py had at first
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        parameters_digest({**params, "fast": {"w1": params["fast"]["w1"] + 1}})
+    assert "Compiling" not in caplog.text
+
+
 def test_what_is_no_whole_state_is_refused(reader, middle, tmp_path):
     path = tmp_path / "state"
     with pytest.raises(UserError, match=r"state holds no saved state: expected"):

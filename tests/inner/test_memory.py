@@ -105,11 +105,11 @@ def test_a_longer_sequence_adds_one_trajectory_entry_and_its_keys_and_values(mod
 
         def loss(fast, slow, x):
             read = partial(adapt, suffix_def, inner, Weights())
-            return read(fast, slow, mini_batches._replace(x_bD=x), jnp.float32(1))[0].sum()
+            return read(fast, slow, mini_batches._replace(hidden=x), jnp.float32(1))[0].sum()
 
         fast_B = jax.tree.map(lambda w: jnp.broadcast_to(w, (B, *w.shape)), fast)
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-        return gradient.lower(fast_B, slow, mini_batches.x_bD).compile().memory_analysis().temp_size_in_bytes
+        return gradient.lower(fast_B, slow, mini_batches.hidden).compile().memory_analysis().temp_size_in_bytes
 
     keys_and_values, hidden, scalars = 2 * b * G * H * 4, b * D * 4, b * (4 + 1 + 2 * 4) + 4
     of_mini_batch = B * (FAST_BYTES + keys_and_values + 2 * hidden + scalars)

@@ -18,6 +18,14 @@ ROOT = Path(__file__).parents[2]
 BOUND = 600  # seconds within which all ends; machines of tests may be busy
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks the tests that start processes, by the fixtures they ask for: runs, sweeps, a Slurm."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and {"runs", "launch", "slurm"} & set(item.fixturenames):
+            item.add_marker("processes")
+
+
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """Where the tests' runs are made."""

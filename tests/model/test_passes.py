@@ -51,10 +51,10 @@ def by_jvp(fast, u, slow, cache, x_TD, x_dot_TD):
     return jax.jvp(run, (fast, x_TD), (u, x_dot_TD))
 
 
-def by_pass(fast, u, slow, cache, x_PTD, recorded=None):
+def by_pass(fast, u, slow, cache, x_JTD, recorded=None):
     """The same."""
     block = merge(case()[0], jax.tree.map(Directed, fast, u), slow)
-    y_2TD, entry = block.extend(x_PTD, DualPass(recorded), cache, CONTEXT)
+    y_2TD, entry = block.extend(x_JTD, DualPass(recorded), cache, CONTEXT)
     assert entry.k.shape == (cache.k.shape[0], T, cache.k.shape[2])
     return y_2TD[0], y_2TD[1]
 
@@ -77,9 +77,9 @@ def test_a_dual_pass_and_its_reverse_are_those_of_autodiff(moves, is_recorded):
     want, (*want_bars, want_x_bar) = jax.jit(
         lambda: pulled_back(lambda fast, slow, cache, x: by_jvp(fast, u, slow, cache, x, x_dot_TD), x_TD)
     )()
-    x_PTD = jnp.stack([x_TD, x_dot_TD]) if moves else x_TD[None]
+    x_JTD = jnp.stack([x_TD, x_dot_TD]) if moves else x_TD[None]
     got, (*got_bars, got_x_bar) = jax.jit(
-        lambda: pulled_back(lambda fast, slow, cache, x: by_pass(fast, u, slow, cache, x, recorded), x_PTD)
+        lambda: pulled_back(lambda fast, slow, cache, x: by_pass(fast, u, slow, cache, x, recorded), x_JTD)
     )()
     got_all, want_all = (got, got_bars, got_x_bar[0]), (want, want_bars, want_x_bar)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11), got_all, want_all)
@@ -100,10 +100,10 @@ def test_nothing_is_spent_on_tangents_before_there_are_any():
     """Those of the attention and of the products around it, which come before the fast MLP: more than a third."""
     _, (fast, u, slow, cache, x_TD, x_dot_TD, bars) = case()
 
-    def flops(x_PTD):
-        def pulled_back(fast, slow, cache, x_PTD):
-            return jax.vjp(lambda *a: by_pass(a[0], u, *a[1:]), fast, slow, cache, x_PTD)[1](bars)
+    def flops(x_JTD):
+        def pulled_back(fast, slow, cache, x_JTD):
+            return jax.vjp(lambda *a: by_pass(a[0], u, *a[1:]), fast, slow, cache, x_JTD)[1](bars)
 
-        return compiled.matmul_flops(jax.jit(pulled_back).lower(fast, slow, cache, x_PTD).compile().as_text())
+        return compiled.matmul_flops(jax.jit(pulled_back).lower(fast, slow, cache, x_JTD).compile().as_text())
 
     assert flops(x_TD[None]) < 2 / 3 * flops(jnp.stack([x_TD, x_dot_TD]))

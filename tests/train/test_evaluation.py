@@ -146,7 +146,7 @@ def test_the_loop_fetches_sums_and_the_command_tokens(store, tmp_path, monkeypat
     monkeypatch.setattr(loop, "make_eval_step", untouchable(loop.make_eval_step))
     loop.train(config, tmp_path / "run")
     assert any(line.get("eval_loss", 0) > 0 for line in read_metrics(tmp_path / "run/metrics.jsonl"))
-    monkeypatch.setattr(token_losses, "make_eval_step", untouchable(token_losses.make_eval_step))
+    monkeypatch.setattr(steps, "make_eval_step", untouchable(steps.make_eval_step))
     with pytest.raises((AssertionError, TypeError)):
         token_losses.evaluate(config, tmp_path / "run", tmp_path / "out")
 

@@ -12,6 +12,7 @@ from ttt_e2e.checkpoints.params import load_params
 from ttt_e2e.checkpoints.progress import load_progress
 from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.cluster.mesh import with_shardings
+from ttt_e2e.config import to_dict
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import UserError
 from ttt_e2e.kernels.attention import problems
@@ -48,9 +49,9 @@ def test_the_run_directory_holds_what_the_contract_says(finished):
     assert wanted | {"goodput", "data_wait_share", "host_spread_seconds"} <= set(lines[0])
     assert lines[0]["learning_rate"] == 0  # the schedule is counted from 0
     assert lines[0]["inner_learning_rate"] == pytest.approx(0.1 + 0.4 / 3)
-    assert json.loads((workdir / "config.json").read_text()) == dataclasses.asdict(config)
+    assert json.loads((workdir / "config.json").read_text()) == to_dict(config)
     progress = load_progress(workdir / "checkpoints" / "6")
-    assert progress.pop("model") == dataclasses.asdict(config.model)
+    assert progress.pop("model") == to_dict(config)["model"]
     assert {"params.fast.suffix.fast_mlp.w1", "params.slow.embedding"} <= set(progress.pop("arrays"))
     assert progress.pop("digest")
     assert progress.pop("data") == TokenStore.open(config.data.path, "train").fingerprint

@@ -13,7 +13,7 @@ from ttt_e2e.bench import compiled, table
 from ttt_e2e.config import Config, from_config_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.flags import load_config_file, override
-from ttt_e2e.inference import Reader, ReaderState
+from ttt_e2e.inference.reader import Reader, ReaderState
 from ttt_e2e.model import abstract_model
 from ttt_e2e.train.steps import init_state
 
@@ -100,7 +100,7 @@ def state_bytes(state: ReaderState) -> int:
 
 def program_figures(reader: Reader, state: ReaderState) -> dict:
     """What the programs that continue a state are counted to do and to take."""
-    B, b = state.tokens_Bb.shape
+    B, b = state.tokens.shape
     programs = {name: compiled.measure(function, *a) for name, (function, a) in reader.programs(state).items()}
     resident = sum(leaf.nbytes for leaf in jax.tree.leaves((reader.params, state)))
     prepared = programs["prepare"].call.memory_analysis().output_size_in_bytes

@@ -18,11 +18,11 @@ from ttt_e2e.config import ATTENTION_BACKENDS, REMATS, TRAJECTORIES, Config, fro
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner import reference, trajectory
 from ttt_e2e.inner.division import Division, fetch
-from ttt_e2e.inner.loop import make_mini_batches, suffix_weights
+from ttt_e2e.inner.loop import make_mini_batches, run_prefix, suffix_weights
 from ttt_e2e.inner.step import MiniBatch, mini_batch_loss
 from ttt_e2e.model import abstract_model
 from ttt_e2e.model.mixers import Context
-from ttt_e2e.model.parameters import merge, split
+from ttt_e2e.model.parameters import merge, split, structure_of
 from ttt_e2e.train import policies
 from ttt_e2e.train.batches import check_batch
 from ttt_e2e.train.steps import init_state, make_gradient, take_policies
@@ -168,14 +168,14 @@ def _loss_of_suffix(graphdef, config: Config, division: Division, adapt, params,
     suffix_def, fast, slow = split(model.make_suffix())
     slow = fetch(suffix_weights(division, slow), slow)
     inner = dataclasses.replace(config.inner, remat="mini_batch")
-    mini_batches = make_mini_batches(model, tokens, inner, 0, division)
+    mini_batches = make_mini_batches(run_prefix(model, tokens, inner, division), tokens, inner, 0, division)
     return jax.vmap(partial(adapt, suffix_def, fast, slow))(mini_batches).mean()
 
 
 def _without_inner_loop(config: Config, suffix_def, fast, slow, mini_batches: MiniBatch):
     """The same network read mini-batch by mini-batch, each rematerialised, its fast MLPs as static as the others."""
-    suffix = merge(suffix_def, fast, slow)
-    M, b, _ = mini_batches.x_bD.shape
+    suffix = structure_of(suffix_def, fast, slow).module
+    M, b, _ = mini_batches.hidden.shape
 
     @partial(jax.checkpoint, prevent_cse=False)
     def read(states, step):
@@ -198,6 +198,6 @@ def _nested_remat(config: Config, suffix_def, fast, slow, mini_batches: MiniBatc
         carry, (loss, _) = jax.lax.scan(inner_step, carry, group)
         return carry, loss
 
-    size = trajectory.segment_length(config.inner, len(mini_batches.targets_b))
+    size = trajectory.segment_length(config.inner, len(mini_batches.targets))
     groups = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), steps)
     return jax.lax.scan(read_group, carry, groups)[1]

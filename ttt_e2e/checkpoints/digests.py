@@ -17,18 +17,23 @@ from ttt_e2e.checkpoints.progress import DamagedError
 from ttt_e2e.model.parameters import parameter_name
 
 
-def digests(tree) -> dict[str, list]:
+def digests(tree, spread: int = 2654435761) -> dict[str, list]:
     """{dotted name: [shape, digest]} of a tree of arrays; every process of a run must call it, and gets the same.
 
     A digest is the sum, modulo 2^32, of the elements' bits, each times an odd number that its position gives. Integer
     sums are exact in any order; and since odd numbers have inverses, a change of any one element always shows.
+
+    Args:
+      tree: of arrays, of JAX or NumPy.
+      spread: odd; element i is multiplied by 2 * spread * i + 1. Large, so that neighbours' weights are far apart. What
+        is stored was computed with some spread, and has to be compared with the same one.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     arrays = {parameter_name(path): leaf for path, leaf in leaves}
     shardings = [getattr(x, "sharding", None) for x in arrays.values()]  # NumPy's arrays have none
     meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
     everywhere = NamedSharding(meshes[0], P()) if meshes else None
-    sums = jax.device_get(_program(everywhere)(arrays))
+    sums = jax.device_get(_program(everywhere, spread)(arrays))
     return {name: [list(arrays[name].shape), int(value)] for name, value in sums.items()}
 
 
@@ -44,16 +49,16 @@ def check_digests(path, items: dict, progress: dict) -> None:
 
 
 @lru_cache
-def _program(out_sharding):
-    """What digests the arrays of a tree: the same function at every save, so that a run compiles it once."""
+def _program(out_sharding, spread: int):
+    """What digests the arrays of a tree: the same function every time, so that a process compiles it once."""
 
     def digest_arrays(arrays):
-        return {name: _digest(x) for name, x in arrays.items()}
+        return {name: _digest(x, spread) for name, x in arrays.items()}
 
     return jax.jit(digest_arrays, out_shardings=out_sharding)
 
 
-def _digest(x):
+def _digest(x, spread: int):
     words_per_element = max(x.dtype.itemsize // 4, 1)
     word = jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
     words = jax.lax.bitcast_convert_type(x.astype(word) if x.dtype == bool else x, word).astype(jnp.uint32)
@@ -62,6 +67,5 @@ def _digest(x):
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32
         position += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
-    # Multiplied by a large odd constant, neighbours' weights are far apart.
-    weight = (position * np.uint32(2654435761)) << 1 | np.uint32(1)
+    weight = (position * np.uint32(spread)) << 1 | np.uint32(1)
     return jnp.sum(words * weight, dtype=jnp.uint32)

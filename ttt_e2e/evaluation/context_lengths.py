@@ -3,30 +3,41 @@
 Shapes: `B` sequences, `L` tokens of context.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from ttt_e2e.config import Config
-from ttt_e2e.data.store import TokenStore
+from ttt_e2e.data.masking import is_target
 from ttt_e2e.errors import UserError
-from ttt_e2e.evaluation.fixed_batches import batches, fill_up
-from ttt_e2e.evaluation.records import Records, identify
-from ttt_e2e.inference.generate import load_reader
-from ttt_e2e.inference.reading import read
-from ttt_e2e.train.batches import open_store
+from ttt_e2e.evaluation.base import Evaluation, register
+from ttt_e2e.evaluation.plots import STYLE, colors_of, make_figure
+from ttt_e2e.evaluation.records import Records
+from ttt_e2e.evaluation.subject import Subject
+from ttt_e2e.settings import setting
 
-NAME = "context_lengths"
+if TYPE_CHECKING:
+    from ttt_e2e.evaluation.runs import Run
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is asked for. Raises `UserError` for what means nothing."""
 
-    lengths: tuple[int, ...]  # tokens of context
-    scored_tokens: int = 0  # the last ones of each stretch, whose loss is taken; 0 = as many as the shortest length
-    num_stretches: int = 32  # at most; 0 = all
+    lengths: tuple[int, ...] = setting(
+        "context_lengths",
+        "Instead: loss of the same held-out tokens after contexts of these lengths, as 1024,2048,4096.",
+    )
+    scored_tokens: int = setting(
+        "scored_tokens", "Last tokens of a context that the loss is taken of; 0 = as many as the shortest length.", 0
+    )
+    num_stretches: int = setting(
+        "num_stretches", "At most as many stretches of held-out text, each of the longest length; 0 = all.", 32
+    )
 
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1:
@@ -43,55 +54,84 @@ class Settings:
             raise UserError(f"num_stretches is {self.num_stretches}, but it must be at least 0 (0 = all)")
 
 
-def check(config: Config, settings: Settings) -> TokenStore:
-    """The held-out text. Raises `UserError` where it does not fit the config, or is shorter than the longest length."""
-    store, longest = open_store(config, config.data.eval_split), settings.lengths[-1]
-    if store.num_tokens < longest + 1:
-        raise UserError(
-            f"context_lengths has {longest}, but split {config.data.eval_split} of {config.data.path} has "
-            f"{store.num_tokens} tokens: it must be at most {store.num_tokens - 1}"
-        )
-    return store
+@register
+class ContextLengths(Evaluation):
+    """Reads the ends of held-out stretches, of every length, and takes the loss of the same last tokens."""
 
+    name = "context_lengths"
+    Settings = Settings
+    fields = ("lengths", "scored_tokens", "num_stretches")
+    caption = (
+        "Loss by length of the context: the same last tokens of the same held-out stretches, as the context before "
+        "them grows. Solid: as trained; dashed: the same model not learning. Bars: one standard error, over stretches. "
+        "Grey lines: the length that a model was trained at. What differs between lengths is in the lower panel."
+    )
 
-def evaluate(config: Config, checkpoint, output, settings: Settings) -> dict:
-    """Reads the ends of held-out stretches, of every length, and takes the loss of the same last tokens.
+    def check(self, subject: Subject, settings: Settings) -> None:
+        """Raises `UserError` where the held-out text does not fit the config, or is shorter than the longest length."""
+        store, longest = subject.store, settings.lengths[-1]
+        if store.num_tokens < longest + 1:
+            data = subject.config.data
+            raise UserError(
+                f"context_lengths has {longest}, but split {data.eval_split} of {data.path} has "
+                f"{store.num_tokens} tokens: it must be at most {store.num_tokens - 1}"
+            )
 
-    A stretch is as long as the longest length, and stretches follow each other in the split. Writes
-    `context_lengths.jsonl` and `context_lengths.json`, which is returned, into the directory `output`.
+    def evaluate(self, subject: Subject, output, settings: Settings) -> dict:
+        """A stretch is as long as the longest length, and stretches follow each other in the split."""
+        self.check(subject, settings)
+        config, store, longest = subject.config, subject.store, settings.lengths[-1]
+        available = store.num_sequences(longest)
+        num_stretches = min(settings.num_stretches or available, available)
+        B = min(config.eval.batch_size, num_stretches)
+        reader = subject.reader(longest)
+        records = Records(output, self.name, subject.about(reader, settings), key=("length", "stretch"))
+        todo = [
+            (length, *batches)
+            for length in settings.lengths
+            for batches in records.unfinished((length,), num_stretches, B)
+        ]
+        modes = {"": True, "_without_learning": False} if config.model.num_fast_blocks else {"": True}
+        total = sum(length for length, *_ in todo) * B * len(modes)
+        with tqdm(total=total, desc="context lengths", unit="token", unit_scale=True, disable=not todo) as bar:
+            for length, batch, filled in todo:
+                tokens = store.sequences(filled, longest, config.model.vocab_size)[:, longest - length :]
+                is_scored = is_target(tokens[:, -settings.scored_tokens :], config.data.bos_id)
+                found = [
+                    {"length": length, "stretch": n, "num_targets": int(is_scored[i].sum())}
+                    for i, n in enumerate(batch)
+                ]
+                for suffix, learn in modes.items():
+                    _, nll_BL = reader.read(reader.start(tokens[:, 0], B), tokens[:, 1:], learn=learn, bar=bar)
+                    nll = nll_BL[:, -settings.scored_tokens :]
+                    for i, record in enumerate(found):
+                        record[f"nll{suffix}"] = float(nll[i, is_scored[i]].sum(dtype=np.float64))
+                records.add(found)
+        return records.finish(summarise(list(records.done.values()), settings, subject.step))
 
-    Raises:
-      UserError: no such checkpoint, or it, the token store or the settings do not fit the config.
-    """
-    store, longest = check(config, settings), settings.lengths[-1]
-    available = store.num_sequences(longest)
-    stretches = range(min(settings.num_stretches or available, available))
-    B = min(config.eval.batch_size, len(stretches))
-    reader = load_reader(config, checkpoint, longest)
-    about = identify(config, checkpoint, reader, store, settings)
-    records = Records(output, NAME, about, key=("length", "stretch"))
-    todo = [
-        (length, batch)
-        for length in settings.lengths
-        for batch in batches(stretches, B)
-        if not all(records.has(length, stretch) for stretch in batch)
-    ]
-    modes = {"": True, "_without_learning": False} if config.model.num_fast_blocks else {"": True}
-    total = sum(length for length, _ in todo) * B * len(modes)
-    with tqdm(total=total, desc="context lengths", unit="token", unit_scale=True, disable=not todo) as bar:
-        for length, batch in todo:
-            tokens = store.sequences(fill_up(batch, B), longest, config.model.vocab_size)[:, longest - length :]
-            is_scored = _is_scored(tokens, settings.scored_tokens, config.data.bos_id)
-            found = [
-                {"length": length, "stretch": n, "num_targets": int(is_scored[i].sum())} for i, n in enumerate(batch)
-            ]
-            for suffix, learn in modes.items():
-                _, nll_BL = read(reader, reader.start(tokens[:, 0], B), tokens[:, 1:], bar, learn=learn)
-                nll = nll_BL[:, -settings.scored_tokens :]
-                for i, record in enumerate(found):
-                    record[f"nll{suffix}"] = float(nll[i, is_scored[i]].sum(dtype=np.float64))
-            records.add(found)
-    return records.finish(summarise(list(records.done.values()), settings, about["step"]))
+    def row(self, result: dict) -> list[dict]:
+        """One object for each length."""
+        return result["lengths"]
+
+    def figure(self, runs: Sequence[Run]):
+        """Loss of the same tokens against the length of the context, and its change from the shortest length."""
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            figure = make_figure(figsize=(9, 6.4))
+            top, bottom = figure.subplots(2, sharex=True, height_ratios=[3, 2])
+            lengths = set()
+            for run, color in zip(runs, colors_of(runs)):
+                if result := run.results[self.name]:
+                    lengths |= _draw_run(top, bottom, run, result["lengths"], color)
+            top.set(title="Held-out loss of the same last tokens", ylabel="NLL (nats per token)")
+            top.set_xscale("log", base=2)
+            top.legend()
+            bottom.set(title="Difference from the shortest length", ylabel="difference (nats)")
+            bottom.set_xlabel("length of the context (tokens)")
+            bottom.set_xticks(sorted(lengths), [f"{length}" for length in sorted(lengths)])
+            bottom.minorticks_off()
+            return figure
 
 
 def summarise(records: list[dict], settings: Settings, step: int) -> dict:
@@ -130,7 +170,24 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float | None, float | N
     return float(mean), None if error is None else float(error)
 
 
-def _is_scored(tokens: np.ndarray, scored_tokens: int, bos_id: int) -> np.ndarray:
-    """Which of the last `scored_tokens` targets count [B, scored_tokens]: BOS is no target, as in training."""
-    targets = tokens[:, -scored_tokens:]
-    return (targets != bos_id) | (bos_id == 0)
+def _draw_run(top, bottom, run: Run, entries: list[dict], color: str) -> set[int]:
+    """One run's loss in the upper panel, and its difference in the lower; its lengths."""
+    at = [entry["length"] for entry in entries]
+    for suffix, style, label in (("", "-", run.name), ("_without_learning", "--", f"{run.name}, not learning")):
+        if f"loss{suffix}" not in entries[0]:
+            continue
+        marks = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.6}
+        marks |= {"color": color, "linestyle": style, "label": label}
+        _draw(top, at, entries, f"loss{suffix}", f"standard_error{suffix}", marks)
+        _draw(bottom, at, entries, f"difference{suffix}", f"difference_standard_error{suffix}", marks)
+    trained = run.config.train.seq_len
+    if min(at) <= trained <= max(at):
+        for panel in (top, bottom):
+            panel.axvline(trained, color="#bbbbbb", linewidth=1, zorder=1)
+    return set(at)
+
+
+def _draw(panel, at: list[int], entries: list[dict], field: str, error: str, marks: dict) -> None:
+    """A line with bars of one standard error; numbers that there are none of (null) are left out."""
+    values, errors = ([np.nan if e[name] is None else e[name] for e in entries] for name in (field, error))
+    panel.errorbar(at, values, yerr=np.nan_to_num(errors), **marks)

@@ -3,32 +3,27 @@
 Shapes: `B` sequences, `P` tokens of a prompt, `V` vocabulary.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from __future__ import annotations
 
-import jax
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
 import numpy as np
 from tqdm import tqdm
 
-from ttt_e2e.checkpoints.params import check_params
-from ttt_e2e.checkpoints.progress import load_progress
-from ttt_e2e.checkpoints.steps import find_step
-from ttt_e2e.config import Config
-from ttt_e2e.data.store import TokenStore
-from ttt_e2e.data.tokenizers import Tokenizer
+from ttt_e2e.config import to_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.evaluation.fixed_batches import batches, fill_up
-from ttt_e2e.evaluation.records import Records, identify
-from ttt_e2e.inference.generate import load_reader
-from ttt_e2e.inference.prompts import encode, find_tokenizer
-from ttt_e2e.inference.reader import Reader
-from ttt_e2e.inference.reading import read
-from ttt_e2e.inference.sampling import Sampling, choose
-from ttt_e2e.model import abstract_model
-from ttt_e2e.runs.directory import find_run, load_config
-from ttt_e2e.train.batches import open_store
+from ttt_e2e.evaluation.base import Evaluation, Table, number, register
+from ttt_e2e.evaluation.records import Records
+from ttt_e2e.evaluation.subject import Subject
+from ttt_e2e.inference.settings import Sampling
+from ttt_e2e.settings import setting
 
-NAME = "generation"
+if TYPE_CHECKING:
+    from ttt_e2e.data.store import TokenStore
+    from ttt_e2e.data.tokenizers import Tokenizer
+    from ttt_e2e.inference.reader import Reader
+
 CHUNK = 2**20  # tokens of the split that are looked through for documents at a time
 
 
@@ -36,12 +31,14 @@ CHUNK = 2**20  # tokens of the split that are looked through for documents at a 
 class Settings:
     """What is asked for. Raises `UserError` for what means nothing."""
 
-    prompt_tokens: int = 0  # first tokens of a document; 0 = half of train.seq_len
-    tokens: int = 128  # to generate; fewer where a document is ended
-    samples: int = 16  # documents, one continuation each; at most
+    prompt_tokens: int = setting(
+        "generation_prompt_tokens", "First tokens of a document to continue; 0 = half the trained length.", 0
+    )
+    tokens: int = setting("generation_tokens", "Tokens to generate, at most.", 128)
+    samples: int = setting("generation_samples", "Documents to continue, at most.", 16)
     sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0
-    judge: str = ""  # run directory, or a checkpoint in one; "" = the model itself
+    seed: int = setting("seed", "Of what is drawn.", 0)
+    judge: str = setting("judge", "Run directory of the judge, or a checkpoint in one; default: the model itself.", "")
 
     def __post_init__(self):
         for name, value, least in (
@@ -55,57 +52,95 @@ class Settings:
             raise UserError(f"seed is {self.seed}, but it must be at least 0 and below 2^32")
 
 
-class Judge(NamedTuple):
-    """Whose opinion is asked: a model by its config, checkpoint and tokenizer."""
-
-    config: Config
-    checkpoint: str
-    tokenizer: Tokenizer
-
-    @property
-    def bos_id(self) -> int:
-        """What a text begins with."""
-        return self.config.data.bos_id or self.tokenizer.bos_id
-
-
 class Plan(NamedTuple):
     """What is read and by whom."""
 
-    store: TokenStore
-    tokenizer: Tokenizer
     prompt_tokens: int
-    num_tokens: int  # that follow a prompt, at most
-    documents: list[int]  # where they begin in the store
-    judge: Judge | None  # None = the model itself
+    documents: list[int]  # where they begin in the held-out text
+    judge: Subject
 
 
-def check(config: Config, settings: Settings) -> Plan:
-    """What is read and by whom.
+@register
+class Generation(Evaluation):
+    """Continues the beginnings of held-out documents, and has the continuations scored, and the true ones too.
 
-    Raises:
-      UserError: there is no tokenizer, no document is long enough, or the judge cannot be read.
+    All are generated first, then all are judged, so that one model is held at a time.
     """
-    store, tokenizer = open_store(config, config.data.eval_split), find_tokenizer(config)
-    judge = find_judge(settings.judge) if settings.judge else None
-    prompt_tokens = settings.prompt_tokens or max(1, config.train.seq_len // 2)
-    bos_id = config.data.bos_id or tokenizer.bos_id
-    length = prompt_tokens + settings.tokens
-    documents, longest = find_documents(store, bos_id, length, settings.samples)
-    if not documents:
-        raise UserError(
-            f"generation_prompt_tokens + generation_tokens is {length}, but the longest document of "
-            f"{store.path}/{store.split} has {longest} tokens"
-        )
-    return Plan(store, tokenizer, prompt_tokens, settings.tokens, documents, judge)
+
+    name = "generation"
+    help = "Instead: continuations of held-out documents, scored by a judge."
+    Settings = Settings
+    fields = ("judge", "num_samples", "prompt_tokens", "generated", "reference")
+    note = (
+        "Continuations of held-out documents: NLL of what was generated under the model itself (own) and under the "
+        "judge, and of what truly follows (true) under the judge, per token and per byte of text. Tokens of different "
+        "tokenizers cannot be compared, bytes can."
+    )
+
+    def check(self, subject: Subject, settings: Settings) -> Plan:
+        """What is read and by whom.
+
+        Raises:
+          UserError: there is no tokenizer, no document is long enough, or the judge cannot be read.
+        """
+        store, bos_id = subject.store, subject.bos_id
+        judge = find_judge(settings.judge) if settings.judge else subject
+        prompt_tokens = settings.prompt_tokens or max(1, subject.config.train.seq_len // 2)
+        length = prompt_tokens + settings.tokens
+        documents, longest = find_documents(store, bos_id, length, settings.samples)
+        if not documents:
+            raise UserError(
+                f"generation_prompt_tokens + generation_tokens is {length}, but the longest document of "
+                f"{store.path}/{store.split} has {longest} tokens"
+            )
+        return Plan(prompt_tokens, documents, judge)
+
+    def evaluate(self, subject: Subject, output, settings: Settings) -> dict:
+        """Generates and judges what is not finished."""
+        plan = self.check(subject, settings)
+        judge, count = plan.judge, len(plan.documents)
+        reader = subject.reader(plan.prompt_tokens + settings.tokens)
+        about = subject.about(reader, settings)
+        about["judge"] = {
+            "step": judge.step,
+            "model": to_dict(judge.config)["model"],
+            "inner": asdict(judge.config.inner),
+        }
+        records = Records(output, self.name, about, key=("stage", "sample"))
+        _generate_all(reader, subject, plan, settings, records)
+        generated = [records.done["generated", sample] for sample in range(count)]
+        texts = [_in_tokens_of(judge, subject, plan, settings, record) for record in generated]
+        if judge is not subject:
+            del reader
+            longest = max(len(prompt) + max(map(len, pair)) for prompt, *pair in texts)
+            reader = judge.reader(longest)
+        _judge_all(reader, judge.bos_id, texts, records, subject.config.eval.batch_size)
+        judged = [records.done["judged", sample] for sample in range(count)]
+        summary = {"step": subject.step, "judge": settings.judge, "judge_step": judge.step}
+        return records.finish(summary | summarise(generated, judged, plan.prompt_tokens))
+
+    def row(self, result: dict) -> dict:
+        """The whole result."""
+        return {name: value for name, value in result.items() if name != "about"}
+
+    def table(self, rows: dict[str, dict]) -> Table:
+        """What each run generated, and the true continuations, as its judge finds them."""
+        header = ["run", "judge", "samples", "prompt", "tokens", "own", "judge", "judge, bytes", "true", "true, bytes"]
+        lines = []
+        for run, row in rows.items():
+            generated, reference = row["generated"], row["reference"]
+            figures = [row["num_samples"], row["prompt_tokens"], generated["num_tokens"]]
+            figures.append(generated["own_nll_per_token"])
+            for of in (generated, reference):
+                figures += [of["judge_nll_per_token"], of["judge_nll_per_byte"]]
+            lines.append([run, row["judge"] or "itself", *map(number, figures)])
+        return Table(header, lines, 2, self.note)
 
 
-def find_judge(path: str) -> Judge:
+def find_judge(path: str) -> Subject:
     """The model of a run directory, or of a checkpoint in one. Raises `UserError` where it cannot be read."""
     try:
-        config, step_directory = load_config(find_run(path)), find_step(path)
-        check_params(step_directory, abstract_model(config.model)[1])
-        load_progress(step_directory)
-        return Judge(config, str(step_directory), find_tokenizer(config))
+        return Subject.of(path)
     except UserError as error:
         raise UserError(f"judge {path}: {error}") from None
 
@@ -115,7 +150,7 @@ def find_documents(store: TokenStore, bos_id: int, length: int, count: int) -> t
 
     The second result is the number of tokens of the longest document that was seen on the way.
     """
-    found, longest, begin = [], 0, 0
+    begins, longest, begin = [], 0, 0
     for start in range(0, store.num_tokens, CHUNK):
         chunk = store.stretch(start, min(start + CHUNK, store.num_tokens))
         ends = [start + int(at) for at in np.flatnonzero(chunk == bos_id)]
@@ -126,42 +161,11 @@ def find_documents(store: TokenStore, bos_id: int, length: int, count: int) -> t
             if begin:
                 longest = max(longest, end - begin)
             if begin and end - begin >= length:
-                found.append(begin)
-                if len(found) == count:
-                    return found, longest
+                begins.append(begin)
+                if len(begins) == count:
+                    return begins, longest
             begin = end + 1
-    return found, longest
-
-
-def evaluate(config: Config, checkpoint, output, settings: Settings) -> dict:
-    """Continues the beginnings of held-out documents, and has the continuations scored, and the true ones too.
-
-    All are generated first, then all are judged, so that one model is held at a time. Writes `generation.jsonl` and
-    `generation.json`, which is returned, into the directory `output`.
-
-    Raises:
-      UserError: no such checkpoint, or it, the token store or the settings do not fit the config, or an unreadable
-        judge.
-    """
-    plan = check(config, settings)
-    reader = load_reader(config, checkpoint, plan.prompt_tokens + settings.tokens)
-    about = identify(config, checkpoint, reader, plan.store, settings)
-    own = Judge(config, str(find_step(checkpoint)), plan.tokenizer)
-    judge = plan.judge or own
-    about["judge"] = {"step": load_progress(judge.checkpoint)["step"], "model": asdict(judge.config.model)}
-    about["judge"]["inner"] = asdict(judge.config.inner)
-    records = Records(output, NAME, about, key=("stage", "sample"))
-    _generate_all(reader, config, plan, settings, records)
-    generated = [records.done["generated", sample] for sample in range(len(plan.documents))]
-    texts = [_in_tokens_of(judge, plan, record) for record in generated]
-    if plan.judge:
-        del reader
-        longest = max(len(prompt) + max(map(len, pair)) for prompt, *pair in texts)
-        reader = load_reader(judge.config, judge.checkpoint, longest)
-    _judge_all(reader, judge, texts, records, config.eval.batch_size)
-    judged = [records.done["judged", sample] for sample in range(len(plan.documents))]
-    summary = {"step": about["step"], "judge": settings.judge, "judge_step": about["judge"]["step"]}
-    return records.finish(summary | summarise(generated, judged, plan.prompt_tokens))
+    return begins, longest
 
 
 def summarise(generated: list[dict], judged: list[dict], prompt_tokens: int) -> dict:
@@ -188,40 +192,43 @@ def summarise(generated: list[dict], judged: list[dict], prompt_tokens: int) -> 
 # ------------------------------------------------------------------------------------------------------- two stages
 
 
-def _generate_all(reader: Reader, config: Config, plan: Plan, settings: Settings, records: Records) -> None:
+def _generate_all(reader: Reader, subject: Subject, plan: Plan, settings: Settings, records: Records) -> None:
     """Adds a record of the stage `generated` for each document that has none yet."""
+    config, tokenizer, bos_id = subject.config, subject.tokenizer, subject.bos_id
     B, P = min(config.eval.batch_size, len(plan.documents)), plan.prompt_tokens
-    samples = batches(range(len(plan.documents)), B)
-    todo = [batch for batch in samples if not all(records.has("generated", sample) for sample in batch)]
-    bos_id, decode = config.data.bos_id or plan.tokenizer.bos_id, plan.tokenizer.decode
+    todo = records.unfinished(("generated",), len(plan.documents), B)
     total = len(todo) * B * (P + settings.tokens)
     with tqdm(total=total, desc="generate", unit="token", unit_scale=True, disable=not todo) as bar:
-        for batch in todo:
-            rows = fill_up(batch, B)
-            begins = [plan.documents[sample] for sample in rows]
-            documents = [plan.store.stretch(at, at + P + settings.tokens, config.model.vocab_size) for at in begins]
-            documents = np.stack(documents)
-            tokens, nlls = _continue(reader, documents[:, :P], rows, settings, bos_id, bar)
-            found = []
+        for batch, filled in todo:
+            begins = [plan.documents[sample] for sample in filled]
+            length, vocab_size = P + settings.tokens, config.model.vocab_size
+            documents = np.stack([subject.store.stretch(at, at + length, vocab_size) for at in begins])
+            tokens, nlls = _continue(reader, documents[:, :P], filled, settings, bos_id, bar)
+            finished = []
             for i, sample in enumerate(batch):
                 ended = np.flatnonzero(tokens[i] == bos_id)
                 count = int(ended[0]) if len(ended) else len(tokens[i])
                 prompt, reference = documents[i, :P], documents[i, P:]
-                record = {"stage": "generated", "sample": sample, "start": begins[i], "prompt": decode(prompt)}
+                record = {"stage": "generated", "sample": sample, "start": begins[i]}
+                record["prompt"] = tokenizer.decode(prompt)
                 for name, ids in (("generated", tokens[i, :count]), ("reference", reference)):
-                    record[name] = _text_after(plan.tokenizer, prompt, ids)
+                    record[name] = _text_after(tokenizer, prompt, ids)
                     record[f"{name}_num_bytes"] = len(record[name].encode("utf-8"))
                 record |= {"tokens": tokens[i, :count].tolist(), "ended_by": "bos" if len(ended) else "length"}
-                found.append(record | {"own_nll": float(nlls[i, :count].sum(dtype=np.float64))})
-            records.add(found)
+                finished.append(record | {"own_nll": float(nlls[i, :count].sum(dtype=np.float64))})
+            records.add(finished)
 
 
 def _continue(reader: Reader, prompts_BP, samples: list[int], settings: Settings, bos_id: int, bar: tqdm):
     """Tokens that follow the prompts, and their NLL [B, n]; stops early where all rows have BOS."""
+    import jax
+
+    from ttt_e2e.inference.sampling import choose
+
     B = len(samples)
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(settings.seed), np.array(samples))
     seen_BV = np.zeros((B, reader.config.model.vocab_size), bool)
-    state, _ = read(reader, reader.start(bos_id, B), prompts_BP, bar)
+    state, _ = reader.read(reader.start(bos_id, B), prompts_BP, bar=bar)
     tokens, nlls, ended_B = [], [], np.zeros(B, bool)
     for index in range(settings.tokens):
 
@@ -238,22 +245,20 @@ def _continue(reader: Reader, prompts_BP, samples: list[int], settings: Settings
     return np.stack(tokens, axis=1), np.stack(nlls, axis=1)
 
 
-def _judge_all(reader: Reader, judge: Judge, texts: list, records: Records, batch_size: int) -> None:
+def _judge_all(reader: Reader, bos_id: int, texts: list, records: Records, batch_size: int) -> None:
     """Adds a record of the stage `judged` for each (prompt, continuation, true continuation) that has none yet."""
     B = min(batch_size, len(texts))
-    todo = [
-        batch for batch in batches(range(len(texts)), B) if not all(records.has("judged", sample) for sample in batch)
-    ]
+    todo = records.unfinished(("judged",), len(texts), B)
     names = ("generated", "reference")
-    total = sum(B * max(len(texts[n][0]) + len(texts[n][k]) for n in batch) for batch in todo for k in (1, 2))
+    total = sum(B * max(len(texts[n][0]) + len(texts[n][k]) for n in batch) for batch, _ in todo for k in (1, 2))
     with tqdm(total=total, desc="judge", unit="token", unit_scale=True, disable=not todo) as bar:
-        for batch in todo:
-            found = [{"stage": "judged", "sample": sample} for sample in batch]
+        for batch, filled in todo:
+            finished = [{"stage": "judged", "sample": sample} for sample in batch]
             for which, name in enumerate(names, start=1):
-                rows = [(texts[sample][0], texts[sample][which]) for sample in fill_up(batch, B)]
-                for record, (_, continuation), nll in zip(found, rows, _score(reader, judge.bos_id, rows, bar)):
+                rows = [(texts[sample][0], texts[sample][which]) for sample in filled]
+                for record, (_, continuation), nll in zip(finished, rows, _score(reader, bos_id, rows, bar)):
                     record |= {f"{name}_nll": nll, f"{name}_num_tokens": len(continuation)}
-            records.add(found)
+            records.add(finished)
 
 
 def _score(reader: Reader, bos_id: int, rows: list[tuple[np.ndarray, np.ndarray]], bar: tqdm) -> list[float]:
@@ -262,18 +267,17 @@ def _score(reader: Reader, bos_id: int, rows: list[tuple[np.ndarray, np.ndarray]
     longest = max(map(len, texts))
     # Filled up with zeros at the end: nothing that counts comes after them.
     filled = np.stack([np.pad(text, (0, longest - len(text))) for text in texts])
-    _, nll_BT = read(reader, reader.start(bos_id, len(rows)), filled, bar)
+    _, nll_BT = reader.read(reader.start(bos_id, len(rows)), filled, bar=bar)
     spans = [(len(prompt), len(prompt) + len(continuation)) for prompt, continuation in rows]
     return [float(nll[start:stop].sum(dtype=np.float64)) for nll, (start, stop) in zip(nll_BT, spans)]
 
 
-def _in_tokens_of(judge: Judge, plan: Plan, record: dict) -> list[np.ndarray]:
+def _in_tokens_of(judge: Subject, subject: Subject, plan: Plan, settings: Settings, record: dict) -> list[np.ndarray]:
     """Prompt, continuation and true continuation, as the judge reads them: the text is the same for every tokenizer."""
-    if judge.tokenizer.fingerprint != plan.tokenizer.fingerprint:
-        texts = (record[name] for name in ("prompt", "generated", "reference"))
-        return [encode(judge.tokenizer, text, judge.config.model.vocab_size) for text in texts]
+    if judge.tokenizer.fingerprint != subject.tokenizer.fingerprint:
+        return [judge.encode(record[name]) for name in ("prompt", "generated", "reference")]
     start, P = record["start"], plan.prompt_tokens
-    document = plan.store.stretch(start, start + P + plan.num_tokens)
+    document = subject.store.stretch(start, start + P + settings.tokens)
     return [document[:P], np.array(record["tokens"], np.int32), document[P:]]
 
 

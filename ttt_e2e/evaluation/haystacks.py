@@ -4,16 +4,19 @@ The three tasks are those of RULER's single needle (S-NIAH-1 to 3, arXiv 2404.06
 tokens of a prompt.
 """
 
+from __future__ import annotations
+
 import uuid
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ttt_e2e.data.store import TokenStore
-from ttt_e2e.data.tokenizers import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.prompts import encode
+
+if TYPE_CHECKING:
+    from ttt_e2e.data.store import TokenStore
+    from ttt_e2e.data.tokenizers import Tokenizer
 
 TASKS = {
     1: "a number in repeated noise",
@@ -127,6 +130,8 @@ class Haystacks:
         return nearest if abs(nearest - wanted) <= REACH * len(hay) else wanted
 
     def _encode(self, text: str) -> np.ndarray:
+        from ttt_e2e.inference.prompts import encode
+
         return encode(self.tokenizer, text, self.vocab_size)
 
 

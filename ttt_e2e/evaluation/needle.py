@@ -3,38 +3,55 @@
 Shapes: `B` sequences, `L` tokens of a prompt, `n` tokens that follow it, `V` vocabulary.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
-from ttt_e2e.evaluation.fixed_batches import batches, fill_up
+from ttt_e2e.evaluation.base import Evaluation, register
 from ttt_e2e.evaluation.haystacks import TASKS, Haystacks, Prompt
-from ttt_e2e.evaluation.records import Records, identify
-from ttt_e2e.inference.generate import load_reader
-from ttt_e2e.inference.prompts import find_tokenizer
-from ttt_e2e.inference.reader import Reader, ReaderState
-from ttt_e2e.inference.reading import read
-from ttt_e2e.train.batches import open_store
+from ttt_e2e.evaluation.plots import STYLE, make_figure
+from ttt_e2e.evaluation.records import Records
+from ttt_e2e.evaluation.subject import Subject
+from ttt_e2e.settings import setting
 
-NAME = "needle"
+if TYPE_CHECKING:
+    from ttt_e2e.evaluation.runs import Run
+    from ttt_e2e.inference.reader import Reader, ReaderState
+
 MARGIN = 4  # tokens generated beyond those of the answer, as its text may also be said in more of them
 CELL = ("task", "length", "depth")
 NLLS = ("nll", "nll_control", "nll_other_value")
+# What a row of panels of the figure shows: field, title, how a number is written.
+PANELS = (
+    ("exact_match", "exact match", "{:.0%}"),
+    ("recall_gain", "recall gain (nats per token)", "{:+.2f}"),
+    ("value_gain", "value gain (nats per token)", "{:+.2f}"),
+)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is asked for. Raises `UserError` for what means nothing."""
 
-    tasks: tuple[int, ...]
-    lengths: tuple[int, ...] = ()  # of a prompt, in tokens; () = a quarter, half, one, two of train.seq_len that fit
-    depths: tuple[int, ...] = (0, 25, 50, 75, 100)  # percent
-    samples: int = 4  # prompts for each task, length and depth
+    tasks: tuple[int, ...] = setting(
+        "needle", "Instead: retrieval of 1 = a number in noise, 2 = a number in text, 3 = a UUID in text, as 1,2,3."
+    )
+    lengths: tuple[int, ...] = setting(
+        "needle_lengths",
+        "Tokens of the prompts; default: a quarter, half, one and two of the trained length, where they fit.",
+        (),
+    )
+    depths: tuple[int, ...] = setting(
+        "needle_depths", "Where in the text the needle is, in percent.", (0, 25, 50, 75, 100)
+    )
+    samples: int = setting("needle_samples", "Prompts for each task, length and depth.", 4)
 
     def __post_init__(self):
         for name in ("tasks", "lengths", "depths"):
@@ -50,71 +67,107 @@ class Settings:
             raise UserError(f"needle_samples is {self.samples}, but it must be at least 1")
 
 
-def check(config: Config, settings: Settings) -> tuple[Haystacks, tuple[int, ...]]:
-    """What makes the prompts, and the lengths.
-
-    Raises:
-      UserError: there is no tokenizer, the held-out text does not fit the config, or a length is too short or too long.
-    """
-    store, tokenizer = open_store(config, config.data.eval_split), find_tokenizer(config)
-    haystacks = Haystacks(tokenizer, store, config.data.bos_id or tokenizer.bos_id, config.model.vocab_size)
-    if settings.lengths:
-        _longest_answer(haystacks, settings, settings.lengths)
-        return haystacks, settings.lengths
-    lengths, reason = [], None
-    for length in sorted({max(1, int(config.train.seq_len * share)) for share in (0.25, 0.5, 1, 2)}):
-        try:
-            _longest_answer(haystacks, settings, (length,))
-            lengths.append(length)
-        except UserError as error:
-            reason = error
-    if not lengths:
-        raise UserError(f"{reason} (by default, lengths are a quarter, half, one and two of config.train.seq_len)")
-    return haystacks, tuple(lengths)
-
-
-def evaluate(config: Config, checkpoint, output, settings: Settings) -> dict:
+@register
+class Needle(Evaluation):
     """Asks for needles, and for the same ones where they were left out.
 
     A model is asked twice: what it would say, greedily (`match` is whether that begins with the answer), and how likely
     the answer is to it. The latter shows whether anything was recalled, long before anything is said right: against the
     same prompt without the needle, it is the recall gain; against another value after the same prompt, the value gain,
-    which needs the very value to be recalled, and not only what such values look like. Writes `needle.jsonl` and
-    `needle.json`, which is returned, into the directory `output`.
-
-    Raises:
-      UserError: no such checkpoint, or it, the token store or the settings do not fit the config.
+    which needs the very value to be recalled, and not only what such values look like.
     """
-    haystacks, lengths = check(config, settings)
-    B = min(config.eval.batch_size, settings.samples)
-    cells = list(product(settings.tasks, lengths, settings.depths))
-    max_length = lengths[-1] + _longest_answer(haystacks, settings, lengths) + MARGIN
-    reader = load_reader(config, checkpoint, max_length)
-    about = identify(config, checkpoint, reader, haystacks.store, settings) | {"lengths": lengths}
-    records = Records(output, NAME, about, key=(*CELL, "sample"))
-    todo = [
-        (cell, batch)
-        for cell in cells
-        for batch in batches(range(settings.samples), B)
-        if not all(records.has(*cell, sample) for sample in batch)
-    ]
-    total = sum(2 * length for (_, length, _), _ in todo) * B
-    with tqdm(total=total, desc="needle", unit="token", unit_scale=True, disable=not todo) as bar:
-        for cell, batch in todo:
-            bar.set_postfix_str("task {}, length {}, depth {}".format(*cell), refresh=False)
-            prompts = [haystacks.prompt(*cell, sample) for sample in batch]
-            found = ask(reader, haystacks, fill_up(prompts, B), bar)
-            ids = [dict(zip(CELL, cell)) | {"sample": sample} for sample in batch]
-            records.add([names | record for names, record in zip(ids, found)])
-    return records.finish(summarise(list(records.done.values()), settings, lengths, about["step"]))
+
+    name = "needle"
+    Settings = Settings
+    fields = ("lengths", "depths", "samples", "tasks", "cells")
+    unprinted = ("cells",)
+    caption = (
+        "Needles: a number in noise (task 1), a number (2) or a UUID (3) in held-out text, by length of the prompt and "
+        "depth of the needle. Recall gain: how much likelier the value is than without the needle; value gain: how "
+        "much likelier than another value, which takes recalling the value itself and not only what values look like."
+    )
+
+    def check(self, subject: Subject, settings: Settings) -> tuple[Haystacks, tuple[int, ...]]:
+        """What makes the prompts, and the lengths.
+
+        Raises:
+          UserError: there is no tokenizer, the held-out text does not fit the config, or a length is too short or too
+            long.
+        """
+        config, store, tokenizer = subject.config, subject.store, subject.tokenizer
+        haystacks = Haystacks(tokenizer, store, subject.bos_id, config.model.vocab_size)
+        if settings.lengths:
+            _longest_answer(haystacks, settings, settings.lengths)
+            return haystacks, settings.lengths
+        lengths, reason = [], None
+        for length in sorted({max(1, int(config.train.seq_len * share)) for share in (0.25, 0.5, 1, 2)}):
+            try:
+                _longest_answer(haystacks, settings, (length,))
+                lengths.append(length)
+            except UserError as error:
+                reason = error
+        if not lengths:
+            raise UserError(f"{reason} (by default, lengths are a quarter, half, one and two of config.train.seq_len)")
+        return haystacks, tuple(lengths)
+
+    def evaluate(self, subject: Subject, output, settings: Settings) -> dict:
+        """Asks for every needle of the grid of tasks, lengths and depths."""
+        haystacks, lengths = self.check(subject, settings)
+        B = min(subject.config.eval.batch_size, settings.samples)
+        reader = subject.reader(lengths[-1] + _longest_answer(haystacks, settings, lengths) + MARGIN)
+        about = subject.about(reader, settings) | {"lengths": lengths}
+        records = Records(output, self.name, about, key=(*CELL, "sample"))
+        todo = [
+            (cell, *batches)
+            for cell in product(settings.tasks, lengths, settings.depths)
+            for batches in records.unfinished(cell, settings.samples, B)
+        ]
+        total = sum(2 * length for (_, length, _), *_ in todo) * B
+        with tqdm(total=total, desc="needle", unit="token", unit_scale=True, disable=not todo) as bar:
+            for cell, batch, filled in todo:
+                bar.set_postfix_str("task {}, length {}, depth {}".format(*cell), refresh=False)
+                answers = ask(reader, haystacks, [haystacks.prompt(*cell, sample) for sample in filled], bar)
+                ids = [dict(zip(CELL, cell)) | {"sample": sample} for sample in batch]
+                records.add([names | record for names, record in zip(ids, answers)])
+        return records.finish(summarise(list(records.done.values()), settings, lengths, subject.step))
+
+    def row(self, result: dict) -> list[dict]:
+        """One object for each task."""
+        return result["tasks"]
+
+    def figure(self, runs: Sequence[Run]):
+        """Grids of depth by length: a column of panels for each run and task, a row each for match and gains."""
+        import matplotlib
+
+        results = [(run.name, run.results[self.name]) for run in runs if run.results[self.name]]
+        columns = [(name, result, task["task"]) for name, result in results for task in result["tasks"]]
+        style = STYLE | {"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
+        with matplotlib.rc_context(style):
+            widths = [max(2.6, 0.4 + 0.62 * len(result["lengths"])) for _, result, _ in columns]
+            figure = make_figure(figsize=(1 + sum(widths), 8.4))
+            panels = figure.subplots(len(PANELS), len(columns), squeeze=False, width_ratios=widths)
+            for row, (field, title, text) in zip(panels, PANELS):
+                grids = [_grid(result, task, field) for _, result, task in columns]
+                # One scale for all of a row; gains are white at 0, and matches where there is none.
+                limit = 1.0 if field == "exact_match" else max(0.1, *(float(np.abs(grid).max()) for grid in grids))
+                colors = {"cmap": "Blues", "vmin": 0} if field == "exact_match" else {"cmap": "RdBu", "vmin": -limit}
+                for panel, grid, (name, result, task) in zip(row, grids, columns):
+                    image = panel.imshow(grid, vmax=limit, aspect="auto", **colors)
+                    _label(panel, grid, result, text, limit)
+                    panel.set_title(f"{name}, task {task}: {title.partition(' (')[0]}", fontsize=9)
+                row[0].set_ylabel("depth (%)")
+                figure.colorbar(image, ax=list(row), label=title, aspect=12, shrink=0.9)
+            for panel in panels[-1]:
+                panel.set_xlabel("length (tokens)")
+            return figure
 
 
 def ask(reader: Reader, haystacks: Haystacks, prompts: list[Prompt], bar: tqdm) -> list[dict]:
     """What a model says to prompts of one length, and how likely values are to it: the records of these prompts."""
     B = len(prompts)
     start = reader.start(haystacks.bos_id, B)
-    with_needle, _ = read(reader, start, np.stack([prompt.tokens_L for prompt in prompts]), bar)
-    control, _ = read(reader, start, np.stack([prompt.control_L for prompt in prompts]), bar)
+    with_needle, _ = reader.read(start, np.stack([prompt.tokens_L for prompt in prompts]), bar=bar)
+    control, _ = reader.read(start, np.stack([prompt.control_L for prompt in prompts]), bar=bar)
     n = max(len(prompt.answer) for prompt in prompts) + MARGIN
     said_Bn, _ = _follow(reader, with_needle, n, lambda i, logits_BV: logits_BV.argmax(-1))
     answers, others = [prompt.answer for prompt in prompts], [prompt.other for prompt in prompts]
@@ -184,3 +237,19 @@ def _longest_answer(haystacks: Haystacks, settings: Settings, lengths: tuple[int
 
 def _listed(values) -> str:
     return ",".join(map(str, values))
+
+
+def _grid(result: dict, task: int, field: str) -> np.ndarray:
+    """[depths, lengths] of one field of one task."""
+    cells = {(cell["depth"], cell["length"]): cell[field] for cell in result["cells"] if cell["task"] == task}
+    return np.array([[cells[depth, length] for length in result["lengths"]] for depth in result["depths"]], float)
+
+
+def _label(panel, grid: np.ndarray, result: dict, text: str, limit: float) -> None:
+    """Ticks, and the number in every cell, light on dark."""
+    panel.set_xticks(range(len(result["lengths"])), result["lengths"])
+    panel.set_yticks(range(len(result["depths"])), result["depths"])
+    panel.tick_params(length=0)
+    for (i, j), value in np.ndenumerate(grid):
+        color = "white" if abs(value) > 0.6 * limit else "#333333"
+        panel.text(j, i, text.format(value), ha="center", va="center", fontsize=8, color=color)

@@ -1,6 +1,6 @@
-"""The figures of a report. Matplotlib is imported where it is used: it is an optional dependency.
+"""What all figures look like, and the one of training.
 
-Shapes: `T` positions of a sequence.
+Matplotlib is imported where it is used: it is an optional dependency.
 """
 
 import numpy as np
@@ -10,7 +10,6 @@ from ttt_e2e.evaluation.runs import Run
 
 # Told apart by people with any colour vision (Okabe and Ito).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-MAX_BINS = 64
 
 STYLE = {
     "font.size": 10,
@@ -92,74 +91,6 @@ def _loss_limits(runs: list[Run]) -> tuple[float, float]:
     high = max((values[len(values) // 20 :].max() for values in losses if len(values)), default=1.0)
     margin = 0.05 * (high - low) or 1.0
     return low - margin, high + margin
-
-
-def position_figure(runs: list[Run]):
-    """Held-out NLL against the position in context, and below it the difference from the first curve.
-
-    At least one of the runs must have been evaluated.
-    """
-    import matplotlib
-
-    size = _bin_size(runs)
-    curves = []  # (label, color, linestyle, NLL of each bin)
-    for run, color in zip(runs, colors_of(runs)):
-        if run.nll_T is not None:
-            curves.append((run.name, color, "-", _binned(run.nll_T, size)))
-        if run.nll_without_learning_T is not None:
-            curves.append((f"{run.name}, not learning", color, "--", _binned(run.nll_without_learning_T, size)))
-    reference_label, *_, reference = curves[0]
-
-    with matplotlib.rc_context(STYLE):
-        figure = make_figure(figsize=(9, 6.4 if len(curves) > 1 else 4.2))
-        if len(curves) > 1:
-            top, bottom = figure.subplots(2, sharex=True, height_ratios=[3, 2])
-        else:
-            top, bottom = figure.subplots(), None
-        for label, color, style, nll in curves:
-            positions = (np.arange(len(nll)) + 0.5) * size
-            top.plot(positions, nll, style, color=color, linewidth=1.6, label=label)
-            shared = min(len(nll), len(reference))
-            if bottom is not None:
-                difference = nll[:shared] - reference[:shared]
-                bottom.plot(positions[:shared], difference, style, color=color, linewidth=1.6)
-        _draw_windows(runs, [top, bottom] if bottom else [top])
-        top.set(title="Held-out loss by position in context", ylabel="NLL (nats per token)")
-        top.legend()
-        if bottom is not None:
-            bottom.set(title=f"Difference from {reference_label}", ylabel="difference (nats)")
-        longest = max(len(run.nll_T) for run in runs if run.nll_T is not None)
-        last = bottom or top
-        last.set(xlabel=f"position in context (tokens, means over {size})", xlim=(0, longest))
-        last.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(max(1, longest // 8)))
-        return figure
-
-
-def _draw_windows(runs: list[Run], panels: list) -> None:
-    """A light line at each window shorter than the context: from there on attention no longer sees the beginning."""
-    evaluated = [run for run in runs if run.nll_T is not None]
-    for window in sorted({k for run in evaluated for k in run.config.model.windows if 0 < k < len(run.nll_T)}):
-        for panel in panels:
-            panel.axvline(window, color="#bbbbbb", linewidth=1, zorder=1)
-        at_top = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-        panels[0].annotate(
-            f"window {window}", (window, 1), xytext=(4, -2), va="top", color="#777777", fontsize=9, **at_top
-        )
-
-
-def _bin_size(runs: list[Run]) -> int:
-    """Positions that a point of the plot is a mean over: a mini-batch, or as many as keep the points few."""
-    lengths = [len(run.nll_T) for run in runs if run.nll_T is not None]
-    mini_batches = [run.config.inner.mini_batch_size for run in runs if run.config.model.num_fast_blocks]
-    size = min(mini_batches, default=max(1, min(lengths) // 32))
-    while max(lengths) > MAX_BINS * size:
-        size *= 2
-    return size
-
-
-def _binned(nll_T: np.ndarray, size: int) -> np.ndarray:
-    starts = np.arange(0, len(nll_T), size)
-    return np.add.reduceat(nll_T, starts) / np.diff(np.append(starts, len(nll_T)))
 
 
 def _series(lines: list[dict], field: str) -> tuple[np.ndarray, np.ndarray]:

@@ -4,19 +4,12 @@
 `NAME.json` is written once all of them are.
 """
 
-import dataclasses
 import json
 import logging
 
 from etils import epath
 
-from ttt_e2e.checkpoints.progress import load_progress
-from ttt_e2e.checkpoints.steps import find_step
-from ttt_e2e.config import Config, to_dict
-from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.reader import Reader
-from ttt_e2e.inference.state import parameters_digest
 from ttt_e2e.runs.files import replace_text
 
 logger = logging.getLogger(__name__)
@@ -56,9 +49,16 @@ class Records:
         if self.done:
             logger.info("%s: going on after %d finished records", self._path, len(self.done))
 
-    def has(self, *key) -> bool:
-        """Whether the record with these values of the key's fields is finished."""
-        return key in self.done
+    def unfinished(self, first: tuple, count: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
+        """Batches of the numbers below `count` that have a number n whose record, of key (*first, n), is not finished.
+
+        Returns:
+          (a batch, the same filled up to `batch_size` with its last number) for each: another size would compile
+          another program.
+        """
+        batches = [list(range(begin, min(begin + batch_size, count))) for begin in range(0, count, batch_size)]
+        missing = [batch for batch in batches if not all((*first, n) in self.done for n in batch)]
+        return [(batch, batch + batch[-1:] * (batch_size - len(batch))) for batch in missing]
 
     def add(self, records: list[dict]) -> None:
         """Appends finished records."""
@@ -74,20 +74,6 @@ class Records:
 
     def _key_of(self, record: dict) -> tuple:
         return tuple(record[field] for field in self._key)
-
-
-def identify(config: Config, checkpoint, reader: Reader, store: TokenStore, settings) -> dict:
-    """All that the records of an evaluation depend on: checkpoint, model, inner loop, data, settings."""
-    return {
-        "step": load_progress(find_step(checkpoint))["step"],
-        "parameters": parameters_digest(reader.params),
-        "model": to_dict(config)["model"],
-        "inner": dataclasses.asdict(config.inner),
-        "bos_id": config.data.bos_id,
-        "data": store.fingerprint,
-        "batch_size": config.eval.batch_size,
-        "settings": dataclasses.asdict(settings),
-    }
 
 
 def _whole_lines(path: epath.Path) -> list[dict]:

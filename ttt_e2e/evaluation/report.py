@@ -2,21 +2,20 @@
 
 import base64
 import html
+import io
 import json
 import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-from flax import nnx
-
 from ttt_e2e.config import ModelConfig, to_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.evaluation.long_context_plots import context_lengths_figure, needle_figure
-from ttt_e2e.evaluation.plots import position_figure, require_matplotlib, training_figure
+from ttt_e2e.evaluation import token_losses
+from ttt_e2e.evaluation.base import Table, evaluations
+from ttt_e2e.evaluation.plots import require_matplotlib, training_figure
 from ttt_e2e.evaluation.runs import Run, read_runs
-from ttt_e2e.model import Transformer
+from ttt_e2e.runs.files import replace_bytes, replace_text
 
 NUM_WORD_COLUMNS = 4  # of the table; the others are numbers
 
@@ -25,15 +24,9 @@ NOT_LEARNING_NOTE = (
     "model was trained to rely on, not what a model trained without it would lose."
 )
 
-GENERATION_NOTE = (
-    "Continuations of held-out documents: NLL of what was generated under the model itself (own) and under the judge, "
-    "and of what truly follows (true) under the judge, per token and per byte of text. Tokens of different tokenizers "
-    "cannot be compared, bytes can."
-)
-
 
 def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLike) -> dict:
-    """Writes `report.html`, `report.json`, `training.png` and, of what was evaluated, the other plots of `PLOTS`.
+    """Writes `report.html`, `report.json`, `training.png` and, of what was evaluated, the figures of the evaluations.
 
     Args:
       workdirs: run directories, in the order in which to show them; the first evaluated one is what the lower panel
@@ -56,24 +49,48 @@ def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLik
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be made a directory: {error.strerror}") from None
-    files = {}
-    for name, (draw, is_shown, _) in PLOTS.items():
-        if any(is_shown(run) for run in runs):
-            files[name] = output / f"{name}.png"
-            _save_figure(draw(runs), files[name])
+    figures, files = _figures(runs), {}
+    for name, (png, _) in figures.items():
+        files[name] = output / f"{name}.png"
+        replace_bytes(files[name], png)
     files["json"], files["html"] = output / "report.json", output / "report.html"
-    _write(files["json"], (json.dumps(rows, indent=2) + "\n").encode())
-    _write(files["html"], _page(runs, rows, files).encode())
+    replace_text(files["json"], json.dumps(rows, indent=2) + "\n")
+    replace_text(files["html"], _page(runs, rows, figures))
     return {"files": {name: str(path) for name, path in files.items()}, "rows": rows}
 
 
 def format_table(rows: Sequence[dict]) -> str:
     """The rows of `write_report` as plain text for a terminal, with what its columns mean below."""
     notes = [textwrap.fill(note, 110) for note in _notes(rows)]
-    text = "\n".join([_text_table(*_table(rows), NUM_WORD_COLUMNS), "", *notes])
-    if any(row["generation"] for row in rows):
-        text += "\n\n" + _text_table(*_generation_table(rows), 2) + "\n\n" + textwrap.fill(GENERATION_NOTE, 110)
-    return text
+    parts = [_text_table(*_table(rows), NUM_WORD_COLUMNS), "\n".join(notes)]
+    for table in _tables(rows).values():
+        parts += [_text_table(table.header, table.lines, table.num_words), textwrap.fill(table.note, 110)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _figures(runs: list[Run]) -> dict[str, tuple[bytes, str]]:
+    """PNG and caption of each figure that there is something for, by the name of its file."""
+    figures = {}
+    for name, evaluation in evaluations().items():
+        if any(run.results[name] for run in runs) and (figure := evaluation.figure(runs)):
+            figures[evaluation.figure_name or name] = (_png(figure), evaluation.caption)
+    return figures | {"training": (_png(training_figure(runs)), TRAINING_CAPTION)}
+
+
+def _png(figure) -> bytes:
+    contents = io.BytesIO()
+    figure.savefig(contents, format="png", dpi=150)
+    return contents.getvalue()
+
+
+def _tables(rows: Sequence[dict]) -> dict[str, Table]:
+    """The table of each evaluation that has one, by the name of the evaluation."""
+    tables = {}
+    for name, evaluation in evaluations().items():
+        of_runs = {row["run"]: row[name] for row in rows if row.get(name)}
+        if of_runs and (table := evaluation.table(of_runs)):
+            tables[name] = table
+    return tables
 
 
 def _text_table(header: list[str], lines: list[list[str]], num_words: int) -> str:
@@ -95,7 +112,7 @@ def _sections(runs: list[Run]) -> tuple[int, str]:
 
     That is the shortest window if two of them fit, as past it a block's attention no longer sees all; else a quarter.
     """
-    lengths = [len(run.nll_T) for run in runs if run.nll_T is not None]
+    lengths = [len(run.results[token_losses.NAME].nll_T) for run in runs if run.results[token_losses.NAME]]
     windows = [window for run in runs for window in run.config.model.windows]
     shortest = min(lengths, default=4)
     if windows and 2 * min(windows) <= shortest:
@@ -104,7 +121,8 @@ def _sections(runs: list[Run]) -> tuple[int, str]:
 
 
 def _row(run: Run, sections: tuple[int, str]) -> dict:
-    model, metrics = run.config.model, run.metrics or {}
+    model, held_out = run.config.model, run.results[token_losses.NAME]
+    metrics = held_out.metrics if held_out else {}
     loss, without = metrics.get("loss"), metrics.get("loss_without_learning")
     num_parameters = _num_parameters(model)
     return {
@@ -122,23 +140,25 @@ def _row(run: Run, sections: tuple[int, str]) -> dict:
         "token_loss_without_learning": metrics.get("token_loss_without_learning"),
         "num_sequences": metrics.get("num_sequences"),
         "seq_len": metrics.get("seq_len", run.config.train.seq_len),
-        "by_position": [] if run.nll_T is None else _by_position(run, *sections),
-        "context_lengths": run.context_lengths and run.context_lengths["lengths"],
-        "needle": run.needle and run.needle["tasks"],
-        "generation": run.generation and {k: v for k, v in run.generation.items() if k != "about"},
+        "by_position": _by_position(held_out, *sections) if held_out else [],
+        **{
+            name: evaluation.row(result) if (result := run.results[name]) else None
+            for name, evaluation in evaluations().items()
+            if not evaluation.is_default
+        },
     }
 
 
-def _by_position(run: Run, length: int, unit: str) -> list[dict]:
-    T = len(run.nll_T)
+def _by_position(held_out: token_losses.HeldOut, length: int, unit: str) -> list[dict]:
+    nll_T, without_T = held_out.nll_T, held_out.nll_without_learning_T
+    T = len(nll_T)
     bounds = [(f"first {unit}", 0, length), (f"second {unit}", length, 2 * length), ("last quarter", T - T // 4, T)]
-    without_T = run.nll_without_learning_T
     return [
         {
             "name": name,
             "start": start,
             "stop": stop,
-            "loss": float(run.nll_T[start:stop].mean()),
+            "loss": float(nll_T[start:stop].mean()),
             "loss_without_learning": None if without_T is None else float(without_T[start:stop].mean()),
         }
         for name, start, stop in bounds
@@ -161,6 +181,11 @@ def _describe(model: ModelConfig) -> str:
 
 
 def _num_parameters(model: ModelConfig) -> int:
+    import jax
+    from flax import nnx
+
+    from ttt_e2e.model import Transformer
+
     abstract = nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0)))
     return sum(parameter.size for parameter in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
 
@@ -186,22 +211,6 @@ def _table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
         if has_both:
             lines.append(["", "", "", "not learning", "", *(f"{without:.4f}" for _, without in pairs)])
             lines.append(["", "", "", "difference", "", *(f"{loss - without:+.4f}" for loss, without in pairs)])
-    return header, lines
-
-
-def _generation_table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of cells: what each run generated, and the true continuations, as its judge finds them."""
-    header = ["run", "judge", "samples", "prompt", "tokens", "own", "judge", "judge, bytes", "true", "true, bytes"]
-    lines = []
-    for row in rows:
-        if not (found := row["generation"]):
-            continue
-        figures = [found["generated"]["own_nll_per_token"]]
-        for of in (found["generated"], found["reference"]):
-            figures += [of["judge_nll_per_token"], of["judge_nll_per_byte"]]
-        counts = (found["num_samples"], found["prompt_tokens"], found["generated"]["num_tokens"])
-        cells = ["–" if figure is None else f"{figure:.4f}" for figure in figures]
-        lines.append([row["run"], found["judge"] or "itself", *map(str, counts), *cells])
     return header, lines
 
 
@@ -257,47 +266,23 @@ pre {{ overflow-x: auto; font-size: 0.8rem; }}
 </html>
 """
 
-POSITION_CAPTION = (
-    "Held-out loss by position in context: mean over the sequences, every target counted. Solid: as trained; dashed: "
-    "the same model not learning. Grey lines: the window, from which on a block's attention misses the beginning."
-)
 TRAINING_CAPTION = (
     "Training: loss of each logged step and its running mean (solid), held-out loss (dots); a training loss is that "
     "of the inner learning rate of its step, which may still be warming up, a held-out loss that of the full one."
 )
 
 
-CONTEXT_LENGTHS_CAPTION = (
-    "Loss by length of the context: the same last tokens of the same held-out stretches, as the context before them "
-    "grows. Solid: as trained; dashed: the same model not learning. Bars: one standard error, over stretches. Grey "
-    "lines: the length that a model was trained at. What differs between lengths is in the lower panel."
-)
-NEEDLE_CAPTION = (
-    "Needles: a number in noise (task 1), a number (2) or a UUID (3) in held-out text, by length of the prompt and "
-    "depth of the needle. Recall gain: how much likelier the value is than without the needle; value gain: how much "
-    "likelier than another value, which takes recalling the value itself and not only what values look like."
-)
-
-# Name -> how it is drawn, which runs it has something of, caption.
-PLOTS = {
-    "loss_by_position": (position_figure, lambda run: run.nll_T is not None, POSITION_CAPTION),
-    "context_lengths": (context_lengths_figure, lambda run: run.context_lengths is not None, CONTEXT_LENGTHS_CAPTION),
-    "needle": (needle_figure, lambda run: run.needle is not None, NEEDLE_CAPTION),
-    "training": (training_figure, lambda run: True, TRAINING_CAPTION),
-}
-
-
-def _page(runs: list[Run], rows: list[dict], files: dict[str, Path]) -> str:
+def _page(runs: list[Run], rows: list[dict], figures: dict[str, tuple[bytes, str]]) -> str:
     title = f"Report on {', '.join(run.name for run in runs)}"
     plots = [
         f'<figure><img alt="{html.escape(caption.partition(":")[0])}" src="data:image/png;base64,'
-        f'{base64.b64encode(files[name].read_bytes()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>'
-        for name, (_, _, caption) in PLOTS.items()
-        if name in files
+        f'{base64.b64encode(png).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        for png, caption in figures.values()
     ]
-    if any(row["generation"] for row in rows):
-        table = _html_table(*_generation_table(rows))
-        plots.append(f'<h2>Generation</h2>\n{table}\n<p class="note">{html.escape(GENERATION_NOTE)}</p>')
+    for name, table in _tables(rows).items():
+        title_of_table = html.escape(name.replace("_", " ").capitalize())
+        note = f'<p class="note">{html.escape(table.note)}</p>'
+        plots.append(f"<h2>{title_of_table}</h2>\n{_html_table(table.header, table.lines)}\n{note}")
     configs = [
         f"<details><summary>{html.escape(run.name)}: {row['model']}, {row['size']}</summary>"
         f"<pre>{html.escape(json.dumps(to_dict(run.config), indent=2))}</pre></details>"
@@ -322,22 +307,3 @@ def _html_table(header: list[str], lines: list[list[str]]) -> str:
         body.append(f'{begin}<th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     rows_html = "\n".join(body)
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows_html}\n</tbody></table></div>'
-
-
-# ------------------------------------------------------------------------------------------------------- writing files
-
-
-def _save_figure(figure, path: Path) -> None:
-    temporary = _temporary(path)
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, path)
-
-
-def _write(path: Path, contents: bytes) -> None:
-    temporary = _temporary(path)
-    temporary.write_bytes(contents)
-    os.replace(temporary, path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,22 +1,15 @@
-"""Reading what a run directory tells about its run.
-
-It holds `config.json` and `metrics.jsonl`, and once evaluated `evaluation/metrics.json`, `evaluation/token_nll.npy`
-and, where the model has fast weights, `evaluation/token_nll_without_learning.npy`; and the results of those evaluations
-of long contexts that were made, `evaluation/NAME.json`. Losses are in nats per token.
-Shapes: `T` positions of a sequence.
-"""
+"""Reading what a run directory tells about its run: `config.json`, `metrics.jsonl`, and what evaluations wrote."""
 
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
-from ttt_e2e.runs.directory import load_config
+from ttt_e2e.evaluation.base import evaluations
 from ttt_e2e.runs.files import read_json
 from ttt_e2e.runs.metrics import read_metrics
 
@@ -25,30 +18,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of one run: its name among the others, and the lines of its metrics in the order of their steps.
-
-    What follows `held_out` is None where it has not been evaluated (so), `nll_without_learning_T` also where the model
-    has no fast weights.
-    """
+    """What is known of one run: its name among the others, and the lines of its metrics in the order of their steps."""
 
     name: str
     config: Config
     training: list[dict]
     held_out: list[dict]
-    metrics: dict | None
-    nll_T: np.ndarray | None
-    nll_without_learning_T: np.ndarray | None
-    context_lengths: dict | None
-    needle: dict | None
-    generation: dict | None
-
-
-# The fields of each evaluation of long contexts that a report reads.
-LONG_CONTEXT = {
-    "context_lengths": ("lengths", "scored_tokens", "num_stretches"),
-    "needle": ("lengths", "depths", "samples", "tasks", "cells"),
-    "generation": ("judge", "num_samples", "prompt_tokens", "generated", "reference"),
-}
+    results: dict[str, Any]  # of each evaluation by its name, what its `read` gives; None = it was not made
 
 
 def read_runs(workdirs: Sequence[str | os.PathLike]) -> list[Run]:
@@ -98,6 +74,8 @@ def _names(paths: list[Path]) -> list[str]:
 
 
 def _read_run(workdir: Path, name: str) -> Run:
+    from ttt_e2e.runs.directory import load_config
+
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is no run directory: it has no config.json")
     config = load_config(workdir)
@@ -108,44 +86,5 @@ def _read_run(workdir: Path, name: str) -> Run:
     if not training:
         raise UserError(f"{workdir / 'metrics.jsonl'} holds no training step yet")
     by_step = [[of[step] for step in sorted(of)] for of in (training, held_out)]
-    folder = workdir / "evaluation"
-    long_context = {of: _read_result(folder / f"{of}.json", fields) for of, fields in LONG_CONTEXT.items()}
-    return Run(name, config, *by_step, *_read_evaluation(folder), **long_context)
-
-
-def _read_result(path: Path, fields: tuple[str, ...]) -> dict | None:
-    """The result of an evaluation of long contexts; None where there is none."""
-    if not path.is_file():
-        return None
-    result = read_json(path)
-    for field in fields:
-        if field not in result:
-            raise UserError(f"{path} has no {field!r}: evaluate the run again")
-    return result
-
-
-def _read_evaluation(folder: Path):
-    """Contents of `metrics.json`, and mean NLL [T] with and without learning; each None where there is none."""
-    if not (folder / "metrics.json").is_file():
-        return None, None, None
-    metrics = read_json(folder / "metrics.json")
-    for field in ("loss", "token_loss", "seq_len", "step"):
-        if field not in metrics:
-            raise UserError(f"{folder / 'metrics.json'} has no {field!r}: evaluate the run again")
-    nll_T = _read_nll(folder / "token_nll.npy", metrics["seq_len"])
-    if "loss_without_learning" not in metrics:
-        return metrics, nll_T, None
-    return metrics, nll_T, _read_nll(folder / "token_nll_without_learning.npy", metrics["seq_len"])
-
-
-def _read_nll(path: Path, seq_len: int) -> np.ndarray:
-    """Mean over sequences [T] of the array [sequences, T] in a file; BOS targets count here."""
-    try:
-        nll = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: evaluate the run again") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a readable .npy array: {error}") from None
-    if nll.ndim != 2 or nll.shape[0] == 0 or nll.shape[1] != seq_len or nll.dtype.kind != "f":
-        raise UserError(f"{path} holds {nll.dtype} {list(nll.shape)}, but it takes floats [sequences, {seq_len}]")
-    return nll.mean(axis=0, dtype=np.float64)
+    results = {each: evaluation.read(workdir / "evaluation") for each, evaluation in evaluations().items()}
+    return Run(name, config, *by_step, results)

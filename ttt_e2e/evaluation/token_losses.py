@@ -1,22 +1,108 @@
-"""Held-out loss of a checkpoint, token by token, with and without learning while reading."""
+"""Held-out loss of a checkpoint, token by token, with and without learning while reading: the evaluation by default.
+
+Shapes: `B` sequences, `T` positions of a sequence.
+"""
+
+from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from ttt_e2e.checkpoints.params import load_params
-from ttt_e2e.checkpoints.progress import load_progress
-from ttt_e2e.checkpoints.steps import find_step
-from ttt_e2e.cluster.agreement import watch_for_preemption
-from ttt_e2e.cluster.mesh import make_mesh, shardings, with_shardings
 from ttt_e2e.config import Config
-from ttt_e2e.model import abstract_model
-from ttt_e2e.train.batches import check_batch, held_out_loss, open_store
-from ttt_e2e.train.steps import make_eval_step
+from ttt_e2e.errors import UserError
+from ttt_e2e.evaluation.base import Evaluation, read_result, register
+from ttt_e2e.evaluation.plots import STYLE, colors_of, make_figure
+from ttt_e2e.evaluation.subject import Subject
+from ttt_e2e.runs.files import replace_text
+
+if TYPE_CHECKING:
+    from ttt_e2e.evaluation.runs import Run
+
+NAME = "token_losses"
+MAX_BINS = 64  # points of a curve
+
+
+class HeldOut(NamedTuple):
+    """What a report reads of the files that `evaluate` wrote; losses in nats per token."""
+
+    metrics: dict
+    nll_T: np.ndarray  # mean over the sequences, BOS targets included
+    nll_without_learning_T: np.ndarray | None  # None = the model has no fast weights
+
+
+@register
+class TokenLosses(Evaluation):
+    """Reads the held-out sequences as in training, on all devices of all processes. A report's first table has it."""
+
+    name = NAME
+    is_default = True
+    in_one_process = False
+    figure_name = "loss_by_position"
+    caption = (
+        "Held-out loss by position in context: mean over the sequences, every target counted. Solid: as trained; "
+        "dashed: the same model not learning. Grey lines: the window, from which on a block's attention misses the "
+        "beginning."
+    )
+
+    def evaluate(self, subject: Subject, output, settings) -> dict:
+        """As the function `evaluate`."""
+        return evaluate(subject.config, subject.checkpoint, output)
+
+    def printed(self, result: dict) -> dict:
+        """The metrics as they are."""
+        return result
+
+    def read(self, folder: Path) -> HeldOut | None:
+        """`metrics.json`, and the mean of each array of NLL over its sequences."""
+        metrics = read_result(folder / "metrics.json", ("loss", "token_loss", "seq_len", "step"))
+        if metrics is None:
+            return None
+        nll_T, without_T = _read_nll(folder / "token_nll.npy", metrics["seq_len"]), None
+        if "loss_without_learning" in metrics:
+            without_T = _read_nll(folder / "token_nll_without_learning.npy", metrics["seq_len"])
+        return HeldOut(metrics, nll_T, without_T)
+
+    def figure(self, runs: Sequence[Run]):
+        """Held-out NLL against the position in context, and below it the difference from the first curve."""
+        import matplotlib
+
+        size, longest = _bin_size(runs), 0
+        curves = []  # (label, color, linestyle, NLL of each bin)
+        for run, color in zip(runs, colors_of(runs)):
+            if held_out := run.results[NAME]:
+                longest = max(longest, len(held_out.nll_T))
+                curves.append((run.name, color, "-", _binned(held_out.nll_T, size)))
+                if (without_T := held_out.nll_without_learning_T) is not None:
+                    curves.append((f"{run.name}, not learning", color, "--", _binned(without_T, size)))
+        reference_label, *_, reference = curves[0]
+
+        with matplotlib.rc_context(STYLE):
+            figure = make_figure(figsize=(9, 6.4 if len(curves) > 1 else 4.2))
+            if len(curves) > 1:
+                top, bottom = figure.subplots(2, sharex=True, height_ratios=[3, 2])
+            else:
+                top, bottom = figure.subplots(), None
+            for label, color, style, nll in curves:
+                positions = (np.arange(len(nll)) + 0.5) * size
+                top.plot(positions, nll, style, color=color, linewidth=1.6, label=label)
+                shared = min(len(nll), len(reference))
+                if bottom is not None:
+                    difference = nll[:shared] - reference[:shared]
+                    bottom.plot(positions[:shared], difference, style, color=color, linewidth=1.6)
+            _draw_windows(runs, [top, bottom] if bottom else [top])
+            top.set(title="Held-out loss by position in context", ylabel="NLL (nats per token)")
+            top.legend()
+            if bottom is not None:
+                bottom.set(title=f"Difference from {reference_label}", ylabel="difference (nats)")
+            last = bottom or top
+            last.set(xlabel=f"position in context (tokens, means over {size})", xlim=(0, longest))
+            last.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(max(1, longest // 8)))
+            return figure
 
 
 def evaluate(config: Config, checkpoint, output) -> dict:
@@ -30,11 +116,25 @@ def evaluate(config: Config, checkpoint, output) -> dict:
       UserError: no such checkpoint, or it or the token store does not fit the config.
       PreemptedError: a signal asked to stop; nothing is written.
     """
+    from ttt_e2e.cluster.agreement import watch_for_preemption
+
     with watch_for_preemption() as preemption:
         return _evaluate(config, checkpoint, output, stop=preemption.poll)
 
 
 def _evaluate(config: Config, checkpoint, output, stop) -> dict:
+    import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from ttt_e2e.checkpoints.params import load_params
+    from ttt_e2e.checkpoints.progress import load_progress
+    from ttt_e2e.checkpoints.steps import find_step
+    from ttt_e2e.cluster.mesh import make_mesh, shardings, with_shardings
+    from ttt_e2e.model import abstract_model
+    from ttt_e2e.train.batches import check_batch, held_out_loss, open_store
+    from ttt_e2e.train.steps import make_eval_step
+
     mesh = make_mesh(config.mesh)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     store = open_store(config, config.data.eval_split)
@@ -82,4 +182,44 @@ def _write(output: epath.Path, metrics: dict, arrays: dict[str, np.ndarray]) -> 
     for name, array in arrays.items():
         with (output / f"{name}.npy").open("wb") as file:
             np.save(file, array.astype(np.float32))
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    replace_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def _read_nll(path: Path, seq_len: int) -> np.ndarray:
+    """Mean over sequences [T] of the array [sequences, T] in a file; BOS targets count here."""
+    try:
+        nll = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: evaluate the run again") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is not a readable .npy array: {error}") from None
+    if nll.ndim != 2 or nll.shape[0] == 0 or nll.shape[1] != seq_len or nll.dtype.kind != "f":
+        raise UserError(f"{path} holds {nll.dtype} {list(nll.shape)}, but it takes floats [sequences, {seq_len}]")
+    return nll.mean(axis=0, dtype=np.float64)
+
+
+def _draw_windows(runs: Sequence[Run], panels: list) -> None:
+    """A light line at each window shorter than the context: from there on attention no longer sees the beginning."""
+    evaluated = [(run.config.model.windows, len(run.results[NAME].nll_T)) for run in runs if run.results[NAME]]
+    for window in sorted({k for windows, length in evaluated for k in windows if 0 < k < length}):
+        for panel in panels:
+            panel.axvline(window, color="#bbbbbb", linewidth=1, zorder=1)
+        at_top = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        panels[0].annotate(
+            f"window {window}", (window, 1), xytext=(4, -2), va="top", color="#777777", fontsize=9, **at_top
+        )
+
+
+def _bin_size(runs: Sequence[Run]) -> int:
+    """Positions that a point of the plot is a mean over: a mini-batch, or as many as keep the points few."""
+    lengths = [len(run.results[NAME].nll_T) for run in runs if run.results[NAME]]
+    mini_batches = [run.config.inner.mini_batch_size for run in runs if run.config.model.num_fast_blocks]
+    size = min(mini_batches, default=max(1, min(lengths) // 32))
+    while max(lengths) > MAX_BINS * size:
+        size *= 2
+    return size
+
+
+def _binned(nll_T: np.ndarray, size: int) -> np.ndarray:
+    starts = np.arange(0, len(nll_T), size)
+    return np.add.reduceat(nll_T, starts) / np.diff(np.append(starts, len(nll_T)))

@@ -1,5 +1,4 @@
-"""Reading without end, the state that reading leaves behind, and generation."""
+"""Reading without end, the state that reading leaves behind, and generation.
 
-from ttt_e2e.inference.reader import Reader, ReaderState
-
-__all__ = ["Reader", "ReaderState"]
+This file imports nothing, so that flags are made of `settings.py` without JAX.
+"""

@@ -24,8 +24,8 @@ from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.prompts import encode, find_tokenizer
 from ttt_e2e.inference.reader import Reader, ReaderState
-from ttt_e2e.inference.reading import read
-from ttt_e2e.inference.sampling import Sampling, choose
+from ttt_e2e.inference.sampling import choose
+from ttt_e2e.inference.settings import Sampling
 from ttt_e2e.inference.state import check_can_save, load_state, read_about, save_state
 from ttt_e2e.inference.text import TextStream
 from ttt_e2e.model import abstract_model
@@ -105,7 +105,7 @@ def generate(
     reader = load_reader(config, checkpoint, max_length or max(about["position"] + longest, 1))
     bos_id = config.data.bos_id or tokenizer.bos_id
     start = load_state(load_from, reader) if load_from else reader.start(bos_id)
-    if (batch_size := len(start.tokens_Bb)) != 1:
+    if (batch_size := len(start.tokens)) != 1:
         raise UserError(f"state {load_from} is of {batch_size} sequences, but prompts are continued one at a time")
     reader.check_room(start, longest)
     streams = len(prompts) == 1
@@ -161,7 +161,7 @@ def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, bos
     hidden = echo and sys.stdout.isatty()
     started = time.perf_counter()
     with tqdm(total=len(ids), desc="read", unit="token", disable=hidden, leave=False) as bar:
-        state, _ = read(reader, state, ids[None], bar, learn=settings.learn != "none")
+        state, _ = reader.read(state, ids[None], learn=settings.learn != "none", bar=bar)
     read_at = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(settings.seed), index)
     stream, tokens, nlls, text = TextStream(tokenizer, settings.stop), [], [], ""

@@ -9,14 +9,13 @@ Shapes: `L` blocks, `B` sequences, `G` key/value heads, `K` positions of a KV ca
 width.
 """
 
-import jax
 import jax.numpy as jnp
 
 from ttt_e2e.checkpoints import older
 from ttt_e2e.inference.reader import ENDLESS, Reader
 from ttt_e2e.model.rope import rotate
 
-NAMES = {"fast": "fast", "states": "cache_LBGKH", "drafts": "recent_LBGbH", "tokens_Bb": "tokens_Bb"}
+NAMES = {"fast": "fast", "states": "cache_LBGKH", "drafts": "recent_LBGbH", "tokens": "tokens_Bb"}
 
 
 def containers(tree: dict) -> dict:
@@ -39,4 +38,4 @@ def convert(tree: dict, reader: Reader) -> dict:
         k = rotate(drafts[name].k, moved, theta=config.rope_theta, style=config.rope_style) if capacity != K else None
         drafts[name] = drafts[name] if k is None else drafts[name]._replace(k=k)
     fast = older.by_mixer(tree["fast"], count, axis=1)
-    return {"fast": fast, "states": states, "drafts": drafts, "tokens_Bb": jax.device_put(tree["tokens_Bb"])}
+    return {"fast": fast, "states": states, "drafts": drafts, "tokens": tree["tokens_Bb"]}

@@ -16,18 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_e2e.config import Config
+from ttt_e2e.data.masking import is_target
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner.step import MiniBatch, clip_scale, inner_gradient, is_target
+from ttt_e2e.inner.step import MiniBatch, clip_scale, inner_gradient
 from ttt_e2e.inner.trajectory import take_step
 from ttt_e2e.kernels.precision import matmul_precision
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.mixers import Context
-from ttt_e2e.model.parameters import at_least_float32, merge, split
+from ttt_e2e.model.parameters import at_least_float32, merge, split, structure_of
 from ttt_e2e.model.passes import FirstOrderPass
 
 # Models without fast weights are trained with mini-batches as long as sequences, which mean nothing to their reader: it
 # runs at most this many positions at once.
 MAX_STATIC_MINI_BATCH = 1024
+PIECE = 4096  # tokens of a sequence that are read between two looks at a progress bar
 
 
 class ReaderState(NamedTuple):
@@ -40,13 +42,13 @@ class ReaderState(NamedTuple):
     fast: Any  # W_i, float32, with a leading axis B
     states: dict[str, Any]  # States of the mixers at the beginning of the unfinished mini-batch
     drafts: dict[str, Any]  # of the unfinished mini-batch, as far as it was run
-    tokens_Bb: jax.Array  # the unfinished mini-batch's tokens; the newest was not run yet; zeros beyond
+    tokens: jax.Array  # [B, b], the unfinished mini-batch's tokens; the newest was not run yet; zeros beyond
     position: np.int64  # tokens read after the first one. On the host: choosing a program waits for no device
     prepared: dict[str, Any] | None = None  # the States as decoding reads them, once a token was predicted from them
 
 
 # Where the axis B is.
-_BATCHED = ReaderState(fast=0, states=1, drafts=1, tokens_Bb=0, position=None, prepared=1)
+_BATCHED = ReaderState(fast=0, states=1, drafts=1, tokens=0, position=None, prepared=1)
 # Tokens of a sequence for which every State that does not grow has all the room that it can use.
 ENDLESS = 2**31 - 1
 
@@ -71,7 +73,7 @@ class Reader:
         """
         model, b = config.model, config.inner.mini_batch_size
         self.params, self.config = params, config
-        self.model = merge(graphdef, params["fast"], params["slow"])
+        self.model: Transformer = structure_of(graphdef, params["fast"], params["slow"]).module
         self.grows = self.model.grows
         self.model.check_use("decode")
         if self.grows and max_length < 1:
@@ -83,7 +85,7 @@ class Reader:
             precise = partial(matmul_precision(model.compute_dtype)(function), *static)
             return jax.jit(jax.vmap(precise, in_axes=in_axes, out_axes=out_axes))
 
-        some = {name: getattr(_BATCHED, name) for name in ("drafts", "tokens_Bb")}
+        some = {name: getattr(_BATCHED, name) for name in ("drafts", "tokens")}
         most = some | {"states": _BATCHED.states}
         part = (None, _BATCHED, 0)
         self._extend = batched(_extend, graphdef, in_axes=(*part, None), out_axes=(some, 0))
@@ -125,13 +127,14 @@ class Reader:
         power = 1 << (needed - 1).bit_length()
         return self.mini_batch_size * (power if needed > power * 3 // 4 else power * 3 // 4)
 
-    def read(self, state: ReaderState, tokens_Bn, *, learn: bool = True) -> tuple[ReaderState, np.ndarray]:
+    def read(self, state: ReaderState, tokens_Bn, *, learn: bool = True, bar=None) -> tuple[ReaderState, np.ndarray]:
         """Reads tokens [B, n], n of any size.
 
         Args:
           state: is left as it was.
           tokens_Bn: integers below the vocabulary's size.
           learn: whether mini-batches that become full are learned from.
+          bar: progress bar of tqdm, which counts tokens; they are then read a piece at a time.
 
         Returns:
           The state after them, and the NLL [B, n] of each token given those before it, in nats, under the fast weights
@@ -142,6 +145,14 @@ class Reader:
         """
         tokens_Bn, b = np.asarray(tokens_Bn, np.int32), self.mini_batch_size
         B, n = tokens_Bn.shape
+        if bar is not None:
+            size, nlls = max(1, PIECE // b) * b, [np.zeros((B, 0), np.float32)]
+            for begin in range(0, n, size):
+                piece_Bn = tokens_Bn[:, begin : begin + size]
+                state, nll_Bn = self.read(state, piece_Bn, learn=learn)
+                nlls.append(nll_Bn)
+                bar.update(piece_Bn.size)
+            return state, np.concatenate(nlls, axis=1)
         if n and not 0 <= tokens_Bn.min() <= tokens_Bn.max() < self.config.model.vocab_size:
             raise UserError(
                 f"tokens to read are from {tokens_Bn.min()} to {tokens_Bn.max()}, but they must be at least 0 and "
@@ -203,7 +214,7 @@ class Reader:
         logits_BV, added = jax.eval_shape(self._predict, slow, state)
         token_B = jax.ShapeDtypeStruct(logits_BV.shape[:1], jnp.int32)
         return {
-            "mini_batch": (self._learn, (slow, self.with_room(unprepared), state.tokens_Bb)),
+            "mini_batch": (self._learn, (slow, self.with_room(unprepared), state.tokens)),
             "prepare": (self._prepare, (state.states,)),
             "predict": (self._predict, (slow, state)),
             "append": (self._append, (state, added, logits_BV, token_B)),
@@ -223,14 +234,14 @@ class Reader:
     def with_room(self, state: ReaderState) -> ReaderState:
         """The state with room for the unfinished mini-batch too."""
         room = self.room(int(state.position))
-        if jax.tree.map(lambda a: a.shape, state.states) == self._shapes(room, len(state.tokens_Bb)):
+        if jax.tree.map(lambda a: a.shape, state.states) == self._shapes(room, len(state.tokens)):
             return state
         resize = jax.vmap(partial(self.model.resize, seq_len=room), in_axes=1, out_axes=1)
         return state._replace(states=resize(state.states))
 
     @lru_cache(maxsize=8)  # noqa: B019 (a reader lives as long as the program that reads)
     def _shapes(self, room: int, batch_size: int):
-        """Of States with room for as many tokens, of as many sequences."""
+        """Shapes of the States of `batch_size` sequences with room for `room` tokens."""
         shapes = jax.eval_shape(lambda: self.model.empty(room))
         return jax.tree.map(lambda a: (a.shape[0], batch_size, *a.shape[1:]), shapes)
 
@@ -252,7 +263,7 @@ def _extend(graphdef, slow, state: ReaderState, part_b, size):
     tokens_b1, count = _with_part(state, part_b), _count(state) + size
     model = merge(graphdef, state.fast, slow)
     nll_b, entries = _score(model, state, tokens_b1, count)
-    return {"drafts": model.draft(state.states, len(part_b), entries, count), "tokens_Bb": tokens_b1[:-1]}, nll_b
+    return {"drafts": model.draft(state.states, len(part_b), entries, count), "tokens": tokens_b1[:-1]}, nll_b
 
 
 def _finish(graphdef, slow, state: ReaderState, part_b):
@@ -288,7 +299,7 @@ def _learn(graphdef, config: Config, slow, state: ReaderState, part_b):
 def _predict(graphdef, slow, state: ReaderState):
     """Logits [V] of the next token, and what the newest one adds to the Drafts."""
     model, count = merge(graphdef, state.fast, slow), _count(state)
-    newest = jax.lax.dynamic_slice_in_dim(state.tokens_Bb, count, 1)
+    newest = jax.lax.dynamic_slice_in_dim(state.tokens, count, 1)
     x_1D, added = model.decode(model.embed(newest), state.prepared, state.drafts, _context(state, count))
     return model.logits(x_1D)[0], added
 
@@ -298,7 +309,7 @@ def _append(model, state: ReaderState, added: dict, logits_V, token):
     count = _count(state)
     changes = {
         "drafts": model.append(state.drafts, added, count),
-        "tokens_Bb": state.tokens_Bb.at[count + 1].set(token),
+        "tokens": state.tokens.at[count + 1].set(token),
     }
     return changes, jax.nn.logsumexp(logits_V) - logits_V[token]
 
@@ -313,27 +324,27 @@ def _score(model: Transformer, state: ReaderState, tokens_b1, count=None):
 
 
 def _next_mini_batch(model: Transformer, state: ReaderState, entries: dict, tokens_b1) -> dict:
-    """What changes at the beginning of the next mini-batch, after one with these Entries and tokens."""
+    """Fields of the state that change where a mini-batch with these Entries and tokens is finished."""
     states = model.advance(state.states, entries)
     return {
         "states": states,
-        "drafts": model.draft(states, len(state.tokens_Bb)),
-        "tokens_Bb": jnp.zeros_like(state.tokens_Bb).at[0].set(tokens_b1[-1]),
+        "drafts": model.draft(states, len(state.tokens)),
+        "tokens": jnp.zeros_like(state.tokens).at[0].set(tokens_b1[-1]),
     }
 
 
 def _context(state: ReaderState, count=None) -> Context:
-    """Where the unfinished mini-batch stands, and how many of its positions count."""
+    """Place of the unfinished mini-batch, of which `count` positions are tokens."""
     return Context(start=state.position - _count(state), count=count)
 
 
 def _with_part(state: ReaderState, part_b):
     """The mini-batch's b inputs and the target of the last, [b + 1], as far as they are known with these tokens."""
     b = len(part_b)
-    room = jnp.concatenate([state.tokens_Bb, jnp.zeros(b + 1, jnp.int32)])
+    room = jnp.concatenate([state.tokens, jnp.zeros(b + 1, jnp.int32)])
     return jax.lax.dynamic_update_slice_in_dim(room, part_b, _count(state) + 1, axis=0)[: b + 1]
 
 
 def _count(state: ReaderState):
-    """How many tokens of the unfinished mini-batch were run."""
-    return state.position % state.tokens_Bb.shape[-1]
+    """Number of tokens of the unfinished mini-batch that were run."""
+    return state.position % state.tokens.shape[-1]

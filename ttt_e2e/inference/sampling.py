@@ -1,30 +1,11 @@
 """From logits to a token: pure functions. Shapes: `B` sequences, `V` vocabulary."""
 
-import math
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from ttt_e2e.errors import UserError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen. Raises `UserError` for values that mean nothing."""
-
-    temperature: float = 1.0  # 0 = greedy: the likeliest token
-    top_k: int = 0  # only the k likeliest; 0 = off
-    top_p: float = 1.0  # only the fewest of the likeliest that have this probability together; 1 = off
-    repetition_penalty: float = 1.0  # weakens tokens that were there before; 1 = off
-
-    def __post_init__(self):
-        _check("temperature", self.temperature, self.temperature >= 0, "a finite number of at least 0 (0 = greedy)")
-        _check("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 = off)")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (1 = off)")
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, penalty > 0, "a finite number above 0 (1 = off)")
+from ttt_e2e.inference.settings import Sampling
 
 
 @partial(jax.jit, static_argnames="sampling")
@@ -75,8 +56,3 @@ def keep_top_p(logits_V, p: float):
     before_V = jnp.cumsum(probability_V) - probability_V
     keep_V = jnp.zeros(len(logits_V), bool).at[order_V].set((before_V < p).at[0].set(True))
     return jnp.where(keep_V, logits_V, -jnp.inf)
-
-
-def _check(name: str, value, legal: bool, text: str) -> None:
-    if not (legal and math.isfinite(value)):  # NaN is not legal either: it compares as false
-        raise UserError(f"{name} is {value}, but it must be {text}")

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ttt_e2e.checkpoints import older
+from ttt_e2e.checkpoints.digests import digests
 from ttt_e2e.config import each_field, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference import older_state
@@ -45,7 +46,7 @@ def save_state(path, reader: Reader, state: ReaderState, *, precision: str = "fl
         "model": to_dict(reader.config)["model"],
         "parameters": parameters_digest(reader.params),
         "mini_batch_size": reader.mini_batch_size,
-        "batch_size": len(state.tokens_Bb),
+        "batch_size": len(state.tokens),
         "position": int(tree.pop("position")),
         "precision": precision,
     }
@@ -125,20 +126,12 @@ def read_about(path) -> dict:
 
 def parameters_digest(params) -> str:
     """16 hex digits that identify parameters by their values; computed where they live, as they may be large."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    sums = jax.device_get(jax.jit(lambda leaves: [_checksum(leaf) for leaf in leaves])([leaf for _, leaf in leaves]))
+    sums = digests(params, spread=1)  # as in the states that were saved first
     identity = [
-        (jax.tree_util.keystr(key), leaf.shape, str(leaf.dtype), int(s)) for (key, leaf), s in zip(leaves, sums)
+        (jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), sums[parameter_name(path)][1])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
     return hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
-
-
-def _checksum(array):
-    """Sum of the array's bits by odd weights, modulo 2^32: another value anywhere gives another sum."""
-    bits = jax.lax.bitcast_convert_type(array, jnp.uint16 if array.dtype.itemsize == 2 else jnp.uint32)
-    bits = bits.reshape(-1).astype(jnp.uint32)
-    weights = 2 * jax.lax.iota(jnp.uint32, len(bits)) + 1
-    return jnp.sum(bits * weights, dtype=jnp.uint32)
 
 
 def _check_model(path, about: dict, reader: Reader) -> None:

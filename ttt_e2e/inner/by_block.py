@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ttt_e2e.inner.step import MiniBatch
 from ttt_e2e.model.dual_loss import HeadPass, dual_nll
 from ttt_e2e.model.mixers import Context
-from ttt_e2e.model.parameters import Directed, merge, split
+from ttt_e2e.model.parameters import Directed, Structure, merge, split
 from ttt_e2e.model.passes import DualPass
 
 
@@ -31,12 +31,12 @@ class Cotangents(NamedTuple):
 
 
 def pull_back(
-    suffix_def, sums: Cotangents, slow, of_block, context: Context, mini_batch: MiniBatch, head: HeadPass, seeds
+    suffix: Structure, sums: Cotangents, slow, of_block, context: Context, mini_batch: MiniBatch, head: HeadPass, seeds
 ):
     """Adds one mini-batch's cotangents to those of the mini-batches after it.
 
     Args:
-      suffix_def: static structure of the `Suffix`.
+      suffix: structure of the `Suffix`.
       sums: cotangents so far; those of the States are of what the mini-batch leaves.
       slow: slow weights.
       of_block: (stack, index of a block in it, sum of its fast weights' cotangents over the mini-batches after this
@@ -49,21 +49,20 @@ def pull_back(
     Returns:
       The sums, those of the States now of what the mini-batch sees, and the cotangent [B, b, D] of the hidden states.
     """
-    suffix = merge(suffix_def, sums.fast, slow)  # for its structure and what is not a block
-    stacks = suffix.stacks
+    stacks, config = suffix.module.stacks, suffix.module.config
+    block_defs = {name: split(stack)[0] for name, stack in stacks.items()}
     top = {name: weights for name, weights in slow.items() if name not in stacks}
 
     def dual_block(name, i, sums):
         fast, u, state = of_block(name, i, _take(sums.fast[name], i, axis=1))
-        run = partial(_dual_block, split(stacks[name])[0], context, u)
+        run = partial(_dual_block, block_defs[name], context, u)
         return run, (fast, _take(slow[name], i, axis=0), state)
 
     def dual_top(top, x_B2bD):
-        norm = partial(DualPass().apply, merge(suffix_def, sums.fast, slow | top).final_norm)
+        norm = partial(DualPass().apply, suffix.bind(suffix.fast, slow | top).final_norm)
         hidden_B2bD = jax.vmap(norm)(x_B2bD)
-        vocab_size = suffix.config.vocab_size
-        targets_Bb = mini_batch.targets_b
-        return dual_nll(hidden_B2bD[:, 0], hidden_B2bD[:, 1], top["head"], targets_Bb, head, vocab_size)
+        values_BbD, tangents_BbD = hidden_B2bD[:, 0], hidden_B2bD[:, 1]
+        return dual_nll(values_BbD, tangents_BbD, top["head"], mini_batch.targets, head, config.vocab_size)
 
     def forward_period(x_B2bD, i):
         entered = {}
@@ -89,8 +88,8 @@ def pull_back(
             carry = x_bar_B2bD, sums
         return carry, None
 
-    num_periods = suffix.config.num_fast_blocks // len(stacks)
-    x_B2bD = jax.vmap(partial(DualPass().begin, in_scan=True))(mini_batch.x_bD)
+    num_periods = config.num_fast_blocks // len(stacks)
+    x_B2bD = jax.vmap(partial(DualPass().begin, in_scan=True))(mini_batch.hidden)
     x_B2bD, entered = jax.lax.scan(forward_period, x_B2bD, jnp.arange(num_periods))
     _, pull = jax.vjp(dual_top, top, x_B2bD)
     top_bar, x_bar_B2bD = pull(seeds)

@@ -1,4 +1,4 @@
-"""How the devices of a mesh share the reading of a batch, each on its own part of every array.
+"""Divides the reading of a batch among the devices of a mesh, each of which has its own part of every array.
 
 The program runs inside of a `jax.shard_map` over both axes of the mesh. `data`: each device has its own sequences, and
 a part of every weight, which it stores for all; a weight is put together before it is used, in the compute dtype, and
@@ -8,7 +8,8 @@ matrices (model/sequence_parts.py).
 
 What a loop runs gathers nothing, but for the weights of the prefix: those of one block at a time.
 
-Shapes: `B` sequences of a device, `T` positions of a sequence, `P` of a part of it, `V` vocabulary, `D` model width.
+Shapes: `B` sequences of a device, `T` positions of a sequence, `Q` of a device's part of it, `V` vocabulary, `D` model
+width.
 """
 
 from functools import partial
@@ -25,7 +26,7 @@ DATA = "data"
 
 
 class Leaf(NamedTuple):
-    """How one weight is stored, and what of it a device computes with. Dimensions count from the end: -1 or -2."""
+    """Layout of one weight: as stored, and as a device computes with it. Dimensions count from the end: -1 or -2."""
 
     is_matrix: bool = True  # computes in the compute dtype; others, of norms, as they are
     data: int = 0  # dimension that is divided over `data`; 0 = none
@@ -36,21 +37,21 @@ class Leaf(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The leaves of a tree of weights; None where nothing is divided."""
+    """Layouts of a tree of weights; None where nothing is divided."""
 
     leaves: Any = None
     num_parts: int = 1  # devices of the `model` axis
     compute_dtype: Any = None
 
     def of(self, *names: str) -> "Weights":
-        """Of a part of the tree."""
+        """The layouts of a part of the tree."""
         leaves = self.leaves
         for name in names if leaves is not None else ():
             leaves = leaves[name]
         return self._replace(leaves=leaves)
 
     def whole(self, stored):
-        """What this device computes with, of the weights that it stores."""
+        """Gathers stored weights into those that this device computes with."""
         return self._map(partial(_whole, self), stored)
 
     def reduced(self, bars):
@@ -62,7 +63,7 @@ class Weights(NamedTuple):
 
 
 class Division(NamedTuple):
-    """What a device has of each array."""
+    """Layout of all arrays on a device."""
 
     slow: Weights = Weights()
     head: Weights = Weights()  # [D, V], be it a weight of its own or the transpose of the embeddings' table
@@ -106,7 +107,7 @@ def complete(division: Division, gradient):
 
 
 def embed(division: Division, table_VD, tokens_BT, vocab_size: int, dtype):
-    """Embeddings [B, T, D] of this device's sequences; where the prefix divides them, of its positions [B, P, D].
+    """Embeddings [B, T, D] of this device's sequences; where the prefix divides them, of its positions [B, Q, D].
 
     Not the table travels, but what is looked up: every device looks up the tokens of all, in the rows and columns of
     the table that it stores. So the table's cotangents are each device's own.

@@ -3,7 +3,7 @@
 Pure functions of (fast, slow, tokens); `fast` and `slow` are nested dicts of arrays, the two halves of one
 `split(model)`, and `graphdef` is its static third.
 
-Shapes: `B` sequences, `T` tokens of a sequence, `P` of a device's part of it, `M` mini-batches of a sequence, `b` inner
+Shapes: `B` sequences, `T` tokens of a sequence, `Q` of a device's part of it, `M` mini-batches of a sequence, `b` inner
 mini-batch, `R` = B T rows, `D` model width, `V` vocabulary.
 """
 
@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from ttt_e2e.config import InnerConfig
+from ttt_e2e.data.masking import is_target
 from ttt_e2e.inner import meta_gradient, reference
 from ttt_e2e.inner.division import MODEL, UNDIVIDED, Division, Weights, embed, fetch, fetch_block, gather_alike
-from ttt_e2e.inner.step import MiniBatch, is_target
+from ttt_e2e.inner.step import MiniBatch
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.loss import masked_mean, nll_forward, nll_reverse
 from ttt_e2e.model.parameters import at_least_float32, merge, split
@@ -25,7 +26,7 @@ from ttt_e2e.model.sequence_parts import SequenceParts
 
 
 class Reading(NamedTuple):
-    """What reading gives: losses, and the fast weights it leaves behind; for a batch, with a leading axis B."""
+    """Result of reading: losses, and the fast weights after the last mini-batch; of a batch, with a leading axis B."""
 
     loss: jax.Array  # mean over mini-batches
     mini_batch_loss_M: jax.Array  # mean over the unmasked targets of each
@@ -62,13 +63,14 @@ def read_batch(
     if "auto" in (inner.trajectory, inner.remat):
         raise ValueError("inner.trajectory and inner.remat are still 'auto': see inner/memory.py")
     model = merge(graphdef, fast, slow)
-    mini_batches = make_mini_batches(model, tokens, inner, bos_id, division)
-    B, M, b = mini_batches.targets_b.shape
+    x_BQD = run_prefix(model, tokens, inner, division)
     if not model.config.num_fast_blocks:
-        nll_BT = _static_nll(model, division, mini_batches)
-        loss_BM = masked_mean(nll_BT.reshape(B, M, b), mini_batches.is_target_b)
+        nll_BT, b = _static_nll(model, division, x_BQD, tokens[:, 1:]), inner.mini_batch_size
+        nll_BMb, targets_BMb = (a.reshape(len(tokens), -1, b) for a in (nll_BT, tokens[:, 1:]))
+        loss_BM = masked_mean(nll_BMb, is_target(targets_BMb, bos_id))
         return Reading(loss_BM.mean(axis=1), loss_BM, nll_BT, fast)
 
+    mini_batches = make_mini_batches(x_BQD, tokens, inner, bos_id, division)
     suffix_def, fast, slow = split(model.make_suffix())
     fast = jax.tree.map(lambda w: w.astype(at_least_float32(w.dtype)), fast)
     weights = suffix_weights(division, slow)
@@ -79,53 +81,52 @@ def read_batch(
     else:
         adapt = partial(meta_gradient.adapt, suffix_def, inner, weights)
         loss_BM, nll_BMb, fast = adapt(fast, slow, mini_batches, learning_rate)
-    return Reading(loss_BM.mean(axis=1), loss_BM, nll_BMb.reshape(B, M * b), fast)
+    return Reading(loss_BM.mean(axis=1), loss_BM, nll_BMb.reshape(len(tokens), -1), fast)
 
 
-def make_mini_batches(
-    model: Transformer, tokens, inner: InnerConfig, bos_id: int, division: Division = UNDIVIDED
-) -> MiniBatch:
-    """Runs the prefix over sequences [B, T + 1] and divides what comes out: arrays with leading axes [B, M].
-
-    Where the prefix divides positions over devices, the hidden states of a model with a suffix are put together once,
-    here; those of a model without are this device's part, [B, P, D] without a division into mini-batches.
-    """
-    inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
+def run_prefix(model: Transformer, tokens, inner: InnerConfig, division: Division = UNDIVIDED):
+    """Hidden states [B, Q, D] after the prefix, of the positions that are this device's, given tokens [B, T + 1]."""
     config = model.config
-    x_BPD = embed(division, model.embedding[...], inputs_BT, config.vocab_size, jnp.dtype(config.compute_dtype))
+    x_BQD = embed(division, model.embedding[...], tokens[:, :-1], config.vocab_size, jnp.dtype(config.compute_dtype))
     parts = SequenceParts(division.num_parts) if division.by_sequence else None
 
     def fetch_weights(stack, state):
         return fetch_block(division.slow.of(stack), state)
 
-    run_prefix = partial(model.run_prefix, remat=inner.remat != "keep", fetch=fetch_weights, parts=parts)
-    x_BPD = jax.vmap(run_prefix)(x_BPD)
-    B, b = len(tokens), inner.mini_batch_size
-    of_targets = (a.reshape(B, -1, b) for a in (targets_BT, is_target(targets_BT, bos_id)))
-    if division.by_sequence and not config.num_fast_blocks:
-        return MiniBatch(x_BPD, *of_targets)
-    x_BTD = gather_alike(x_BPD, 1, division.num_parts) if division.by_sequence else x_BPD
-    return MiniBatch(x_BTD.reshape(B, -1, b, x_BTD.shape[-1]), *of_targets)
+    run = partial(model.run_prefix, remat=inner.remat != "keep", fetch=fetch_weights, parts=parts)
+    return jax.vmap(run)(x_BQD)
+
+
+def make_mini_batches(x_BQD, tokens, inner: InnerConfig, bos_id: int, division: Division = UNDIVIDED) -> MiniBatch:
+    """Cuts sequences into mini-batches: arrays with leading axes [B, M].
+
+    Where devices have other positions each, the hidden states are put together once, here.
+    """
+    x_BTD = gather_alike(x_BQD, 1, division.num_parts) if division.by_sequence else x_BQD
+    x_BMbD, targets_BMb = (
+        a.reshape(len(tokens), -1, inner.mini_batch_size, *a.shape[2:]) for a in (x_BTD, tokens[:, 1:])
+    )
+    return MiniBatch(x_BMbD, targets_BMb, is_target(targets_BMb, bos_id))
 
 
 def suffix_weights(division: Division, slow) -> Weights:
-    """How the slow weights of a model's `Suffix` are stored, of which `slow` has the names."""
+    """Layouts of the slow weights of a model's `Suffix`, by the names in `slow`."""
     if division.slow.leaves is None:
         return division.slow
     leaves = {name: division.head.leaves if name == "head" else division.slow.leaves[name] for name in slow}
     return division.slow._replace(leaves=leaves)
 
 
-def _static_nll(model: Transformer, division: Division, mini_batches: MiniBatch):
+def _static_nll(model: Transformer, division: Division, x_BQD, targets_BT):
     """NLL [B, T] of a model without a suffix, from its hidden states."""
-    B, T = len(mini_batches.targets_b), mini_batches.targets_b[0].size
-    x_BPD = model.final_norm(mini_batches.x_bD.reshape(B, -1, model.config.hidden_size))
+    x_BQD = model.final_norm(x_BQD)
     if division.by_sequence:
-        x_BTD = jax.lax.all_gather(x_BPD, MODEL, axis=1, tiled=True)  # cotangents are terms of a sum
+        x_BTD = jax.lax.all_gather(x_BQD, MODEL, axis=1, tiled=True)  # cotangents are terms of a sum
     else:
-        x_BTD = copy_to_all(x_BPD, division.num_parts > 1)
-    x_RD, targets_R = x_BTD.reshape(B * T, -1), mini_batches.targets_b.reshape(-1)
-    return _head_nll(division.head, model.config.vocab_size, x_RD, model.head_DV, targets_R).reshape(B, T)
+        x_BTD = copy_to_all(x_BQD, division.num_parts > 1)
+    x_RD, targets_R = x_BTD.reshape(targets_BT.size, -1), targets_BT.reshape(-1)
+    nll_R = _head_nll(division.head, model.config.vocab_size, x_RD, model.head_DV, targets_R)
+    return nll_R.reshape(targets_BT.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

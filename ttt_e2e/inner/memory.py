@@ -1,4 +1,4 @@
-"""What a meta-gradient holds in memory, estimated from shapes alone, and what "auto" means for its policies.
+"""Estimates the memory that a meta-gradient takes, from shapes alone, and chooses policies that fit ("auto").
 
 Nothing is computed or compiled: the estimate adds up what JAX would save for each reverse pass. XLA fuses some of that
 away and adds buffers of its own; the test compares both.
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from ttt_e2e.config import InnerConfig
 from ttt_e2e.inner import meta_gradient, trajectory
 from ttt_e2e.inner.division import UNDIVIDED, Division, fetch
-from ttt_e2e.inner.loop import make_mini_batches, suffix_weights
+from ttt_e2e.inner.loop import make_mini_batches, run_prefix, suffix_weights
 from ttt_e2e.model.mixers import Context
-from ttt_e2e.model.parameters import at_least_float32, merge, split
+from ttt_e2e.model.parameters import at_least_float32, merge, split, structure_of
 
 # (trajectory, remat) by the matrix products that they take. Those of a slow suffix weight, in forward passes of it:
 # 7 where activations are kept, 8, 9 (segments redone, activations kept), 10, 10 and 12. "delta" rounds what the forward
@@ -83,16 +83,16 @@ def held_bytes(inner: InnerConfig, graphdef, fast, slow, tokens, division: Divis
 
 
 def _held(inner: InnerConfig, graphdef, division: Division, fast, slow, tokens) -> dict:
-    """The arrays that are held, by what holds them."""
+    """Residuals and other arrays that live through a step, by what holds them."""
     fast = fetch(division.fast, fast)
-    config = merge(graphdef, fast, slow).config
+    config = structure_of(graphdef, fast, slow).module.config
 
-    def mini_batches(slow, remat):
+    def prefix(slow, remat):
         policies = dataclasses.replace(inner, remat=remat)
-        return make_mini_batches(merge(graphdef, fast, slow), tokens, policies, bos_id=0, division=division)
+        return run_prefix(merge(graphdef, fast, slow), tokens, policies, division)
 
     def saved_by_prefix(remat):
-        return jax.vjp(lambda slow: mini_batches(slow, remat).x_bD, slow)[1]
+        return jax.vjp(partial(prefix, remat=remat), slow)[1]
 
     held = {"prefix": saved_by_prefix(inner.remat), "prefix_block": ()}
     if inner.remat != "keep" and config.num_prefix_blocks:
@@ -103,21 +103,20 @@ def _held(inner: InnerConfig, graphdef, division: Division, fast, slow, tokens) 
     suffix_def, one_fast, slow_suffix = split(merge(graphdef, fast, slow).make_suffix())
     fast_B = jax.tree.map(lambda w: jnp.broadcast_to(w, (len(tokens), *w.shape)), one_fast)
     weights = suffix_weights(division, slow_suffix)
-    _, scan = meta_gradient.forward_scan(
-        suffix_def, inner, weights, fast_B, slow_suffix, mini_batches(slow, inner.remat), jnp.float32(1)
-    )
+    mini_batches = make_mini_batches(prefix(slow, inner.remat), tokens, inner, bos_id=0, division=division)
+    _, scan = meta_gradient.forward_scan(suffix_def, inner, weights, fast_B, slow_suffix, mini_batches, jnp.float32(1))
     slow_suffix = scan.slow
     mini_batch = jax.tree.map(lambda a: a[0], scan.mini_batches_M)
-    suffix, context = merge(suffix_def, one_fast, slow_suffix), Context()
-    states = suffix.at(scan.log, 0)
+    suffix, context = structure_of(suffix_def, one_fast, slow_suffix), Context()
+    states = suffix.module.at(scan.log, 0)
     _, head, _, recorded = meta_gradient.gradient_of_suffix(
-        suffix_def, inner, fast_B, slow_suffix, states, context, mini_batch
+        suffix, inner, fast_B, slow_suffix, states, context, mini_batch
     )
 
     def saved_by_reverse(remat):
         policies = dataclasses.replace(inner, remat=remat)
-        program = meta_gradient.reverse_program(suffix_def, policies, fast_B, mini_batch, context, head, recorded)
-        return jax.vjp(program, fast_B, states, slow_suffix, mini_batch.x_bD)[1]
+        program = meta_gradient.reverse_program(suffix, policies, fast_B, mini_batch, context, head, recorded)
+        return jax.vjp(program, fast_B, states, slow_suffix, mini_batch.hidden)[1]
 
     gradients = jax.tree.map(lambda w: jnp.zeros(w.shape, at_least_float32(w.dtype)), slow_suffix)
     held |= {"fast": fast_B, "slow": gradients, "scan": scan, "recorded": (head, recorded), "block": ()}

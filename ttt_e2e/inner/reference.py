@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ttt_e2e.config import InnerConfig
 from ttt_e2e.inner.step import MiniBatch, clip_scale, is_cut, mini_batch_loss, sgd_update
 from ttt_e2e.model.mixers import Context
-from ttt_e2e.model.parameters import merge
+from ttt_e2e.model.parameters import structure_of
 
 
 def adapt(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, learning_rate):
@@ -27,8 +27,8 @@ def adapt(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, l
 
 def inner_loop(suffix_def, inner: InnerConfig, fast, slow, mini_batches: MiniBatch, learning_rate):
     """The operands of `jax.lax.scan`: first carry (W_0, States before anything was read), steps, function of both."""
-    M, b, _ = mini_batches.x_bD.shape
-    suffix = merge(suffix_def, fast, slow)
+    M, b, _ = mini_batches.hidden.shape
+    suffix = structure_of(suffix_def, fast, slow).module
 
     def inner_step(carry, step):
         fast, states = carry

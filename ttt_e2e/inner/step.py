@@ -17,24 +17,19 @@ from ttt_e2e.model.parts import copy_to_all, sum_to_all
 
 
 class MiniBatch(NamedTuple):
-    """What an inner step reads; with a leading axis, all mini-batches of a sequence."""
+    """Input of an inner step. Stacked ones have leading axes [B], [B, M] or [M, B]: sequences, mini-batches."""
 
-    x_bD: jax.Array  # hidden states after the prefix
-    targets_b: jax.Array
-    is_target_b: jax.Array  # False where a target does not count
+    hidden: jax.Array  # [b, D], hidden states after the prefix
+    targets: jax.Array  # [b]
+    is_target: jax.Array  # [b], False where a target does not count
 
 
 def mini_batch_loss(suffix_def, fast, slow, states: dict, context: Context, mini_batch: MiniBatch):
     """Mean NLL over the unmasked targets, and (NLL [b] of all targets, the mixers' States after the mini-batch)."""
     suffix = merge(suffix_def, fast, slow)
-    x_bD, entries, _ = suffix.extend(mini_batch.x_bD, states, context)
-    nll_b = suffix.nll(x_bD, mini_batch.targets_b)
-    return masked_mean(nll_b, mini_batch.is_target_b), (nll_b, suffix.advance(states, entries))
-
-
-def is_target(targets, bos_id: int):
-    """Which targets count in the loss: all but BOS, where there is one (`bos_id` 0 = none)."""
-    return targets != bos_id if bos_id else jnp.ones_like(targets, dtype=bool)
+    x_bD, entries, _ = suffix.extend(mini_batch.hidden, states, context)
+    nll_b = suffix.nll(x_bD, mini_batch.targets)
+    return masked_mean(nll_b, mini_batch.is_target), (nll_b, suffix.advance(states, entries))
 
 
 def inner_gradient(run, fast, head_DV, mini_batch: MiniBatch, vocab_size: int):
@@ -44,14 +39,14 @@ def inner_gradient(run, fast, head_DV, mini_batch: MiniBatch, vocab_size: int):
         of a batch; `fast` and the arrays of the mini-batch then have a leading axis B.
     """
     hidden_bD, pull_back, others = jax.vjp(run, fast, has_aux=True)
-    head = head_pass(hidden_bD, head_DV, mini_batch.targets_b, vocab_size)
-    weight_b = target_weights(mini_batch.is_target_b, head.nll_T.dtype)
+    head = head_pass(hidden_bD, head_DV, mini_batch.targets, vocab_size)
+    weight_b = target_weights(mini_batch.is_target, head.nll_T.dtype)
     (gradient,) = pull_back((weight_b[..., None] * head.gradient_TD).astype(hidden_bD.dtype))
     return gradient, head, others
 
 
 def target_weights(is_target_b, dtype):
-    """What each token counts in the mini-batch's loss (last axis): 1 / (number of targets), or 0."""
+    """Weight of each token in the mini-batch's loss (last axis): 1 / (number of unmasked targets), or 0."""
     count = jnp.maximum(is_target_b.sum(axis=-1, keepdims=True), 1)
     return is_target_b.astype(dtype) / count
 
@@ -91,5 +86,5 @@ def sgd_update(fast, gradient, rate):
 
 
 def is_cut(inner: InnerConfig, i):
-    """Whether truncation lets no meta-gradient through the update that led to mini-batch i (may be traced)."""
+    """Whether truncation stops the meta-gradient at the update that leads to mini-batch i (may be traced)."""
     return (i > 0) & (i % inner.truncate == 0)

@@ -1,4 +1,4 @@
-"""What rebuilds the fast weights W_i on the way back (`inner.trajectory`).
+"""Policies by which the reverse scan rebuilds the fast weights W_i (`inner.trajectory`).
 
     "store"    every W_i, float32
     "delta"    every update, rounded to bfloat16; the forward pass applies the rounded one, so that adding it back is
@@ -24,7 +24,7 @@ from ttt_e2e.inner.step import sgd_update
 
 
 class Step(NamedTuple):
-    """Where the weights before and after a step are: its own arrays are slices of these, made where they are used."""
+    """One step of a stored trajectory. Slices W_i and W_{i+1} out of the stacked weights where they are used."""
 
     first: Any  # W of the first step of all those in `next_n`
     next_n: Any  # W after each of them
@@ -41,13 +41,13 @@ class Step(NamedTuple):
 
 
 class RoundedStep(NamedTuple):
-    """As `Step`, where the update is what is known."""
+    """One step of which W_{i+1} and the (rounded) update are stored, and W_i is their sum."""
 
     next_fast: Any
     update: Any
 
     def weights(self, stack: str = "", block=None):
-        """As of `Step`."""
+        """(W_i, W_i - W_{i+1}), as `Step.weights`."""
         next_fast, update = self
         if stack:
             next_fast, update = jax.tree.map(partial(_entry, i=block, axis=1), (next_fast[stack], update[stack]))

@@ -30,7 +30,7 @@ class Block(nnx.Module):
 
     @property
     def mixer(self) -> Mixer:
-        """What mixes positions."""
+        """The block's sequence mixer."""
         return getattr(self, self.label)
 
     def whole(self, x_TD, compute: Pass, context: Context):

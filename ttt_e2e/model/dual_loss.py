@@ -34,7 +34,7 @@ from ttt_e2e.model.parts import sum_to_all
 
 
 class HeadPass(NamedTuple):
-    """What the forward pass over the head leaves behind."""
+    """Residuals of the forward pass over the head."""
 
     nll_T: jax.Array
     lse_T: jax.Array  # log of the softmax's denominator

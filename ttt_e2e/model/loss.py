@@ -89,7 +89,7 @@ def token_nll(x_TD, head_DC, targets_T, vocab_size: int = 0):
 
 
 class Softmax(NamedTuple):
-    """What `nll_forward` leaves for `nll_reverse`."""
+    """Residuals that `nll_forward` leaves for `nll_reverse`."""
 
     lse_R: jax.Array  # log of the softmax's denominator
     logits_RC: jax.Array | None  # where all of them are one block
@@ -110,12 +110,12 @@ def nll_forward(x_RD, head_DC, targets_R, vocab_size: int = 0):
 
     block = _rows_at_once(len(x_RD), head_DC.shape[1])
     if block == len(x_RD):
-        of_rows, kept = one_block((x_RD, targets_R))
+        statistics, logits_RC = one_block((x_RD, targets_R))
     else:
-        of_rows, kept = jax.lax.map(lambda args: one_block(args)[0], _blocks((x_RD, targets_R), block)), None
-        of_rows = jax.tree.map(lambda a: a.reshape(-1), of_rows)
-    lse_R, target_R = join_softmax(head.divided, *of_rows)
-    return lse_R - target_R, Softmax(lse_R, kept)
+        statistics, logits_RC = jax.lax.map(lambda args: one_block(args)[0], _blocks((x_RD, targets_R), block)), None
+        statistics = jax.tree.map(lambda a: a.reshape(-1), statistics)
+    lse_R, target_R = join_softmax(head.divided, *statistics)
+    return lse_R - target_R, Softmax(lse_R, logits_RC)
 
 
 def nll_reverse(x_RD, head_DC, targets_R, softmax: Softmax, nll_bar_R, vocab_size: int = 0):

@@ -33,12 +33,12 @@ class SwiGLU(nnx.Module):
 
     @property
     def is_divided(self) -> bool:
-        """Whether the matrices are one device's part of the width."""
+        """Whether the matrices at hand are one device's part of the width."""
         w2 = self.w2.get_value()
         return (w2.weight if isinstance(w2, Directed) else w2).shape[-2] < self.width
 
 
 @partial(jax.checkpoint, prevent_cse=False)
 def _gated(gate_TF, up_TF):
-    """Cheaper to compute again than to keep: of a dual program, it would leave some ten arrays for the reverse."""
+    """silu(gate) * up. Rematerialised: in a dual pass it would leave about ten residuals, and costs little."""
     return jax.nn.silu(gate_TF) * up_TF

@@ -23,7 +23,7 @@ class RMSNorm(nnx.Module):
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def _normed(x, weight, eps):
-    """Cheaper to compute again than to keep: its intermediate arrays are wider than x, and several."""
+    """RMSNorm, rematerialised: its residuals would be several arrays wider than x, and it costs little."""
     wide = x.astype(at_least_float32(x.dtype))
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(mean_square + eps) * weight).astype(x.dtype)

@@ -1,6 +1,6 @@
 """Parameter types and initialisers. `FastParam` is the boundary between fast and slow weights."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +58,26 @@ def parameter_axes(model: nnx.Module) -> dict[str, tuple]:
     return {".".join(map(str, path)): parameter.get_metadata()["axes"] for path, parameter in leaves}
 
 
+class Structure(NamedTuple):
+    """A module without its weights."""
+
+    graphdef: Any  # what is static
+    fast: Any  # shapes of the fast weights
+    module: nnx.Module  # with shapes in place of weights: answers what depends on sizes alone
+
+    def bind(self, fast, slow) -> nnx.Module:
+        """The module with weights."""
+        return merge(self.graphdef, fast, slow)
+
+
+def structure_of(graphdef, fast, slow) -> Structure:
+    """The structure of a module with these weights, or others of their shapes."""
+    fast, slow = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), (fast, slow))
+    return Structure(graphdef, fast, merge(graphdef, fast, slow))
+
+
 class Directed(NamedTuple):
-    """What stands for a fast weight where its value moves along a direction: values then have tangents."""
+    """A fast weight with its tangent: takes the place of the weight in a dual pass (passes.py)."""
 
     weight: jax.Array
     direction: jax.Array

@@ -1,10 +1,10 @@
-"""How a block computes its results in each kind of pass over it.
+"""The kinds of pass over a block: on values, recording results for the reverse pass, on values and tangents.
 
 A block is written once and run in several kinds of pass: on values alone, by whose shapes its arrays are named, or on
 values and their tangents at once. A pass is used for one run of one block. Its expensive results have names, by which a
 reverse pass finds what the forward pass recorded.
 
-Shapes: `T` positions, `D` width in, `F` width out, `N` query heads, `H` head width; `P` = 2 for a value and its
+Shapes: `T` positions, `D` width in, `F` width out, `N` query heads, `H` head width; `J` = 2 for a value and its
 tangent, stacked, or 1 for a value that has none.
 """
 
@@ -30,7 +30,10 @@ class Pass:
         self.results: dict[str, Any] = {}  # what this pass recorded
 
     def begin(self, x_TD, *, in_scan: bool):
-        """What enters the first block. `in_scan`: it keeps its shape from block to block, as a scan's carry must."""
+        """Turns hidden states into what enters the first block.
+
+        in_scan: the shape must stay the same from block to block, as that of a scan's carry.
+        """
         return x_TD
 
     def call(self, function, arrays, *constants):
@@ -42,15 +45,18 @@ class Pass:
         return function(arrays, *constants)
 
     def apply(self, function, *arrays):
-        """One array from a cheap function of arrays, such as a norm or a sum."""
+        """Applies a cheap function, such as a norm or a sum, to arrays; it returns one array."""
         return self.call(lambda arrays: (function(*arrays), None), arrays)[0]
 
     def value(self, array):
-        """An array without its tangent, where it has one."""
+        """Drops the tangent of an array, where it has one."""
         return array
 
     def product(self, name: str, x_TD, w_DF, *, divided: bool = False):
-        """x w, [T, F], in the dtype of x. `divided`: both are one device's part of D, and the result is summed."""
+        """Multiplies x [T, D] by w [D, F], in the dtype of x.
+
+        divided: both are one device's part of D, and the results of all devices are summed.
+        """
         operands, product = (x_TD, w_DF.astype(x_TD.dtype)), partial(_product, divided)
         if name in self._recorded:
             return _recorded_result(product, operands, self._recorded[name])
@@ -62,7 +68,7 @@ class Pass:
 
 
 class FirstOrderPass(Pass):
-    """Is differentiated once at most."""
+    """A pass that is differentiated once at most: it admits fused attention kernels."""
 
     derivatives = "first_order"
 
@@ -84,7 +90,7 @@ class Recording(Pass):
 
 
 class DualPass(Pass):
-    """Runs on values and their tangents: every array of a block has a leading axis P. Is differentiated once.
+    """Runs on values and their tangents: every array of a block has a leading axis J. Is differentiated once.
 
     Tangents come from those of the hidden states and from fast weights, which are `Directed`. Products of a value and
     of its tangent with the same weight are one product over stacked rows. So is its transpose, and the gradient of the
@@ -107,48 +113,48 @@ class DualPass(Pass):
         outputs, tangents, extra = jax.jvp(lambda x: function(x, *constants), (values,), (tangents,), has_aux=True)
         return jax.tree.map(lambda *pair: jnp.stack(pair), outputs, tangents), extra
 
-    def value(self, array_P):  # noqa: D102
-        return array_P[0]
+    def value(self, array_J):  # noqa: D102
+        return array_J[0]
 
-    def product(self, name: str, x_PTD, w_DF, *, divided: bool = False):  # noqa: D102
-        weights = [w.astype(x_PTD.dtype) for w in (w_DF if isinstance(w_DF, Directed) else [w_DF])]
-        product, operands = partial(_dual_product, divided), (x_PTD, *weights)
+    def product(self, name: str, x_JTD, w_DF, *, divided: bool = False):  # noqa: D102
+        weights = [w.astype(x_JTD.dtype) for w in (w_DF if isinstance(w_DF, Directed) else [w_DF])]
+        product, operands = partial(_dual_product, divided), (x_JTD, *weights)
         if name not in self._recorded:
             return product(*operands)
-        tangent = sum_to_all(_along(x_PTD, *weights), divided)
+        tangent = sum_to_all(_along(x_JTD, *weights), divided)
         return _recorded_result(product, operands, jnp.concatenate([self._recorded[name][None], tangent]))
 
-    def attention(self, name: str, *arrays_P, **options):  # noqa: D102
-        has_tangent = len(arrays_P[0]) == 2
+    def attention(self, name: str, *arrays_J, **options):  # noqa: D102
+        has_tangent = len(arrays_J[0]) == 2
         options |= {"derivatives": "reverse_of_tangent" if has_tangent else "first_order"}
         options |= {"recorded": self._recorded.get(name)}
-        return self.apply(lambda *arrays: window_attention(*arrays, **options), *arrays_P)
+        return self.apply(lambda *arrays: window_attention(*arrays, **options), *arrays_J)
 
 
-def _parts(array_P):
-    """The value, and the tangent where there is one; split, as the transpose of slices would pad and add."""
-    return [jnp.squeeze(part, 0) for part in jnp.split(array_P, len(array_P))]
+def _parts(array_J):
+    """[value], or [value, tangent]; by a split, since the transpose of slices would pad and add."""
+    return [jnp.squeeze(part, 0) for part in jnp.split(array_J, len(array_J))]
 
 
 def _product(divided: bool, x_TD, w_DF):
     return sum_to_all(x_TD @ w_DF, divided)
 
 
-def _dual_product(divided: bool, x_PTD, w_DF, u_DF=None):
-    """x w of a value and its tangent, where w has the tangent u, or none: [P, T, F]."""
-    y_PTF = x_PTD @ w_DF
+def _dual_product(divided: bool, x_JTD, w_DF, u_DF=None):
+    """x w of a value and its tangent, where w has the tangent u, or none: [J, T, F]."""
+    y_JTF = x_JTD @ w_DF
     if u_DF is not None:
-        y_TF, *along_x_TF = _parts(y_PTF)
-        y_PTF = jnp.stack([y_TF, sum(along_x_TF, x_PTD[0] @ u_DF)])
-    return sum_to_all(y_PTF, divided)
+        y_TF, *along_x_TF = _parts(y_JTF)
+        y_JTF = jnp.stack([y_TF, sum(along_x_TF, x_JTD[0] @ u_DF)])
+    return sum_to_all(y_JTF, divided)
 
 
-def _along(x_PTD, w_DF, u_DF=None):
+def _along(x_JTD, w_DF, u_DF=None):
     """The tangent of x w alone, [1, T, F]; of a value without one, [0, T, F]."""
-    along_x = x_PTD[1:] @ w_DF
+    along_x = x_JTD[1:] @ w_DF
     if u_DF is None:
         return along_x
-    along_w = (x_PTD[0] @ u_DF)[None]
+    along_w = (x_JTD[0] @ u_DF)[None]
     return along_x + along_w if len(along_x) else along_w
 
 

@@ -25,12 +25,12 @@ MAX_WINDOW_SHARE = 0.25
 
 
 class SequenceParts(NamedTuple):
-    """How a sequence is divided: into as many parts as the axis has devices."""
+    """A sequence divided evenly among the devices of the axis `model`, in order."""
 
     num_parts: int
 
     def positions(self, T: int):
-        """Of this device's part, [T]."""
+        """Positions [T] of this device's part."""
         return jax.lax.axis_index(AXIS) * T + jnp.arange(T)
 
     def attend(self, attention, q_NTH, k_GTH, v_GTH, *, window: int):
@@ -64,18 +64,18 @@ class SequenceParts(NamedTuple):
 
 
 def by_heads(window: int, T: int, G: int, num_parts: int) -> bool:
-    """Whether devices exchange heads; not where these do not divide evenly."""
+    """Whether devices exchange heads, and not window neighbours; heads must divide evenly."""
     return G % num_parts == 0 and not 0 < window <= MAX_WINDOW_SHARE * T
 
 
 def received_positions(window: int, T: int, N: int, G: int, num_parts: int) -> float:
-    """What a device receives in one pass: in heads of one position [H]."""
+    """Number of vectors [H], each one head at one position, that a device receives in one forward pass."""
     if by_heads(window, T, G, num_parts):
         return T * (2 * N + 2 * G) * (num_parts - 1) / num_parts
     return 2 * G * _reach(window, T, num_parts)
 
 
 def _reach(window: int, T: int, num_parts: int) -> int:
-    """Positions before its own that a device fetches."""
+    """Number of positions before its own that a device fetches."""
     everything = (num_parts - 1) * T
     return min(window, everything) if window else everything

@@ -58,7 +58,7 @@ class Stacks(nnx.Module):
 
     @property
     def grows(self) -> bool:
-        """Whether the State of some mixer grows with the sequence."""
+        """Whether the State of any mixer grows with the sequence, as a full KV cache does."""
         return any(stack.mixer.grows for stack in self.stacks.values())
 
     def check_use(self, use: str) -> None:

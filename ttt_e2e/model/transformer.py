@@ -83,10 +83,7 @@ class Transformer(Stacks):
         def run_block(block: Block, x_bD, state):
             return block.extend(x_bD, FirstOrderPass(), state, context)
 
-        stacks = {name: stack for name, stack in self.stacks.items() if name in states}
-        if not stacks:
-            return x_bD, {}
-        return scan_blocks(stacks, run_block, x_bD, {name: (states[name],) for name in stacks})
+        return self._run_parts(run_block, x_bD, {name: (state,) for name, state in states.items()})
 
     def decode(self, x_1D, prepared: dict, drafts: dict, context: Context):
         """All blocks over the next token of an unfinished mini-batch.
@@ -104,8 +101,16 @@ class Transformer(Stacks):
         def run_block(block: Block, x_1D, prepared, draft):
             return block.decode(x_1D, FirstOrderPass(), prepared, draft, context)
 
-        of_blocks = {name: (prepared[name], drafts[name]) for name in self.stacks}
-        return scan_blocks(self.stacks, run_block, x_1D, of_blocks)
+        return self._run_parts(run_block, x_1D, {name: (prepared[name], drafts[name]) for name in self.stacks})
+
+    def _run_parts(self, run_block, x_TD, of_blocks: dict):
+        """The prefix, then the suffix, as far as `of_blocks` has their stacks; arguments as of `scan_blocks`."""
+        outputs = {}
+        for part in (self.prefix_stacks, self.suffix_stacks):
+            if stacks := {name: stack for name, stack in part.items() if name in of_blocks}:
+                x_TD, new = scan_blocks(stacks, run_block, x_TD, {name: of_blocks[name] for name in stacks})
+                outputs |= new
+        return x_TD, outputs
 
     def make_suffix(self) -> "Suffix":
         """The part of the model that reads mini-batch by mini-batch; it shares this model's weights."""
@@ -118,12 +123,12 @@ class Transformer(Stacks):
         return token_nll(self.final_norm(x_TD), self.head_DV, targets_T)
 
     def logits(self, x_TD):
-        """What the next token is predicted from: [T, V], float32, from the last block's hidden states."""
+        """Logits [T, V] of the next token, float32, from the last block's hidden states."""
         return logits(self.final_norm(x_TD), self.head_DV)
 
     @property
     def head_DV(self):
-        """What logits are hidden states times: [D, V]."""
+        """Matrix [D, V] that turns normed hidden states into logits: the head, or the embeddings transposed."""
         return self.embedding[...].T if self.config.tie_word_embeddings else self.head[...]
 
 
@@ -169,7 +174,7 @@ class Suffix(Stacks):
 
     @property
     def divides_fast(self) -> bool:
-        """Whether the fast weights are one device's part of them."""
+        """Whether the fast weights at hand are one device's part of them."""
         return any(stack.fast_mlp.is_divided for stack in self.stacks.values())
 
 

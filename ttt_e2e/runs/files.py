@@ -7,14 +7,6 @@ from etils import epath
 from ttt_e2e.errors import UserError
 
 
-def replace_text(path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    path = epath.Path(path)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def read_text(path) -> str:
     """The text of a file. Raises `UserError` where there is none, or it cannot be read."""
     try:
@@ -39,3 +31,16 @@ def parse_json(text: str, where):
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # what `json` raises, also of numbers too long and nests too deep
         raise UserError(f"{where} is not readable JSON: {error}") from None
+
+
+def replace_text(path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path, contents: bytes) -> None:
+    """Writes a file, whole or not at all."""
+    path = epath.Path(path)
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_bytes(contents)
+    temporary.replace(path)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from ttt_e2e.cluster.mesh import BATCH, divide, partition_specs
 from ttt_e2e.config import Config
+from ttt_e2e.data.masking import is_target
 from ttt_e2e.inner import Reading, inner_learning_rate, read_batch
 from ttt_e2e.inner.division import DATA, Division, complete, fetch
 from ttt_e2e.kernels.precision import matmul_precision
@@ -134,7 +135,6 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
     config = policies.for_reading(config)
     graphdef, params = abstract_model(config.model)
     division = divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
-    bos_id = config.data.bos_id
 
     @matmul_precision(config.model.compute_dtype)
     def on_a_device(params, tokens, inner_rate):
@@ -147,7 +147,7 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
     def eval_step(params, tokens, inner_rate, num_sequences):
         loss_B, token_nll_BT = read_all(params, tokens, inner_rate)
         counts_B = jnp.arange(len(tokens)) < num_sequences
-        is_target_BT = counts_B[:, None] & ((tokens[:, 1:] != bos_id) | (bos_id == 0))
+        is_target_BT = counts_B[:, None] & is_target(tokens[:, 1:], config.data.bos_id)
         sums = {
             "loss": jnp.where(counts_B, loss_B, 0).sum(),
             "token_nll": jnp.where(is_target_BT, token_nll_BT, 0).sum(),

@@ -90,7 +90,7 @@ class Attention(Mixer):
         return self._output(out_NbH, compute), entry
 
     def decode(self, x_1D, compute: Pass, prepared: KeyValues, draft: KeyValues, context: Context):
-        """As of `Mixer`; no key before this one is copied, or rotated again."""
+        """As of `Mixer`. Reads the KV cache in place: copies no key, and rotates none but the new one."""
         q_N1H, k_G1H, v_G1H = self._project(x_1D, compute)
         K, b, count = prepared.k.shape[1], draft.k.shape[1], context.count
         q_N1H, k_G1H = (self._rotated(a, K + count + jnp.arange(1)) for a in (q_N1H, k_G1H))
@@ -115,7 +115,7 @@ class Attention(Mixer):
         return min(self.window, seq_len) if self.window else seq_len
 
     def resize(self, state: KeyValues, capacity: int) -> KeyValues:
-        """As of `Mixer`. The newest position stands last: room is made, and taken away, at the front."""
+        """Adds empty positions at the front of the cache, or drops the oldest ones; the newest stands last."""
         lacking = capacity - state.k.shape[-2]
 
         def at_the_front(a):
@@ -125,7 +125,7 @@ class Attention(Mixer):
         return jax.tree.map(at_the_front, state)
 
     def advance(self, state: KeyValues, entry: KeyValues) -> KeyValues:
-        """As many of the most recent positions as the cache held before."""
+        """Appends the mini-batch and drops as many of the oldest positions: the cache keeps its size."""
 
         def most_recent(old, new):
             both = jnp.concatenate([old, new], axis=1)
@@ -153,7 +153,7 @@ class Attention(Mixer):
         return jax.tree.map(lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, count, 1), draft, added)
 
     def prepare(self, state: KeyValues) -> KeyValues:
-        """The cache with its keys rotated at the positions in which they stand."""
+        """Rotates the keys at their positions in the cache, once for all tokens of a mini-batch."""
         return state._replace(k=self._rotated(state.k, jnp.arange(state.k.shape[1])))
 
     def flops(self, seq_len: int) -> float:  # noqa: D102
@@ -187,7 +187,7 @@ class Attention(Mixer):
 
     @property
     def is_divided(self) -> bool:
-        """Whether the matrices are those of one device's heads (parts.py)."""
+        """Whether the matrices at hand are those of one device's heads (parts.py)."""
         return self.wo.get_value().shape[-2] < self.config.num_attention_heads * self.config.head_dim
 
     def _rotated(self, x_NTH, positions_T):

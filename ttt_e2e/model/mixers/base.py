@@ -29,7 +29,7 @@ from ttt_e2e.model.sequence_parts import SequenceParts
 
 
 class Context(NamedTuple):
-    """Where the positions that a mixer is given stand in their sequence; the same for all sequences of a batch."""
+    """Place of the given positions in their sequence; the same for all sequences of a batch."""
 
     start: Any = 0  # positions before the mini-batch: those that the State has seen
     # Positions of the mini-batch that hold tokens, the others being padding at its end; None = all. For `decode`: how

@@ -1,0 +1,29 @@
+"""How tokens are drawn. Imports no JAX: flags are made of it."""
+
+import math
+from dataclasses import dataclass
+
+from ttt_e2e.errors import UserError
+from ttt_e2e.settings import setting
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. Raises `UserError` for values that mean nothing."""
+
+    temperature: float = setting("temperature", "0 = always the likeliest token.", 1.0)
+    top_k: int = setting("top_k", "Draw from the k likeliest tokens; 0 = off.", 0)
+    top_p: float = setting("top_p", "Draw from the fewest with this probability; 1 = off.", 1.0)
+    repetition_penalty: float = 1.0  # weakens tokens that were there before; 1 = off
+
+    def __post_init__(self):
+        _check("temperature", self.temperature, self.temperature >= 0, "a finite number of at least 0 (0 = greedy)")
+        _check("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 = off)")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (1 = off)")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, penalty > 0, "a finite number above 0 (1 = off)")
+
+
+def _check(name: str, value, legal: bool, text: str) -> None:
+    if not (legal and math.isfinite(value)):  # NaN is not legal either: it compares as false
+        raise UserError(f"{name} is {value}, but it must be {text}")
