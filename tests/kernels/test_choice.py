@@ -130,9 +130,10 @@ def never(*x, **options):
     raise AssertionError("measured again")
 
 
-def test_a_verdict_is_kept(tmp_path):
+def test_a_verdict_is_stored(tmp_path, monkeypatch):
     file = tmp_path / "new" / "verdicts.json"
     assert list(choice.measure(trace, {"wrong": wrong, "good": DENSE}, file).values()) == ["good"]
+    monkeypatch.setattr(problems, "measured", {})  # as in another process
     assert list(choice.measure(trace, {"wrong": never, "good": never}, file).values()) == ["good"]
     other = CASE._replace(window=4)
     assert list(choice.measure(partial(trace, case=other), {"slow": slow, "wrong": wrong}, file).values()) == ["slow"]

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 def check(model) -> None:
     """Raises a `UserError` where the backend named in `config.model`, `model`, cannot compute such a model here."""
+    if model.attention_backend == "auto":
+        return
     problem = Problem(
         kind=targets.current().kind,
         num_queries=1,
