@@ -84,6 +84,7 @@ register("ema", MovingAverage, MovingAverageConfig)
 MIXED = {"mixer": "window,ema", "num_hidden_layers": 6, "num_fast_blocks": 4, "sliding_window": 6}
 ALONE = {"mixer": "ema", "num_hidden_layers": 3, "num_fast_blocks": 2}
 POLICIES = tuple(itertools.product(("store", "segment"), ("keep", "mini_batch", "block")))
+COVER = (("store", "keep"), ("segment", "block"))  # each of them in one; the rest is slow
 T = 6 * b
 
 
@@ -92,7 +93,11 @@ def reference():
     return gradients({"gradient": "reference", "clip_norm": 0.5}, **MIXED)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids="/".join)
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(policy, marks=() if policy in COVER else pytest.mark.slow) for policy in POLICIES],
+    ids="/".join,
+)
 def test_the_meta_gradient_is_that_of_autodiff(policy, reference):
     trajectory, remat = policy
     inner = {"clip_norm": 0.5, "trajectory": trajectory, "remat": remat, "segment_length": 2}
@@ -169,8 +174,7 @@ def test_divided_among_eight_devices(token_store):
 
 
 def test_trained_from_one_config_line_and_reported(token_store, tmp_path):
-    model = {"num_hidden_layers": 4, "num_fast_blocks": 2, "mixer": "window,ema"}
-    config = tiny_run(token_store, model=model, mesh={"data": 4, "model": 2})
+    config = tiny_run(token_store, model={"num_fast_blocks": 2, "mixer": "window,ema"})
     metrics = train(config, tmp_path / "run")
     assert np.isfinite(metrics["loss"])
     write_report([tmp_path / "run"], tmp_path / "report")

@@ -70,6 +70,13 @@ def test_a_path_may_name_the_run_its_checkpoints_or_a_step(saved, tmp_path):
         assert find_step(path) == saved.directory / "7"
 
 
+def test_only_steps_that_are_whole_count(tmp_path):
+    for name in ("3", "10", "7.damaged", "12.orbax-checkpoint-tmp", "logs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "11").write_text("a file")
+    assert saved_steps(tmp_path) == [3, 10] and saved_steps(tmp_path / "nowhere") == []
+
+
 def damage(kind: str, directory) -> None:
     """Damages the newest step of a checkpoint directory."""
     params = directory / "7" / "params"

@@ -10,8 +10,8 @@ import pytest
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.base import REGISTERED, Evaluation, evaluations, register
-from ttt_e2e.evaluation.plots import make_figure
 from ttt_e2e.evaluation.records import Records
+from ttt_e2e.figures import make_figure
 from ttt_e2e.settings import setting
 
 

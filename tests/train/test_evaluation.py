@@ -108,7 +108,7 @@ def test_a_process_reads_its_own_rows_only(rows, store, monkeypatch):
         return sequences(indices, *sizes)
 
     monkeypatch.setattr(held.store, "sequences", record, raising=False)
-    monkeypatch.setattr(batches.sharding, "local_rows", lambda mesh, batch_size: np.array(rows))
+    monkeypatch.setattr(batches, "local_rows", lambda mesh, batch_size: np.array(rows))
     monkeypatch.setattr(batches, "to_device", lambda tokens, mesh, batch_size: handed.append(tokens))
     sums = {"loss": 0.0, "token_nll": 0.0, "num_tokens": 1}
     held.loss(eval_step=lambda *_: (sums, None))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ttt_e2e.bench import table
 from ttt_e2e.errors import UserError
-from ttt_e2e.evaluation.plots import COLORS, STYLE, make_figure, require_matplotlib
+from ttt_e2e.figures import COLORS, STYLE, make_figure, require_matplotlib
 from ttt_e2e.targets.bound import SHARE
 
 GIB = 2**30

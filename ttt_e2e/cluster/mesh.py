@@ -130,14 +130,18 @@ def _axes_of_parameters(model: ModelConfig) -> dict[str, tuple]:
 
 
 def _axes_of(path, axes: dict[str, tuple]) -> tuple:
-    """What the last dimensions of a leaf are whose path ends in a parameter's name; () where none does."""
+    """The axes of the parameter whose name ends the path of a leaf; () where none does: an optimizer's own state."""
     keys = parameter_name(path).split(".")
     begin = next((i for i, key in enumerate(keys) if key in ("fast", "slow")), len(keys))
-    return axes.get(".".join(keys[begin:]), ())
+    if begin == len(keys):
+        return ()
+    if (name := ".".join(keys[begin:])) not in axes:
+        raise ValueError(f"{name} is no parameter of the model, and so has no sharding")
+    return axes[name]
 
 
 def _spec(axes: tuple, shape, mesh: Mesh) -> P:
     mesh_axes = (None,) * (len(shape) - len(axes)) + tuple(MESH_AXES[axis] for axis in axes)
-    if math.prod(shape) == 1 or len(mesh_axes) != len(shape):
+    if not axes or math.prod(shape) == 1 or len(mesh_axes) != len(shape):
         return P()
     return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(mesh_axes, shape, strict=True)))

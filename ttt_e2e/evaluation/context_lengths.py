@@ -15,9 +15,10 @@ from tqdm import tqdm
 from ttt_e2e.data.masking import is_target
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.base import Evaluation, register
-from ttt_e2e.evaluation.plots import STYLE, colors_of, make_figure
+from ttt_e2e.evaluation.plots import colors_of
 from ttt_e2e.evaluation.records import Records
 from ttt_e2e.evaluation.subject import Subject
+from ttt_e2e.figures import STYLE, make_figure
 from ttt_e2e.settings import setting
 
 if TYPE_CHECKING:

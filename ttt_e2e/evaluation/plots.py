@@ -1,52 +1,12 @@
-"""What all figures look like, and the one of training.
+"""The figure of training, and the colours of the runs in all figures of a report.
 
 Matplotlib is imported where it is used: it is an optional dependency.
 """
 
 import numpy as np
 
-from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.runs import Run
-
-# Told apart by people with any colour vision (Okabe and Ito).
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.labelcolor": "#333333",
-    "axes.edgecolor": "#999999",
-    "grid.color": "#e8e8e8",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "lines.solid_capstyle": "round",
-}
-
-
-def require_matplotlib() -> None:
-    """Raises `UserError` where matplotlib is not installed."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise UserError("a report needs matplotlib, which is not installed: pip install 'ttt-e2e[plot]'") from None
-
-
-def make_figure(**options):
-    """A figure drawn by Agg: no window, and no pyplot with its state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained", facecolor="white", **options)
-    FigureCanvasAgg(figure)
-    return figure
+from ttt_e2e.figures import COLORS, STYLE, make_figure
 
 
 def training_figure(runs: list[Run]):

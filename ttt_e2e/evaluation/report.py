@@ -13,8 +13,9 @@ from ttt_e2e.config import ModelConfig, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation import token_losses
 from ttt_e2e.evaluation.base import Table, evaluations
-from ttt_e2e.evaluation.plots import require_matplotlib, training_figure
+from ttt_e2e.evaluation.plots import training_figure
 from ttt_e2e.evaluation.runs import Run, read_runs
+from ttt_e2e.figures import require_matplotlib
 from ttt_e2e.runs.files import replace_bytes, replace_text
 
 NUM_WORD_COLUMNS = 4  # of the table; the others are numbers

@@ -16,8 +16,9 @@ from etils import epath
 from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.base import Evaluation, read_result, register
-from ttt_e2e.evaluation.plots import STYLE, colors_of, make_figure
+from ttt_e2e.evaluation.plots import colors_of
 from ttt_e2e.evaluation.subject import Subject
+from ttt_e2e.figures import STYLE, make_figure
 from ttt_e2e.runs.files import replace_text
 
 if TYPE_CHECKING:

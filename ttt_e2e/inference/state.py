@@ -91,8 +91,11 @@ def _restore(path, like: dict, precision: str) -> dict:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(path / "state").item_metadata.tree
-            shapes = {parameter_name(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(stored)}
+            stored = checkpointer.metadata(path / "state").item_metadata
+            if stored is None:
+                raise ValueError("its metadata cannot be read")
+            leaves = jax.tree_util.tree_leaves_with_path(stored.tree)
+            shapes = {parameter_name(key): leaf.shape for key, leaf in leaves}
 
             def wanted(key, leaf):
                 name = parameter_name(key)

@@ -30,7 +30,7 @@ class Cotangents(NamedTuple):
     states: Any  # {stack: [B, L, ...]}, cotangents of the States between this mini-batch and the next
 
 
-def pull_back(
+def pull_back(  # long: the forward and the reverse scan over the blocks, which share what stands around them
     suffix: Structure, sums: Cotangents, slow, of_block, context: Context, mini_batch: MiniBatch, head: HeadPass, seeds
 ):
     """Runs the reverse of one mini-batch, and adds its cotangents to those of the mini-batches after it.

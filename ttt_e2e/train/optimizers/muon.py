@@ -6,7 +6,6 @@ Shapes: `L` blocks of a stack.
 import math
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -46,7 +45,7 @@ def _orthogonalize(updates, mesh: Mesh | None):
     )
     updates = jax.tree.map(lambda x: _whole_matrices(x, mesh), updates)
     updates, _ = newton_schulz.update(updates, newton_schulz.init(updates))
-    return jax.tree.map(lambda x: ROOT_MEAN_SQUARE * jnp.sqrt(max(x.shape[-2:])) * _whole_matrices(x, mesh), updates)
+    return jax.tree.map(lambda x: ROOT_MEAN_SQUARE * math.sqrt(max(x.shape[-2:])) * _whole_matrices(x, mesh), updates)
 
 
 def _whole_matrices(x_L, mesh: Mesh | None):

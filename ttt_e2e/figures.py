@@ -1,0 +1,43 @@
+"""What all figures look like. Matplotlib is imported where it is used: it is an optional dependency."""
+
+from ttt_e2e.errors import UserError
+
+# Told apart by people with any colour vision (Okabe and Ito).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.labelcolor": "#333333",
+    "axes.edgecolor": "#999999",
+    "grid.color": "#e8e8e8",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "lines.solid_capstyle": "round",
+}
+
+
+def require_matplotlib() -> None:
+    """Raises `UserError` where matplotlib is not installed."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise UserError("a report needs matplotlib, which is not installed: pip install 'ttt-e2e[plot]'") from None
+
+
+def make_figure(**options):
+    """A figure drawn by Agg: no window, and no pyplot with its state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", facecolor="white", **options)
+    FigureCanvasAgg(figure)
+    return figure
