@@ -20,8 +20,11 @@ from ml_collections import ConfigDict
 from ttt_e2e.config import default_config
 from ttt_e2e.errors import UserError
 
-# blocks, width, heads, MLP width without and with fast MLPs (about the same parameters either way), fast blocks;
-# pretraining: steps, sequences of 8192 a step, peak rate; extension: steps, sequences a step at 32k and at 128k
+# The 12 columns are, in order:
+#   model        blocks, width, heads, MLP width without fast MLPs, MLP width with them, fast blocks (the two MLP widths
+#                give about the same number of parameters)
+#   pretraining  steps, sequences of 8192 in a step, peak learning rate
+#   extension    steps, sequences in a step at 32k, sequences in a step at 128k
 SIZES = {
     "125m": (12, 768, 12, 2048, 1664, 3, 4_800, 64, 3e-3, 120, 32, 8),
     "350m": (24, 1024, 16, 2816, 2304, 6, 13_500, 64, 1.5e-3, 337, 32, 8),
@@ -34,7 +37,8 @@ SIZES = {
 
 KINDS = ("e2e", "swa", "full")
 CONTEXTS = {"8k": 8_192, "32k": 32_768, "128k": 131_072}
-# Longer contexts need slower rotations where attention spans them; a window of 8192 never sees farther than at 8k.
+# Full attention over longer contexts needs slower rotations. A window of 8192 spans no more than at 8k, and keeps
+# 500_000.
 FULL_ATTENTION_ROPE_THETA = {"8k": 500_000.0, "32k": 2_000_000.0, "128k": 10_000_000.0}
 
 

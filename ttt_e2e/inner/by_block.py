@@ -23,7 +23,7 @@ from ttt_e2e.model.passes import DualPass
 
 
 class Cotangents(NamedTuple):
-    """What the reverse scan carries. Sums over the mini-batches after this one, but for `states`, which is no sum."""
+    """Carry of the reverse scan: sums over the mini-batches after this one, but for `states`, which is no sum."""
 
     fast: Any  # W_bar, with leading axes [B, L]
     slow: Any  # {stack: [L, ...]}, and final norm and head

@@ -15,7 +15,7 @@ in reverse (l and l_dot as one product over stacked rows, W q, and W_bar as one 
 The reference is `loss.token_nll` under autodiff.
 
 The head may be one device's columns (loss.py). A product with it is then one term of a sum over the devices; each sum
-is taken once, after all blocks.
+is computed once, after all blocks.
 
 Shapes: `T` tokens; the public functions also take several sequences, [..., T], and flatten them to one axis T, so that
 the head's gradient is summed over all of them in one product. `D` model width, `V` columns of the head on this device,

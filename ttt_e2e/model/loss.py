@@ -9,7 +9,7 @@ the devices, is divided evenly among them, in order. `vocab_size` is the number 
 the head's, which is then whole.
 
 Shapes: `T` positions, `R` rows (positions of several sequences), `r` rows of a block, `D` model width, `V` vocabulary,
-`C` columns of the head at hand.
+`C` columns of the head on this device.
 """
 
 from typing import NamedTuple

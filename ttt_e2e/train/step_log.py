@@ -16,8 +16,8 @@ from ttt_e2e.train.flops import model_flops_per_token, peak_flops
 class StepLog:
     """Logs steps: metrics on disk and a progress bar, in process 0 alone; a profile, when asked for.
 
-    productive_seconds: spent in steps before this start of the run, without steps that were lost and are made again.
-    begun: when the run was first started, in seconds since 1970.
+    productive_seconds: spent in steps before this start of the run, without steps that were lost and had to be
+    repeated. begun: when the run was first started, in seconds since 1970.
     """
 
     def __init__(self, config: Config, workdir, first_step: int, productive_seconds: float, begun: float):

@@ -39,7 +39,7 @@ from ttt_e2e.model.sequence_parts import SequenceParts
 class Context(NamedTuple):
     """Says where the given positions stand in their sequence; the same for all sequences of a batch."""
 
-    start: Any = 0  # number of positions before the mini-batch, which the State is made of
+    start: Any = 0  # number of positions before the mini-batch, those that the State summarises
     # In `extend`: number of tokens in the mini-batch, with padding after them; None = no padding. In `decode`: number
     # of tokens of the mini-batch before this one.
     count: Any = None

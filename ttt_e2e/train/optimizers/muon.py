@@ -18,7 +18,7 @@ ROOT_MEAN_SQUARE = 0.2  # of an update: about AdamW's, so that its learning rate
 
 
 def make(config: OptimizerConfig, learning_rate: optax.Schedule, mesh: Mesh | None) -> optax.GradientTransformation:
-    """Muon of what has three dimensions, [L, in, out]; AdamW of the rest: norms [L, D], embedding, head."""
+    """Makes Muon for parameters of three dimensions, [L, in, out], AdamW for others: norms [L, D], embedding, head."""
     muon = optax.chain(
         optax.trace(MOMENTUM, nesterov=True),
         optax.stateless(lambda updates, _: _orthogonalize(updates, mesh)),
@@ -33,13 +33,13 @@ def make(config: OptimizerConfig, learning_rate: optax.Schedule, mesh: Mesh | No
 
 
 def _orthogonalize(updates, mesh: Mesh | None):
-    """Orthogonalizes the matrix of each block by itself, and scales it to the root mean square.
+    """Orthogonalizes the matrix of each block, [L, in, out], and scales it to ROOT_MEAN_SQUARE.
 
-    A device has whole matrices of some blocks for it. Left to itself, the compiler exchanges parts of matrices at each
-    product of the Newton-Schulz iteration: 3b-e2e-8k would receive 107 GiB in a step on 8 devices.
+    For that, a device gets whole matrices of some blocks. Without this, the compiler exchanges parts of matrices in
+    each product of the Newton-Schulz iteration: a device would receive 107 GiB in a step of 3b-e2e-8k on 8 devices.
     """
     newton_schulz = optax.contrib.scale_by_muon(
-        beta=0.0,  # the momentum is in `updates`, and nothing to be kept in its state
+        beta=0.0,  # `updates` have their momentum from `optax.trace`
         nesterov=False,
         weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), tree),
     )
@@ -49,7 +49,7 @@ def _orthogonalize(updates, mesh: Mesh | None):
 
 
 def _whole_matrices(x_L, mesh: Mesh | None):
-    """Divides the blocks of a stack over as many devices as divide their number: each has whole matrices."""
+    """Shards a stack [L, ...] over L, by the mesh axes with the most devices that divide L: each has whole matrices."""
     if mesh is None:
         return x_L
 
