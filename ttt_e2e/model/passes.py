@@ -1,5 +1,4 @@
-"""The kinds of pass over a block: on values, on values while recording them for the reverse pass, on values and
-tangents.
+"""The kinds of pass over a block: on values, on values with results recorded, on values and tangents.
 
 The code of a block is written once, in terms of a pass (`compute`), and run in several kinds:
 
