@@ -1,4 +1,4 @@
-"""The command line: `ttt-e2e COMMAND --flag=value ...`."""
+"""The command line, `ttt-e2e COMMAND --flag=value ...`. A command's docstring is its line in the help."""
 
 import inspect
 import json
@@ -19,13 +19,13 @@ from ttt_e2e.flags import load_config_file, override, parse, string
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
-    0, or with one line on stderr: 2 after bad input, 75 where the command was preempted and is to be started again, 1
-    where another process of the run is gone, 130 after Ctrl-C.
+    0: done. Otherwise with one line on stderr, 2: bad input; 75: preempted, to be started again; 1: another process of
+    the run has ended; 130: Ctrl-C. An exception that is none of these is raised.
     """
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("ttt_e2e").setLevel(logging.INFO)
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax narrates every save
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs many lines for every save
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
             print(_help())
@@ -143,11 +143,11 @@ def generate(argv: list[str]) -> None:
     from ttt_e2e.inference.prompts import read_prompts
 
     prompts = read_prompts(values.prompt_file) if values.prompt_file else [values.prompt]
-    drawn = replace(settings.read(values, Sampling), repetition_penalty=values.repetition_penalty)
-    wanted = Settings(values.max_new_tokens, drawn, values.seed, tuple(values.stop), values.learn)
+    sampling = replace(settings.read(values, Sampling), repetition_penalty=values.repetition_penalty)
+    options = Settings(values.max_new_tokens, sampling, values.seed, tuple(values.stop), values.learn)
     states = {"load_from": values.load_state, "save_to": values.save_state, "precision": values.precision}
     checkpoint = values.checkpoint or values.workdir
-    generate(config, checkpoint, prompts, wanted, **states, output=values.output, max_length=values.max_length)
+    generate(config, checkpoint, prompts, options, **states, output=values.output, max_length=values.max_length)
 
 
 def import_(argv: list[str]) -> None:
@@ -229,21 +229,25 @@ COMMANDS = {
 
 
 def _help() -> str:
+    """The text of `ttt-e2e --help`: usage, and a line for each command."""
     lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: ttt-e2e COMMAND --flag=value ...  (ttt-e2e COMMAND --help lists its flags)", *lines])
 
 
 def _config(values: flags.FlagValues) -> None:
+    """Defines --config."""
     string(values, "config", "Config file, FILE.py[:ARG]; override fields by --config.section.field=value.")
 
 
 def _trained_model(values: flags.FlagValues) -> None:
+    """Defines the flags that name a trained model: --config, --workdir and --checkpoint."""
     _config(values)
     string(values, "workdir", "Run directory to take the newest checkpoint of.")
     string(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
 
 
 def _processes(values: flags.FlagValues) -> None:
+    """Defines the flags of runs of several processes."""
     string(values, "coordinator", "HOST:PORT of process 0, where several processes make one run; default: by cluster.")
     flags.DEFINE_integer("num_processes", 0, "Processes of the run; 0 = as the cluster says.", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0; -1 = by cluster.", flag_values=values)
@@ -253,7 +257,7 @@ def _processes(values: flags.FlagValues) -> None:
 
 
 def _join(values: flags.FlagValues) -> bool:
-    """Joins the other processes of the run, if there are any; returns whether this is the one that speaks for all."""
+    """Joins the other processes of the run, if there are any; returns whether this is the one that prints results."""
     from ttt_e2e.cluster import start
 
     names = ("coordinator", "num_processes", "process_id", "initialization_timeout", "heartbeat_timeout")
@@ -261,26 +265,28 @@ def _join(values: flags.FlagValues) -> bool:
 
 
 def _leave(code: int) -> int:
-    """Leaves the run's other processes, where there are any, and returns the exit code."""
-    start = sys.modules.get("ttt_e2e.cluster.start")  # a command that never joined imports nothing for it
+    """Leaves the run's other processes, where there are any; returns `code`."""
+    start = sys.modules.get("ttt_e2e.cluster.start")  # not imported by commands that run in one process
     if start:
         start.leave(code)
     return code
 
 
 def _is_of_a_peer(error: Exception) -> bool:
+    """Whether an exception says that another process of the run has ended."""
     start = sys.modules.get("ttt_e2e.cluster.start")
     return bool(start) and start.is_of_a_peer(error)
 
 
 def _require(values: flags.FlagValues, *names: str) -> None:
+    """Raises `UserError` where one of these flags is missing or empty."""
     for name in names:
         if not values[name].value:
             raise UserError(f"--{name} is missing: {values[name].help}")
 
 
 def _resolve(values: flags.FlagValues, overrides: list[str]) -> Config:
-    """The config of `--config`, else the one that the run directory recorded; then the overrides."""
+    """The config of --config, or else that of the run directory --workdir, with the overrides applied."""
     if values.config:
         return override(load_config_file(values.config), overrides)
     workdir = values["workdir"].value if "workdir" in values else ""

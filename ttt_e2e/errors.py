@@ -1,15 +1,15 @@
-"""How a command ends early: the user can mend it, or it is to be started again."""
+"""The exceptions that end a command early: an error that the user can mend, and preemption."""
 
 import os
 
-EXIT_REQUEUE = os.EX_TEMPFAIL  # 75: the exit code that asks a launcher to start the command again
+EXIT_REQUEUE = os.EX_TEMPFAIL  # 75: exit code that asks a launcher to start the command again
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that names the field or file, the value found and what would be legal.
+    """Bad input. The message is one line that names the field or file, its value, and what would be legal.
 
-    The command line prints the message and exits with a non-zero code; any other exception is a defect of ours and
-    keeps its stack trace. Characters that would break the line, from a user's value or a library's text, are escaped.
+    The command line prints the message and exits with code 2; any other exception is a defect of the program, and its
+    stack trace is printed. Line breaks and other characters that cannot be printed are escaped in the message.
     """
 
     def __init__(self, message: str):
@@ -17,12 +17,12 @@ class UserError(Exception):
 
 
 class PreemptedError(Exception):
-    """The machine is wanted for something else; nothing is lost. The message is one line that says what is kept.
+    """A signal asked the command to stop (preemption). The message is one line that says what was saved.
 
-    The command line prints the message and exits with `EXIT_REQUEUE`. All processes of a run raise it at one step.
+    The command line prints the message and exits with `EXIT_REQUEUE`. All processes of a run raise it at the same step.
     """
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says, cut to 300 characters; its type where it says nothing."""
+    """First line of an exception's message, cut to 300 characters; the name of its type where there is no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,8 +1,8 @@
-"""What all figures look like. Matplotlib is imported where it is used: it is an optional dependency."""
+"""The common style of all figures. Imports Matplotlib in functions only, as it is an optional dependency."""
 
 from ttt_e2e.errors import UserError
 
-# Told apart by people with any colour vision (Okabe and Ito).
+# The palette of Okabe and Ito, which people with colour vision deficiency can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 
 STYLE = {
@@ -34,7 +34,7 @@ def require_matplotlib() -> None:
 
 
 def make_figure(**options):
-    """A figure drawn by Agg: no window, and no pyplot with its state."""
+    """Makes a figure that Agg draws: without a window, and without pyplot, which has global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

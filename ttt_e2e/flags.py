@@ -1,4 +1,7 @@
-"""Command-line flags: absl's, defined once the subcommand is known, and ml_collections' for overrides of the config."""
+"""Parses command-line flags (absl) and overrides of the config (ml_collections), and loads config files.
+
+Flags are defined when the subcommand is known, so that each has its own.
+"""
 
 import importlib.util
 import sys
@@ -18,15 +21,15 @@ def parse(
     """Parses the flags of one subcommand; `--help` prints them and exits.
 
     Args:
-      argv: what follows the subcommand.
-      define: defines the subcommand's flags in the FlagValues that it is given.
-      usage: the first lines of the help text.
+      argv: arguments after the subcommand.
+      define: function that defines the subcommand's flags in a `FlagValues`.
+      usage: first lines of the help text.
 
     Returns:
-      The flags, and the overrides of the config (`--config.section.field=value`) for `override`.
+      The flags, and the overrides of the config (`--config.section.field=value`) as arguments for `override`.
 
     Raises:
-      UserError: unknown flag (with a suggestion), illegal value, or an argument that is no flag.
+      UserError: a flag is unknown (with a suggestion) or has an illegal value, or an argument is no flag.
     """
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "Print this and exit.", flag_values=values, short_name="h")
@@ -49,10 +52,10 @@ def parse(
 
 
 def load_config_file(spec: str) -> ConfigDict:
-    """What `get_config(ARG)` of a config file returns, for "FILE.py:ARG" or "FILE.py".
+    """Calls `get_config(ARG)` of a config file, "FILE.py:ARG" or "FILE.py", and returns its ConfigDict.
 
     Raises:
-      UserError: there is no such file, it cannot be run, or gives anything else.
+      UserError: there is no such file, it raises an exception, or returns anything else.
     """
     _, colon, arg = spec.partition(":")
     config = _call_config_file(spec, "get_config", *([arg] if colon else []))
@@ -62,15 +65,16 @@ def load_config_file(spec: str) -> ConfigDict:
 
 
 def load_sweep(spec: str) -> dict[str, list]:
-    """What `sweep()` of a config file returns, for "FILE.py:ARG" or "FILE.py" (docs/sweeps.md).
+    """Calls `sweep()` of a config file, "FILE.py:ARG" or "FILE.py", and returns its result (docs/sweeps.md).
 
     Raises:
-      UserError: there is no such file or function, or it cannot be run.
+      UserError: there is no such file or function, or it raises an exception.
     """
     return _call_config_file(spec, "sweep")
 
 
 def _call_config_file(spec: str, function: str, *arguments):
+    """Imports a config file and calls one of its functions. Raises `UserError` for whatever goes wrong in it."""
     path = spec.partition(":")[0]
     if not Path(path).is_file():
         raise UserError(f"config file {path} does not exist")
@@ -83,21 +87,21 @@ def _call_config_file(spec: str, function: str, *arguments):
         return getattr(module, function)(*arguments)
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # whatever the user's own file raises is the user's to mend
+    except (Exception, SystemExit) as error:  # an exception in the user's file is an error of the user's
         raise UserError(f"config file {spec}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 def override(base: ConfigDict, overrides: list[str]) -> Config:
-    """The validated config: `base` under the overrides `--config.section.field=value`.
+    """Applies the overrides `--config.section.field=value` to `base`, and validates the result.
 
     Raises:
-      UserError: an override names no field or has a value of the wrong type, or the result is not legal.
+      UserError: an override names no field or has a value of the wrong type, or the resulting config is not legal.
     """
-    known = {f"{section}.{field}" for section, fields in default_config().items() for field in fields}
+    names = {f"{section}.{field}" for section, fields in default_config().items() for field in fields}
     for argument in overrides:
         name, equals, _ = argument.removeprefix("--config.").partition("=")
-        if name not in known:
-            raise UserError(f"unknown config field config.{name}: {suggestion(name, sorted(known))}")
+        if name not in names:
+            raise UserError(f"unknown config field config.{name}: {suggestion(name, sorted(names))}")
         if not equals:
             raise UserError(f"config.{name} has no value: write --config.{name}=VALUE")
     values = flags.FlagValues()
@@ -105,11 +109,11 @@ def override(base: ConfigDict, overrides: list[str]) -> Config:
     try:
         config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=argv)
         values(argv)
-    except (flags.IllegalFlagValueError, ValueError) as error:  # ValueError: of an integer too long to be printed
+    except (flags.IllegalFlagValueError, ValueError) as error:  # ValueError: an integer too long to print
         raise UserError(" ".join(str(error).split())) from None
     return from_config_dict(values.config)
 
 
 def string(values: flags.FlagValues, name: str, text: str, default: str = "") -> None:
-    """Defines a flag that takes text, described by `text`."""
+    """Defines a string flag with the help `text`."""
     flags.DEFINE_string(name, default, text, flag_values=values)

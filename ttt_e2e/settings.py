@@ -1,10 +1,10 @@
-"""Settings: frozen dataclasses that command-line flags are made of, one a field.
+"""Makes command-line flags from settings: frozen dataclasses, whose fields are made by `setting`.
 
     @dataclass(frozen=True)
     class Settings:
         samples: int = setting("needle_samples", "Prompts for each task, length and depth.", 4)
 
-A field that is such a dataclass itself stands for its fields; one without a flag keeps its default.
+The fields of a field that is such a dataclass itself have flags too. A field without a flag keeps its default.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from absl import flags
 
 from ttt_e2e.errors import UserError
 
-INTEGERS = tuple[int, ...]  # listed with commas
+INTEGERS = tuple[int, ...]  # type of a field whose flag takes integers, separated by commas
 
 _DEFINERS = {
     int: flags.DEFINE_integer,
@@ -28,50 +28,56 @@ _DEFINERS = {
 
 
 def setting(flag: str, help: str, default=MISSING):
-    """A field of a settings dataclass, given by `--flag`; without a default, its flag is empty or 0 by default."""
+    """Makes a dataclass field with the flag `--flag`; without a default, the flag's is empty, 0 or false."""
     return field(default=default, metadata={"flag": flag, "help": help})
 
 
 def define(values: flags.FlagValues, settings: type) -> None:
     """Defines the flags of a settings dataclass."""
-    for of, kind in _flagged(settings):
-        default = kind() if of.default is MISSING else of.default
+    for f, kind in _flagged(settings):
+        default = kind() if f.default is MISSING else f.default
         default = list(map(str, default)) if kind == INTEGERS else default
-        _DEFINERS[kind](of.metadata["flag"], default, of.metadata["help"], flag_values=values)
+        _DEFINERS[kind](f.metadata["flag"], default, f.metadata["help"], flag_values=values)
 
 
 def flag_names(settings: type) -> list[str]:
-    """The flags of a settings dataclass."""
-    return [of.metadata["flag"] for of, _ in _flagged(settings)]
+    """Names of the flags of a settings dataclass."""
+    return [f.metadata["flag"] for f, _ in _flagged(settings)]
 
 
 def read(values: flags.FlagValues, settings: type):
-    """The settings that the flags give. Raises `UserError` where one lists anything but integers, or as the class."""
-    given = {}
-    for of, kind in _fields(settings):
+    """Makes the settings from the values of their flags.
+
+    Raises `UserError` where a list of integers has anything else in it, and for values that the dataclass refuses.
+    """
+    fields = {}
+    for f, kind in _fields(settings):
         if dataclasses.is_dataclass(kind):
-            given[of.name] = read(values, kind)
-        elif "flag" in of.metadata:
-            value = values[of.metadata["flag"]].value
-            given[of.name] = _integers(of.metadata["flag"], value) if kind == INTEGERS else value
-    return settings(**given)
+            fields[f.name] = read(values, kind)
+        elif "flag" in f.metadata:
+            value = values[f.metadata["flag"]].value
+            fields[f.name] = _integers(f.metadata["flag"], value) if kind == INTEGERS else value
+    return settings(**fields)
 
 
 def _fields(settings: type) -> list[tuple[Field, type]]:
+    """Fields of a dataclass, with their types."""
     kinds = get_type_hints(settings)
-    return [(of, kinds[of.name]) for of in dataclasses.fields(settings)]
+    return [(f, kinds[f.name]) for f in dataclasses.fields(settings)]
 
 
 def _flagged(settings: type) -> Iterator[tuple[Field, type]]:
-    for of, kind in _fields(settings):
+    """Yields the fields that have a flag, with their types, those of nested dataclasses included."""
+    for f, kind in _fields(settings):
         if dataclasses.is_dataclass(kind):
             yield from _flagged(kind)
-        elif "flag" in of.metadata:
-            yield of, kind
+        elif "flag" in f.metadata:
+            yield f, kind
 
 
-def _integers(flag: str, listed: list[str]) -> tuple[int, ...]:
+def _integers(flag: str, items: list[str]) -> tuple[int, ...]:
+    """Parses the items of a list flag as integers. Raises `UserError` where one is none."""
     try:
-        return tuple(map(int, listed))
+        return tuple(map(int, items))
     except ValueError:
-        raise UserError(f"--{flag}={','.join(listed)}: it takes integers separated by commas") from None
+        raise UserError(f"--{flag}={','.join(items)}: it takes integers separated by commas") from None

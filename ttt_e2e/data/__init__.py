@@ -1,4 +1,4 @@
-"""Tokenizers, the token store, the embedded corpus, preparation of a store, and the Grain pipeline that reads it.
+"""Documents, tokenizers, the token store, its preparation from a corpus, and the Grain pipeline that reads it.
 
-This file imports nothing, so that a tokenising worker process loads only what it needs.
+This file imports nothing, so that a worker process that tokenizes loads only what it needs.
 """

@@ -1,6 +1,6 @@
-"""Finding and reading documents: plain text, Markdown, Python source and JSON lines, and the embedded corpus.
+"""Finds and reads documents: plain text, Markdown, Python source, JSON lines, and the embedded corpus.
 
-A document is a whole file, or one line of a `.jsonl` file. One document at a time is held in memory.
+A document is a whole file, or one line of a `.jsonl` file. One document at a time is in memory.
 """
 
 import glob
@@ -22,7 +22,7 @@ from ttt_e2e.errors import UserError
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 LEGAL_INPUTS = f"'stdlib', or a file, directory or glob of {' '.join(SUFFIXES)}, each plain or with .gz appended"
 
-# Not library code, vendored, or different from one build of the interpreter to the next.
+# Names of what is no library code, is vendored, or differs from one build of the interpreter to the next.
 _STDLIB_EXCLUDED = re.compile(
     r"test|tests|site-packages|dist-packages|idlelib|lib2to3|turtledemo|ensurepip|__pycache__|lib-dynload"
     r"|config-.*|_sysconfigdata.*"
@@ -31,7 +31,7 @@ _STDLIB_EXCLUDED = re.compile(
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `name` is its path relative to the corpus ("/" between parts), with ":LINE" if it is a JSON line."""
+    """One text. `name` is its path relative to the corpus, with "/" between parts; for JSON lines, with ":LINE"."""
 
     name: str
     text: str
@@ -39,9 +39,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files below `root` by relative name, sorted. Iterating reads them, one document at a time, as often as asked.
+    """Document files below `root`, by sorted relative names. Iterating it reads their documents one at a time.
 
-    Reading raises UserError, naming file and line, for what is not UTF-8, not JSON, without `text`, or damaged.
+    It can be iterated repeatedly. Raises UserError, naming file and line, where a file is damaged or not UTF-8, or a
+    line is not JSON or has no `text`.
     """
 
     root: Path
@@ -52,7 +53,7 @@ class Corpus:
             yield from _read(self.root / name, name)
 
     def num_bytes(self) -> int:
-        """Size of all files, as they lie on disk."""
+        """Total size of the files on disk, compressed where they are."""
         return sum((self.root / name).stat().st_size for name in self.names)
 
 
@@ -69,9 +70,9 @@ def standard_library_documents() -> Iterator[Document]:
 
 
 def find_documents(input_spec: str | os.PathLike) -> Corpus:
-    """The corpus that `input_spec` names: "stdlib", a file, a directory (all that is legal below it), or a glob.
+    """Finds the documents of "stdlib", a file, a directory (all supported files below it), or a glob.
 
-    Raises UserError if nothing matches, or if a file that is named or matched has an unsupported suffix.
+    Raises UserError if nothing matches, or if a named or matched file has an unsupported suffix.
     """
     spec = os.path.expanduser(os.fspath(input_spec))
     if spec == "stdlib":
@@ -81,7 +82,7 @@ def find_documents(input_spec: str | os.PathLike) -> Corpus:
     elif os.path.isfile(spec):
         root, names = Path(spec).parent, [Path(spec).name]
     else:
-        # Names are relative to the last directory without a wildcard, whatever happens to match below it.
+        # Names are relative to the last directory before a wildcard, so that they do not depend on what matches.
         root = Path(re.split(r"[*?\[]", spec, maxsplit=1)[0] + "x").parent
         matches = (Path(match) for match in glob.iglob(spec, recursive=True))
         names = sorted(match.relative_to(root).as_posix() for match in matches if match.is_file())
@@ -94,7 +95,7 @@ def find_documents(input_spec: str | os.PathLike) -> Corpus:
 
 
 def _names_below(root: Path, excluded: re.Pattern = re.compile("(?!)")) -> list[str]:
-    """Relative names of all files below `root`, sorted, but for files and directories whose name is excluded."""
+    """Sorted relative names of all files below `root`, without files and directories whose name matches `excluded`."""
     names = []
     for directory, subdirectories, files in os.walk(root):
         subdirectories[:] = [name for name in subdirectories if not excluded.fullmatch(name)]
@@ -104,12 +105,13 @@ def _names_below(root: Path, excluded: re.Pattern = re.compile("(?!)")) -> list[
 
 
 def _kind(name: str) -> str:
-    """The suffix that says how to read a file, "" if there is no way."""
+    """The suffix, without .gz, that says how to read a file; "" where it is not supported."""
     suffix = Path(name.removesuffix(".gz")).suffix
     return suffix if suffix in SUFFIXES else ""
 
 
 def _read(path: Path, name: str) -> Iterator[Document]:
+    """Reads the documents of one file. Raises UserError where it is damaged or cannot be read."""
     try:
         with gzip.open(path, "rb") if name.endswith(".gz") else path.open("rb") as file:
             if _kind(name) == ".jsonl":
@@ -123,7 +125,10 @@ def _read(path: Path, name: str) -> Iterator[Document]:
 
 
 def _decode(data: bytes, path: Path, is_python: bool) -> str:
-    """All of a file, line ends untouched. Python sources may declare an encoding; all else is UTF-8."""
+    """Decodes a whole file, with line ends as they are. Python sources may declare an encoding; others are UTF-8.
+
+    Raises UserError, naming the line, for bytes that are not valid in the encoding.
+    """
     try:
         encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0] if is_python else "utf-8-sig"
         return data.decode(encoding)
@@ -135,6 +140,7 @@ def _decode(data: bytes, path: Path, is_python: bool) -> str:
 
 
 def _read_json_lines(file: BinaryIO, path: Path, name: str) -> Iterator[Document]:
+    """Reads the field `text` of each line, a JSON object. Raises UserError, naming the line, where there is none."""
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue

@@ -1,6 +1,6 @@
-"""Which targets count in a loss."""
+"""The mask of a loss: which targets count in it."""
 
 
 def is_target(tokens, bos_id: int):
-    """Whether each of `tokens`, an array of NumPy or JAX, counts as a target: BOS does not; where it is 0, all do."""
+    """Mask of the targets that count, of the shape of `tokens` (NumPy or JAX): all but BOS; all if `bos_id` is 0."""
     return (tokens != bos_id) | (bos_id == 0)

@@ -1,7 +1,7 @@
-"""Batches of sequences for training and evaluation.
+"""Reads batches of sequences for training and evaluation from a token store.
 
-The order is computed on indices alone, by Grain: batch s is a pure function of the seed and s, whatever the number of
-processes, workers and restarts. Each process reads only its own rows of each batch.
+Grain shuffles and batches indices of sequences, not tokens. Batch s is a pure function of the seed and s, whatever the
+number of processes, workers and restarts. Each process reads only its own rows of each batch.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from absl import flags
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import UserError
 
-# Sequences in all epochs. With `repeat()` and no number, the length of a data set of batches of one overflows in Grain.
+# Number of sequences in all epochs together. A plain `repeat()` makes Grain's length overflow at a batch size of 1.
 _ENDLESS = 2**52
 
 
@@ -31,12 +31,13 @@ def training_batches(  # noqa: PLR0913 -- plain values: `data` knows nothing of 
     num_workers: int = 0,
     prefetch: int = 8,
 ) -> Iterator[np.ndarray]:
-    """Endless batches from number `start_batch` on, int32 [len(rows), seq_len + 1].
+    """Yields training batches, int32 [len(rows), seq_len + 1], without end, from batch number `start_batch` on.
 
-    Each epoch visits every sequence once, in an order of its own; batches run across the ends of epochs. `rows` (a
-    slice or an array of indices) are the rows of the global batch that this process reads. Up to `prefetch` batches
-    are read ahead, by threads, and by `num_workers` processes if that is not 0. Close the iterator to stop these.
-    Raises UserError, also while iterating, for a store too small or damaged, and for ids not below `vocab_size`.
+    Each epoch visits every sequence once, in an order of its own; a batch may contain the end of one epoch and the
+    beginning of the next. `rows` (a slice or an array of indices) are the rows of the global batch that this process
+    reads. Threads read up to `prefetch` batches ahead, in `num_workers` processes if that is not 0; closing the
+    iterator stops them. Raises UserError, also while iterating, where the store is too small or damaged, or has a token
+    id that is not below `vocab_size`.
     """
     order = grain.MapDataset.range(store.num_sequences(seq_len))
     if shuffle:
@@ -65,10 +66,11 @@ def evaluation_batches(
     rows: Any = slice(None),
     vocab_size: int,
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """The first `num_sequences` sequences (0 = all) in order: int32 [len(rows), seq_len + 1], and how many count.
+    """Yields batches of the first `num_sequences` sequences (0 = all), in order: (tokens, number of sequences).
 
-    The last batch is filled up with copies of the last sequence; the second item says how many rows of the global
-    batch, from the first, are no copies. Raises UserError if there are fewer sequences, and as `training_batches`.
+    Tokens are int32 [len(rows), seq_len + 1]. The last global batch is padded with copies of the last sequence; the
+    number counts its rows that are no copies, which come first. Raises UserError if the store has fewer sequences, and
+    as `training_batches`.
     """
     available = store.num_sequences(seq_len)
     if not 0 <= num_sequences <= available:

@@ -1,4 +1,4 @@
-"""`prepare`: documents in, token store out; complete or not there at all."""
+"""Tokenizes documents into a token store, which is there only when it is complete."""
 
 import contextlib
 import hashlib
@@ -28,9 +28,9 @@ SPLITS = ("train", "val")
 
 _FORMAT_VERSION = 1
 _TASK_CHARACTERS = 2**18
-# Up to here the held-out documents are picked from a list of all names; beyond, each name is judged by itself.
+# In corpora of at most this many documents, the held-out ones are chosen from the list of all names.
 _MAX_LISTED = 1024
-# Below this many bytes of input, starting workers takes longer than they save.
+# With fewer bytes of input, starting workers takes longer than they save.
 _MIN_PARALLEL_BYTES = 4 << 20
 
 
@@ -44,17 +44,17 @@ def prepare(
     num_workers: int = os.cpu_count() or 1,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Tokenizes a corpus into a token store at `output`, a local directory, and returns a summary of it.
+    """Tokenizes a corpus into a token store at `output`, a local directory; returns a summary of the store.
 
     `input` is what `find_documents` takes; `tokenizer` is "bytes", the path of a SentencePiece model, or "train:VOCAB"
-    to train one of VOCAB entries on the training documents. Each document is written as BOS and its tokens; those of
-    fewer than `min_tokens` tokens (and empty ones) are left out. A share `val_fraction` of the documents is held out
-    as the split `val`, chosen by a hash of their names. At most a few documents per worker are in memory at a time.
+    to train one of VOCAB entries on the training documents. Each document is written as BOS and its tokens; empty ones
+    and those of fewer than `min_tokens` tokens are left out. A share `val_fraction` of the documents is held out as the
+    split `val`, chosen by a hash of their names. At most a few documents per worker are in memory.
 
     The summary is the store's attributes (`tokenizer`, `vocab_size`, `bos_id`, `num_documents` and `num_tokens` by
-    split, ...), `output`, and `already_prepared`: True if `output` was there, made from the same files with the same
-    settings, and was left alone. Raises UserError for bad arguments and inputs, an existing `output`, and an empty
-    split. Whatever ends it early, a partly written store is removed, and never has the name `output`.
+    split, ...), `output`, and `already_prepared`: whether `output` existed, made from the same files with the same
+    settings, and was left as it is. Raises UserError for bad arguments and inputs, any other existing `output`, and an
+    empty split. The store is written under a temporary name, and removed if an exception ends it early.
     """
     output, tokenizer = _local_directory(output), os.fspath(tokenizer)
     _check_arguments(tokenizer, min_tokens, val_fraction)
@@ -92,13 +92,14 @@ def prepare(
 
 
 def _local_directory(output: str | os.PathLike) -> Path:
+    """The absolute path of a local directory. Raises UserError for a URL."""
     if "://" in os.fspath(output):
         raise UserError(f"output {os.fspath(output)}: legal: a local directory; copy the finished store to a bucket")
     return Path(os.fspath(output)).expanduser().absolute()
 
 
 def _files_digest(corpus: Corpus, tokenizer: str) -> str:
-    """Changes if a document file comes, goes or changes its size, and with the tokenizer's model."""
+    """Digest, 16 hex digits, of the names and sizes of the document files, and of the tokenizer's model file."""
     digest = hashlib.blake2b(digest_size=8)
     for name in corpus.names:
         digest.update(f"{name}\0{(corpus.root / name).stat().st_size}\n".encode("utf-8", "surrogateescape"))
@@ -108,6 +109,7 @@ def _files_digest(corpus: Corpus, tokenizer: str) -> str:
 
 
 def _check_arguments(tokenizer: str, min_tokens: int, val_fraction: float) -> None:
+    """Raises UserError for an illegal value of an argument of `prepare`."""
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction {val_fraction}: legal: above 0 and below 1")
     if min_tokens < 0:
@@ -127,20 +129,21 @@ def _is_model(tokenizer: str) -> bool:
 
 
 def _existing(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a store that was made with `settings`. Anything else in that place is the user's to remove."""
+    """The summary of an existing store. Raises UserError where it is none, or was made with other settings."""
     advice = "delete it, or choose another output"
     try:
-        found = read_attributes(output).get("prepared_from", {})
+        recorded = read_attributes(output).get("prepared_from", {})
     except UserError:
         raise UserError(f"output {output}: exists already, and is no token store; {advice}") from None
     for name, value in settings.items():
-        if found.get(name) != value:
-            other = f"{name} {found.get(name)!r}, not {value!r}"
+        if recorded.get(name) != value:
+            other = f"{name} {recorded.get(name)!r}, not {value!r}"
             raise UserError(f"output {output}: exists already, made with other settings ({other}); {advice}")
     return _summary(output, already_prepared=True)
 
 
 def _summary(output: Path, already_prepared: bool) -> dict[str, Any]:
+    """What `prepare` returns, read from the store at `output`."""
     num_tokens = {split: TokenStore.open(output, split).num_tokens for split in SPLITS}
     return read_attributes(output) | {
         "num_tokens": num_tokens,
@@ -150,20 +153,21 @@ def _summary(output: Path, already_prepared: bool) -> dict[str, Any]:
 
 
 def _name_hash(name: str) -> int:
-    """Uniform in [0, 2**64), the same on every machine."""
+    """Hash of a document's name: an integer, uniform in [0, 2**64), the same on every machine."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
 def _held_out_rule(corpus: Corpus, min_tokens: int, val_fraction: float) -> Callable[[str], bool]:
-    """Whether the document of a name is held out.
+    """Makes the function that tells whether the document of a given name is held out.
 
-    In a small corpus, the documents of the smallest hashes are, one of them at least, and one is left for training. In
-    a large one, all below a threshold are, so that adding documents moves none from one split to the other.
+    In a corpus of at most `_MAX_LISTED` documents, those with the smallest hashes are held out: at least one, and not
+    all. In a larger one, those with a hash below a threshold are, so that adding documents moves none from one split to
+    the other. Raises UserError if there are fewer than two documents.
     """
-    # No tokenizer makes more tokens than bytes, so what is left out here is left out later on, too.
-    kept = (document.name for document in corpus if len(document.text.encode()) >= max(min_tokens, 1))
-    names = list(itertools.islice(kept, _MAX_LISTED + 1))
+    # No tokenizer makes more tokens than bytes, so these documents would be left out when they are tokenized, too.
+    long_enough = (document.name for document in corpus if len(document.text.encode()) >= max(min_tokens, 1))
+    names = list(itertools.islice(long_enough, _MAX_LISTED + 1))
     if len(names) > _MAX_LISTED:
         return lambda name: _name_hash(name) < val_fraction * 2**64
     if len(names) < 2:
@@ -178,7 +182,7 @@ def _held_out_rule(corpus: Corpus, min_tokens: int, val_fraction: float) -> Call
 def _provide_tokenizer(
     tokenizer: str, corpus: Corpus, is_held_out: Callable[[str], bool], directory: Path, progress: bool
 ) -> str:
-    """What `load_tokenizer` takes; a model is trained into `directory`, or copied there."""
+    """Trains or copies the tokenizer's model into `directory`; returns its path, or "bytes", for `load_tokenizer`."""
     path = directory / "tokenizer.model"
     if tokenizer.startswith("train:"):
         documents = _progress(corpus, "training the tokenizer", progress)
@@ -192,7 +196,8 @@ def _provide_tokenizer(
 
 
 def _progress(corpus: Corpus, what: str, progress: bool) -> Iterable[Document]:
-    # How many documents a .jsonl file has shows only at its end.
+    """Iterates over the documents of a corpus with a progress bar."""
+    # The number of documents of a .jsonl file is not known before its end.
     num_documents = None if any(".jsonl" in name for name in corpus.names) else len(corpus.names)
     return tqdm(corpus, what, num_documents, unit=" documents", disable=not progress)
 
@@ -201,17 +206,20 @@ _worker_tokenizer: Tokenizer
 
 
 def _start_worker(model: str) -> None:
+    """Loads the tokenizer of a worker process."""
     global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _worker_tokenizer = load_tokenizer(model)
 
 
 def _encode_in_worker(task: list[tuple[str, str]]) -> list[tuple[str, np.ndarray]]:
+    """Encodes a list of (split, text) as (split, tokens)."""
     return [(split, _worker_tokenizer.encode(text)) for split, text in task]
 
 
 def _executor(model: str, corpus: Corpus, num_workers: int) -> contextlib.AbstractContextManager[Executor | None]:
-    # Bytes are their own tokens: sending them to a worker costs more than the encoding.
+    """Starts the worker processes that tokenize; gives None where this process does it alone."""
+    # Encoding as bytes costs less than sending a text to a worker.
     if num_workers < 2 or model == "bytes" or corpus.num_bytes() < _MIN_PARALLEL_BYTES:
         return contextlib.nullcontext()
     # Not "fork": the parent may run the threads of JAX.
@@ -226,7 +234,7 @@ def _tokenized(
     executor: Executor | None,
     max_pending: int,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Split and tokens of each document, in order, with at most `max_pending` tasks submitted ahead."""
+    """Yields split and tokens of each document, in order; at most `max_pending` tasks are submitted ahead."""
     texts = ((SPLITS[is_held_out(document.name)], document.text) for document in documents)
     if executor is None:
         yield from ((split, tokenizer.encode(text)) for split, text in texts)
@@ -241,7 +249,7 @@ def _tokenized(
 
 
 def _tasks(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Groups documents up to some size, so that short ones do not cost a message between processes each."""
+    """Groups documents into tasks of about `_TASK_CHARACTERS`, so that a short one is not a message by itself."""
     task, size = [], 0
     for split, text in texts:
         task.append((split, text))
@@ -256,7 +264,10 @@ def _tasks(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
 def _write(
     tokenized: Iterable[tuple[str, np.ndarray]], tokenizer: Tokenizer, directory: Path, min_tokens: int
 ) -> dict[str, Any]:
-    """Writes both splits; returns the number of documents, and of tokens, and the tokens' digest, of each."""
+    """Writes both splits; returns `num_documents`, `num_tokens` and `digest`, each a dict by split.
+
+    Raises UserError where a split has no document.
+    """
     writers = {split: TokenWriter(directory, split, tokenizer.vocab_size) for split in SPLITS}
     num_documents = dict.fromkeys(SPLITS, 0)
     for split, tokens in tokenized:

@@ -1,7 +1,7 @@
-"""The token store: a Zarr v3 group with one 1-D array of unsigned integers per split, read through TensorStore.
+"""Reads and writes token stores: Zarr v3 groups with one 1-D array of unsigned integers per split, by TensorStore.
 
-Paths are local or URLs that TensorStore knows (`gs://`, `s3://`). T is the sequence length: sequence n is tokens
-[n*T, n*T+T], T+1 of them, so neighbours share one token, which is a target in one and an input in the other.
+Paths are local, or URLs that TensorStore supports (`gs://`, `s3://`). T is the sequence length: sequence n is the T + 1
+tokens from n*T to n*T + T. Neighbours share one token, which is the last target of one and the first input of the next.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ _CACHE_BYTES = 128 << 20
 _CHUNK_TOKENS = 2**18
 _DTYPES = ("uint8", "uint16", "uint32", "uint64")
 _INT32_IDS = 2**31
-# What `prepare` writes of a store, as far as it is read again; other programs' stores may have none of it.
+# Attributes that `prepare` writes and that are read again, with their types; other programs' stores may lack them.
 _ATTRIBUTES = {"tokenizer": str, "vocab_size": int, "bos_id": int, "num_tokens": dict, "prepared_from": dict}
 
 
 class TokenStore:
-    """One split of a token store, opened for reading. Make it with `TokenStore.open`. Pickles as path and split."""
+    """One split of a token store, opened for reading by `TokenStore.open`. Pickled as its path and split."""
 
     def __init__(self, path: str, split: str, array: ts.TensorStore, attributes: dict[str, Any]):
         self.path = path
@@ -52,7 +52,7 @@ class TokenStore:
             "kvstore": _kvstore(path, split),
             # A missing chunk is a damaged store, not a run of token 0.
             "fill_missing_data_reads": False,
-            # Stores do not change: what is in the cache needs no second look at the disk or the bucket.
+            # Stores do not change, so cached data need not be compared with the disk or the bucket again.
             "recheck_cached_data": "open",
             "context": {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}},
         }
@@ -61,8 +61,8 @@ class TokenStore:
         except ValueError as error:
             raise UserError(f"{where}: damaged metadata ({_reason(error)})") from None
         if array.ndim != 1 or array.dtype.name not in _DTYPES:
-            found = f"{array.ndim}-D array of {array.dtype.name}"
-            raise UserError(f"{where}: is a {found}; legal: a 1-D array of {' or '.join(_DTYPES)}")
+            kind = f"{array.ndim}-D array of {array.dtype.name}"
+            raise UserError(f"{where}: is a {kind}; legal: a 1-D array of {' or '.join(_DTYPES)}")
         if array.shape[0] == 0:
             raise UserError(f"{where}: is empty; prepare the store again from a larger input")
         if (recorded := attributes.get("num_tokens", {}).get(split, array.shape[0])) != array.shape[0]:
@@ -77,16 +77,16 @@ class TokenStore:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of the attributes, split, size and type: cheap, as no token is read.
+        """Digest, 16 hex digits, of the attributes, split, size and dtype. No token is read.
 
-        Stores made by `prepare` have a digest of all their tokens among their attributes.
+        The attributes of a store made by `prepare` include a digest of all its tokens.
         """
         identity = [self.attributes, self.split, self.num_tokens, self._array.dtype.name]
         return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     @property
     def tokenizer_spec(self) -> str:
-        """What `load_tokenizer` takes to give the tokenizer that made the store; "" if the store does not say."""
+        """The argument of `load_tokenizer` for the tokenizer that made the store; "" if the store does not name it."""
         return tokenizer_spec(self.path, self.attributes)
 
     def num_sequences(self, seq_len: int) -> int:
@@ -99,9 +99,9 @@ class TokenStore:
         return (self.num_tokens - 1) // seq_len
 
     def sequences(self, indices: Sequence[int] | np.ndarray, seq_len: int, vocab_size: int = _INT32_IDS) -> np.ndarray:
-        """Sequences `indices`, int32 [len(indices), seq_len + 1], read concurrently.
+        """Reads sequences by their indices, concurrently: int32 [len(indices), seq_len + 1].
 
-        Raises UserError if what is stored is damaged or has an id that is not below `vocab_size`, IndexError if an
+        Raises UserError if the store is damaged or has a token id that is not below `vocab_size`, and IndexError if an
         index is out of range.
         """
         count = self.num_sequences(seq_len)
@@ -111,13 +111,13 @@ class TokenStore:
         return self._read((indices * seq_len).tolist(), seq_len + 1, vocab_size)
 
     def stretch(self, start: int, stop: int, vocab_size: int = _INT32_IDS) -> np.ndarray:
-        """Tokens `start` to `stop` - 1, int32 [stop - start]. Raises as `sequences`."""
+        """Reads tokens `start` to `stop` - 1, int32 [stop - start]. Raises the errors of `sequences`."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
         return self._read([start], stop - start, vocab_size)[0]
 
     def _read(self, starts: list[int], length: int, vocab_size: int) -> np.ndarray:
-        """The `length` tokens from each of `starts` on, int32 [len(starts), length], read concurrently."""
+        """Reads `length` tokens from each of `starts` on, concurrently: int32 [len(starts), length]."""
         reads = [self._array[start : start + length].read() for start in starts]
         tokens = np.empty((len(reads), length), self._array.dtype.numpy_dtype)
         try:
@@ -132,7 +132,7 @@ class TokenStore:
 
 
 def check_range(tokens: np.ndarray, vocab_size: int, where: str) -> None:
-    """Raises UserError, naming `where`, if an id is not below `vocab_size`: it would silently embed as another."""
+    """Raises UserError, naming `where`, if a token id is not below `vocab_size`: it would be embedded as another."""
     if tokens.size and (highest := int(tokens.max())) >= vocab_size:
         raise UserError(
             f"{where}: token id {highest} is not below vocab_size {vocab_size};"
@@ -141,9 +141,9 @@ def check_range(tokens: np.ndarray, vocab_size: int, where: str) -> None:
 
 
 class TokenWriter:
-    """Writes a new split of unknown length, holding one chunk of `chunk_tokens` in memory.
+    """Writes a new split of unknown length; one chunk of `chunk_tokens` is in memory.
 
-    `num_tokens` counts what was appended, `digest` (hex, after `close`) identifies it.
+    `num_tokens` is the number of tokens appended; `digest`, after `close`, is a hash of all of them.
     """
 
     def __init__(self, path: str | os.PathLike, split: str, vocab_size: int, chunk_tokens: int = _CHUNK_TOKENS):
@@ -161,7 +161,7 @@ class TokenWriter:
             "driver": "zarr3",
             "kvstore": _kvstore(os.fspath(path), split),
             "metadata": metadata,
-            # Readers take a missing chunk for damage, so one that is all token 0 must be written too.
+            # Readers take a missing chunk for damage, so a chunk of nothing but token 0 must be written too.
             "store_data_equal_to_fill_value": True,
         }
         self._array = ts.open(spec, create=True).result()
@@ -174,24 +174,24 @@ class TokenWriter:
 
     @property
     def digest(self) -> str:
-        """Identifies the tokens that were written out so far."""
+        """Hash, 16 hex digits, of the tokens that were written out so far; those in the buffer are not included."""
         return self._hash.hexdigest()
 
     def append(self, tokens: np.ndarray) -> None:
-        """Adds `tokens`, integers [n]. Raises UserError for an id that is not below the vocabulary's size."""
+        """Appends tokens, integers [n]. Raises UserError for an id that is not below the vocabulary's size."""
         tokens = np.asarray(tokens)
         check_range(tokens, self._vocab_size, self._where)
         while tokens.size:
-            taken = min(tokens.size, self._buffer.size - self._filled)
-            self._buffer[self._filled : self._filled + taken] = tokens[:taken]
-            self._filled += taken
-            self.num_tokens += taken
-            tokens = tokens[taken:]
+            count = min(tokens.size, self._buffer.size - self._filled)
+            self._buffer[self._filled : self._filled + count] = tokens[:count]
+            self._filled += count
+            self.num_tokens += count
+            tokens = tokens[count:]
             if self._filled == self._buffer.size:
                 self._flush()
 
     def close(self) -> None:
-        """Writes what is left of the last chunk."""
+        """Writes the last chunk, if it has tokens that were not written yet."""
         if self._filled:
             self._flush()
 
@@ -204,7 +204,7 @@ class TokenWriter:
 
 
 def read_attributes(path: str | os.PathLike) -> dict[str, Any]:
-    """The attributes of the store at `path`. Raises UserError if there is no Zarr v3 group."""
+    """Reads the attributes of the store at `path`. Raises UserError where there is none, or its metadata is damaged."""
     path = os.fspath(path)
     content = _read_key(path, "zarr.json")
     if content is None:
@@ -223,18 +223,19 @@ def read_attributes(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def tokenizer_spec(path: str, attributes: dict[str, Any]) -> str:
-    """What `TokenStore.tokenizer_spec` says of the store at `path`, which has these attributes."""
+    """The argument of `load_tokenizer` for the tokenizer of a store with these attributes; "" if they name none."""
     spec = attributes.get("tokenizer", "")
     return spec if spec in ("", "bytes") else f"{path.rstrip('/')}/{spec}"
 
 
 def write_attributes(path: str | os.PathLike, attributes: dict[str, Any]) -> None:
-    """Makes `path` a Zarr v3 group with `attributes`. Written last, it is what makes a store complete."""
+    """Makes `path` a Zarr v3 group with `attributes`. It is written last: a store without it is not complete."""
     group = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
     ts.KvStore.open(_kvstore(os.fspath(path))).result().write("zarr.json", json.dumps(group, indent=2)).result()
 
 
 def _kvstore(path: str, key: str = "") -> Any:
+    """TensorStore's specification of the directory `key` below a local path or URL."""
     if "://" in path:
         return f"{path.rstrip('/')}/{key}"
     # Not a file:// URL: there, some characters that are legal in a path would need quoting.
@@ -242,7 +243,7 @@ def _kvstore(path: str, key: str = "") -> Any:
 
 
 def _read_key(path: str, key: str) -> bytes | None:
-    """The value at `key` below `path`, None if there is none."""
+    """Reads the bytes of the file `key` below `path`; None where there is no such file."""
     try:
         read = ts.KvStore.open(_kvstore(path)).result().read(key).result()
     except ValueError as error:
@@ -251,10 +252,11 @@ def _read_key(path: str, key: str) -> bytes | None:
 
 
 def _splits(path: str) -> list[str]:
-    """Names of the arrays in a store. Lists all of it, so only for the sake of an error message."""
+    """Names of the arrays in a store. Slow, as it lists every chunk; used for error messages only."""
     keys = (key.decode() for key in ts.KvStore.open(_kvstore(path)).result().list().result())
     return sorted(key.removesuffix("/zarr.json") for key in keys if key.endswith("/zarr.json"))
 
 
 def _reason(error: Exception) -> str:
+    """The message of a TensorStore error on one line, without the specification at its end."""
     return " ".join(str(error).split(" [tensorstore_spec")[0].split())

@@ -1,4 +1,4 @@
-"""Text to token ids and back: raw bytes, or a SentencePiece model."""
+"""Encodes text as token ids and decodes them: by bytes, or by a SentencePiece model, which can be trained here."""
 
 import hashlib
 import io
@@ -16,48 +16,48 @@ from ttt_e2e.errors import UserError
 
 LEGAL_SPECS = "'bytes' or the path of a SentencePiece model ending in '.model'"
 
-# Training a vocabulary sees at most this many lines, sampled uniformly, each cut into pieces of this many characters:
-# about 1 GB at the very worst, some tens of MB for ordinary text.
+# A vocabulary is trained on at most this many lines, sampled uniformly, each cut into pieces of this many characters.
+# That takes some tens of MB for ordinary text, and 1 GB at most.
 _MAX_TRAINING_LINES = 500_000
 _MAX_LINE_CHARACTERS = 500
 _MIN_VOCAB_SIZE = 259  # every byte, BOS, the unknown piece that SentencePiece insists on, and one character
 
-# SentencePiece spells a space like this, and so cannot tell a literal one from a space.
+# SentencePiece writes a space as this character, and so cannot tell this character in a text from a space.
 _SPACE_MARK = "\u2581"
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project knows of a tokenizer. Ids are below `vocab_size`."""
+    """The interface of a tokenizer. Its ids are below `vocab_size`."""
 
     vocab_size: int
     bos_id: int
-    fingerprint: str  # the same for tokenizers that are the same
+    fingerprint: str  # equal for equal tokenizers
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of `text`, int32 [num_tokens], without BOS."""
+        """Encodes `text` as token ids, int32 [num_tokens], without BOS."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; BOS and ids that the tokenizer does not know leave no trace."""
+        """Decodes `ids` to text; BOS and ids outside the vocabulary are skipped."""
 
 
 class ByteTokenizer:
-    """UTF-8 bytes, and one more id for BOS."""
+    """Encodes text as UTF-8 bytes: ids 0 to 255, and 256 for BOS."""
 
     vocab_size = 257
     bos_id = 256
     fingerprint = "bytes"
 
     def encode(self, text: str) -> np.ndarray:
-        """UTF-8 bytes of `text`, int32 [num_bytes], without BOS."""
+        """Encodes `text` as its UTF-8 bytes, int32 [num_bytes], without BOS."""
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; malformed UTF-8 becomes U+FFFD, ids that are no byte (BOS) are skipped."""
+        """Decodes `ids` to text; malformed UTF-8 becomes U+FFFD, and ids that are no byte (BOS) are skipped."""
         return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model from a file, local or in a bucket.
+    """Encodes text by a SentencePiece model, read from a file, local or in a bucket.
 
     Raises UserError if the file is missing, is no SentencePiece model, or has no BOS piece.
     """
@@ -66,7 +66,7 @@ class SentencePieceTokenizer:
         try:
             model = epath.Path(path).read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor()
-            # Loading zero bytes succeeds, and leaves a processor that cannot be used.
+            # SentencePiece loads zero bytes without an error, into a processor that cannot be used.
             loaded = bool(model) and self._processor.LoadFromSerializedProto(model)
         except OSError as error:
             raise UserError(f"tokenizer {path}: cannot be read ({error.strerror or error})") from None
@@ -83,20 +83,20 @@ class SentencePieceTokenizer:
         self._space_mark_ids = pieces if all(map(self._processor.is_byte, pieces)) else []
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of `text`, int32 [num_tokens], without BOS."""
+        """Encodes `text` as token ids, int32 [num_tokens], without BOS."""
         if not self._space_mark_ids or _SPACE_MARK not in text:
             return np.asarray(self._processor.encode(text), np.int32)
-        # Spelled out in bytes, a literal space mark survives decoding.
+        # Encoded as its three bytes, a literal space mark is not decoded to a space.
         ids = [[*self._space_mark_ids, *part] for part in self._processor.encode(text.split(_SPACE_MARK))]
         return np.asarray(list(itertools.chain(*ids))[len(self._space_mark_ids) :], np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; BOS and other control pieces, and ids beyond the vocabulary, are skipped."""
+        """Decodes `ids` to text; BOS and other control pieces, and ids outside the vocabulary, are skipped."""
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
 
 def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
-    """The tokenizer that `spec` names: "bytes", or a path that ends in ".model". Raises UserError otherwise."""
+    """Loads the tokenizer "bytes", or that of a path that ends in ".model". Raises UserError for any other `spec`."""
     if spec == "bytes":
         return ByteTokenizer()
     if os.fspath(spec).endswith(".model"):
@@ -105,10 +105,10 @@ def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, output_path: str | os.PathLike) -> None:
-    """Learns a BPE vocabulary with byte fallback, in which every text is encodable and decodes to itself.
+    """Trains a BPE vocabulary with byte fallback, by which every text can be encoded and decodes to itself.
 
-    Reads every text once, keeps a uniform sample of their lines in memory, and gives the same model every time.
-    Raises UserError if `vocab_size` does not suit the texts; then, no file is written.
+    Reads every text once and holds a uniform sample of their lines in memory. The same texts give the same model.
+    Raises UserError if `vocab_size` is too small or too large for the texts; then no file is written.
     """
     if vocab_size < _MIN_VOCAB_SIZE:
         raise UserError(f"tokenizer train:{vocab_size}: the vocabulary must have at least {_MIN_VOCAB_SIZE} entries")
@@ -122,7 +122,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, output_path: str 
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
-            # Nothing may be normalised away: source code is not the same with other white space.
+            # No normalisation, as white space matters in source code.
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -147,7 +147,10 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, output_path: str 
 
 
 class _TrainingLines:
-    """Iterates over the lines of texts. The C++ trainer takes an exception for the end, so it is kept for later."""
+    """Iterates over pieces of the lines of texts, for the C++ trainer.
+
+    The trainer takes an exception for the end of the iteration, so it is stored in `error`, to be raised afterwards.
+    """
 
     def __init__(self, texts: Iterable[str]):
         self.error: BaseException | None = None
@@ -170,6 +173,7 @@ class _TrainingLines:
 
     @staticmethod
     def _cut(texts: Iterable[str]) -> Iterator[str]:
+        """Cuts texts into lines, and these into pieces of at most `_MAX_LINE_CHARACTERS`."""
         for text in texts:
             for line in text.splitlines():
                 for start in range(0, len(line), _MAX_LINE_CHARACTERS):
@@ -177,12 +181,13 @@ class _TrainingLines:
 
 
 def _training_error(lines: _TrainingLines, vocab_size: int, error: Exception) -> BaseException:
+    """The exception to raise where SentencePiece raised `error`: that of reading the texts, or a `UserError`."""
     if lines.error:
         return lines.error
     if not lines.count:
         return UserError("tokenizer train: there is no text to train on; legal: at least one line that is not empty")
-    if found := re.search(r"value <= (\d+)", str(error)):
-        return UserError(f"tokenizer train:{vocab_size}: the text supports a vocabulary of at most {found[1]}")
-    if found := re.search(r"\d+ vs (\d+)", str(error)):
-        return UserError(f"tokenizer train:{vocab_size}: the text needs a vocabulary of at least {found[1]}")
+    if match := re.search(r"value <= (\d+)", str(error)):
+        return UserError(f"tokenizer train:{vocab_size}: the text supports a vocabulary of at most {match[1]}")
+    if match := re.search(r"\d+ vs (\d+)", str(error)):
+        return UserError(f"tokenizer train:{vocab_size}: the text needs a vocabulary of at least {match[1]}")
     return UserError(f"tokenizer train:{vocab_size}: SentencePiece refuses it ({' '.join(str(error).split())})")

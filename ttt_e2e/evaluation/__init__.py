@@ -1,1 +1,1 @@
-"""Measuring models: losses on held-out text, and reports."""
+"""Evaluations of checkpoints on held-out text, and reports on runs."""

@@ -1,7 +1,8 @@
-"""What an evaluation is: one class, in one file of this folder, under `@register`.
+"""The base class and the registry of evaluations: each is one class, in one file of this folder, under `@register`.
 
 Its flags are made from its settings, the command `evaluate` runs it, and `report` asks it for its row, table and
-figure. Flags are made from all files of this folder, so that these import JAX, and what imports it, in functions only.
+figure. All files of this folder are imported to define flags, and so must import JAX, and modules that import JAX, in
+functions only.
 """
 
 import importlib
@@ -22,87 +23,100 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Of an evaluation that has none."""
+    """Settings of an evaluation that has no flags of its own."""
 
 
 class Table(NamedTuple):
-    """A table of a report, of several runs."""
+    """A table of a report: one or more lines for each run."""
 
     header: list[str]
     lines: list[list[str]]
-    num_words: int  # the first columns, which are text; the others are numbers
-    note: str
+    num_words: int  # number of columns at the left that are text; the others are numbers
+    note: str  # explains the columns, printed below the table
 
 
 class Evaluation:
-    """One evaluation: its settings, how it is made, and what a report shows of it.
+    """An evaluation: its settings, the method that runs it, and what a report shows of its result.
 
-    A subclass must have a `name` and the method `evaluate`; all else has defaults.
+    A subclass must define `name` and `evaluate`; everything else has defaults.
     """
 
-    name: ClassVar[str]  # of its flag, of its files NAME.json and NAME.jsonl, and of its part of a report
-    help: ClassVar[str] = ""  # of the flag --NAME, where none of the settings has that flag: it is then a boolean
+    name: ClassVar[str]  # name of its flag, its files NAME.json and NAME.jsonl, and its key in report.json
+    help: ClassVar[str] = ""  # help of the flag --NAME, a boolean; unused where one of the settings has that flag
     Settings: ClassVar[type] = NoSettings  # a frozen dataclass, its fields made by `ttt_e2e.settings.setting`
-    is_default: ClassVar[bool] = False  # made where no flag asks for another
-    in_one_process: ClassVar[bool] = True
-    fields: ClassVar[tuple[str, ...]] = ()  # of the result, that a report needs
+    is_default: ClassVar[bool] = False  # runs where no flag asks for another evaluation
+    in_one_process: ClassVar[bool] = True  # refuses to run in several processes
+    fields: ClassVar[tuple[str, ...]] = ()  # fields of the result that a report needs
     unprinted: ClassVar[tuple[str, ...]] = ()  # fields of the result that the command does not print
-    columns: ClassVar[tuple[str, ...]] = ()  # fields of `row` that are numbers, for the report's table
-    note: ClassVar[str] = ""  # what the table's columns mean
-    caption: ClassVar[str] = ""  # of the figure
-    figure_name: ClassVar[str] = ""  # of the figure's file; "" = NAME
+    columns: ClassVar[tuple[str, ...]] = ()  # fields of `row`, numbers, that are the columns of the report's table
+    note: ClassVar[str] = ""  # explains these columns, below the table
+    caption: ClassVar[str] = ""  # caption of the figure
+    figure_name: ClassVar[str] = ""  # name of the figure's file, without .png; "" = NAME
 
     def check(self, subject: Subject, settings) -> Any:
-        """Raises `UserError` for what cannot be evaluated so. All checks come before what may take hours."""
+        """Raises `UserError` where this subject cannot be evaluated with these settings.
+
+        The checks of all evaluations come before the first one runs, as that may take hours.
+        """
 
     def evaluate(self, subject: Subject, output, settings) -> dict:
-        """Evaluates, writes `NAME.json` into the directory `output` (`Records` does), and returns what that holds."""
+        """Evaluates the subject, writes `NAME.json` into the directory `output`, and returns its contents.
+
+        `Records.finish` does the writing.
+        """
         raise NotImplementedError
 
     def printed(self, result: dict) -> dict:
-        """What the command prints of a result."""
+        """The part of a result that the command prints, as a dict for JSON."""
         return {self.name: {k: v for k, v in result.items() if k not in ("about", *self.unprinted)}}
 
     def read(self, folder: Path) -> Any:
-        """The result that `evaluate` wrote; None where there is none. Raises `UserError` where it lacks a field."""
+        """Reads the result in `folder`; None where there is none. Raises `UserError` where a field is missing."""
         return read_result(folder / f"{self.name}.json", self.fields)
 
     def row(self, result) -> Any:
-        """What `report.json` has of a result of one run, as JSON."""
+        """The part of a run's result that goes into `report.json`, as JSON values."""
         return {field: result[field] for field in self.fields}
 
     def table(self, rows: dict[str, Any]) -> Table | None:
-        """A table of the rows of all runs that have one, by their names; None = there is none."""
+        """Makes the report's table; None = this evaluation has none.
+
+        rows: `row` of each run that has a result, by the name of the run.
+        """
         if not self.columns:
             return None
         lines = [[run, *(number(row[column]) for column in self.columns)] for run, row in rows.items()]
         return Table(["run", *(column.replace("_", " ") for column in self.columns)], lines, 1, self.note)
 
     def figure(self, runs: Sequence["Run"]):
-        """A figure of all runs, at least one of which has a result, `run.results[NAME]`; None = there is no figure."""
+        """Draws the report's figure; None = this evaluation has none.
+
+        runs: all runs of the report; at least one has a result, which is `run.results[NAME]`.
+        """
 
 
 REGISTERED: dict[str, Evaluation] = {}
 
 
 def register(evaluation: type[Evaluation]) -> type[Evaluation]:
-    """Makes an evaluation known to `evaluate` and `report`."""
+    """Class decorator: registers an evaluation for the commands `evaluate` and `report`."""
     REGISTERED[evaluation.name] = evaluation()
     return evaluation
 
 
 def evaluations() -> dict[str, Evaluation]:
-    """All evaluations by their names, the default first: those of this folder, and what was registered elsewhere."""
+    """All registered evaluations by name, the default first; imports every file of this folder to register them."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"ttt_e2e.evaluation.{module.name}")
     return dict(sorted(REGISTERED.items(), key=lambda item: (not item[1].is_default, item[0])))
 
 
 def run_all(asked: list[tuple[Evaluation, Any]], config: Config, checkpoint, output) -> dict:
-    """Makes evaluations, each with its settings; what the command prints.
+    """Runs evaluations, each with its settings, and returns what the command prints, as a dict for JSON.
 
     Raises:
-      UserError: no such checkpoint, or it, the held-out text or some settings do not fit the config; nothing was run.
+      UserError: there is no such checkpoint, or checkpoint, held-out text or settings do not fit the config; then
+        nothing was run.
     """
     import jax
 
@@ -122,10 +136,10 @@ def run_all(asked: list[tuple[Evaluation, Any]], config: Config, checkpoint, out
 
 
 def read_result(path: Path, fields: Sequence[str]) -> dict | None:
-    """The JSON object that an evaluation wrote; None where there is no file.
+    """Reads the JSON object that an evaluation wrote; None where there is no file.
 
     Raises:
-      UserError: it is damaged, or has not all of these fields.
+      UserError: the file is damaged, or one of `fields` is missing.
     """
     if not path.is_file():
         return None
@@ -137,5 +151,5 @@ def read_result(path: Path, fields: Sequence[str]) -> dict | None:
 
 
 def number(value: float | None) -> str:
-    """A number in a table: an integer as it is, another one with four decimals, a dash for None."""
+    """Formats a number for a table: integers as they are, others with four decimals, None as a dash."""
     return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""Loss of the same held-out tokens as the context before them grows.
+"""Evaluates the loss of the same held-out tokens after contexts of several lengths.
 
 Shapes: `B` sequences, `L` tokens of context.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for. Raises `UserError` for what means nothing."""
+    """Settings of the evaluation, made from its flags. Raises `UserError` for an illegal value."""
 
     lengths: tuple[int, ...] = setting(
         "context_lengths",
@@ -43,7 +43,8 @@ class Settings:
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1:
             raise UserError(f"context_lengths is {list(self.lengths)}, but it takes integers of at least 1")
-        # However the same is asked for, the settings are the same: records are tied to them. (The class is frozen.)
+        # Settings are stored in a normal form, since records are continued only where settings are equal. The class is
+        # frozen, hence `object.__setattr__`.
         object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths))))
         if not 0 <= self.scored_tokens <= self.lengths[0]:
             raise UserError(
@@ -57,7 +58,7 @@ class Settings:
 
 @register
 class ContextLengths(Evaluation):
-    """Reads the ends of held-out stretches, of every length, and takes the loss of the same last tokens."""
+    """Reads the last L tokens of held-out stretches, for each length L; loss of the same last tokens of all of them."""
 
     name = "context_lengths"
     Settings = Settings
@@ -79,7 +80,7 @@ class ContextLengths(Evaluation):
             )
 
     def evaluate(self, subject: Subject, output, settings: Settings) -> dict:
-        """A stretch is as long as the longest length, and stretches follow each other in the split."""
+        """Reads every stretch at every length. Stretches are adjacent, and each as long as the longest length."""
         self.check(subject, settings)
         config, store, longest = subject.config, subject.store, settings.lengths[-1]
         available = store.num_sequences(longest)
@@ -98,24 +99,24 @@ class ContextLengths(Evaluation):
             for length, batch, filled in todo:
                 tokens = store.sequences(filled, longest, config.model.vocab_size)[:, longest - length :]
                 is_scored = is_target(tokens[:, -settings.scored_tokens :], config.data.bos_id)
-                found = [
+                new = [
                     {"length": length, "stretch": n, "num_targets": int(is_scored[i].sum())}
                     for i, n in enumerate(batch)
                 ]
                 for suffix, learn in modes.items():
                     _, nll_BL = reader.read(reader.start(tokens[:, 0], B), tokens[:, 1:], learn=learn, bar=bar)
                     nll = nll_BL[:, -settings.scored_tokens :]
-                    for i, record in enumerate(found):
+                    for i, record in enumerate(new):
                         record[f"nll{suffix}"] = float(nll[i, is_scored[i]].sum(dtype=np.float64))
-                records.add(found)
+                records.add(new)
         return records.finish(summarise(list(records.done.values()), settings, subject.step))
 
     def row(self, result: dict) -> list[dict]:
-        """One object for each length."""
+        """The list `lengths` of the result, one dict for each length."""
         return result["lengths"]
 
     def figure(self, runs: Sequence[Run]):
-        """Loss of the same tokens against the length of the context, and its change from the shortest length."""
+        """Draws loss against context length, and below it the difference from the loss at the shortest length."""
         import matplotlib
 
         with matplotlib.rc_context(STYLE):
@@ -136,17 +137,20 @@ class ContextLengths(Evaluation):
 
 
 def summarise(records: list[dict], settings: Settings, step: int) -> dict:
-    """The result, from a record for each stretch and length: `nll` is summed over its `num_targets`."""
+    """Computes the result: losses, differences from the shortest length, and standard errors, for each length.
+
+    records: one for each stretch and length; its `nll` is a sum over `num_targets` targets.
+    """
     by_length = {length: [r for r in records if r["length"] == length] for length in settings.lengths}
     shortest = sorted(by_length[settings.lengths[0]], key=lambda r: r["stretch"])
     lengths = []
-    for length, found in by_length.items():
-        found, entry = sorted(found, key=lambda r: r["stretch"]), {"length": length}
-        counts = np.array([r["num_targets"] for r in found], np.float64)
+    for length, unsorted in by_length.items():
+        same_length, entry = sorted(unsorted, key=lambda r: r["stretch"]), {"length": length}
+        counts = np.array([r["num_targets"] for r in same_length], np.float64)
         for suffix in ("", "_without_learning"):
-            if f"nll{suffix}" not in found[0]:
+            if f"nll{suffix}" not in same_length[0]:
                 continue
-            sums, base = (np.array([r[f"nll{suffix}"] for r in of]) for of in (found, shortest))
+            sums, base = (np.array([r[f"nll{suffix}"] for r in group]) for group in (same_length, shortest))
             loss, difference = ratio(sums, counts), ratio(sums - base, counts)
             entry |= {f"loss{suffix}": loss[0], f"standard_error{suffix}": loss[1]}
             entry |= {f"difference{suffix}": difference[0], f"difference_standard_error{suffix}": difference[1]}
@@ -161,7 +165,10 @@ def summarise(records: list[dict], settings: Settings, step: int) -> dict:
 
 
 def ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float | None, float | None]:
-    """The mean, sum(sums) / sum(counts), and its standard error over the stretches; None where there are too few."""
+    """The ratio sum(sums) / sum(counts), and its standard error over stretches (of a ratio estimator).
+
+    Arguments are [stretches]. Results are None where there are too few: no count, or a single stretch.
+    """
     n = len(sums)
     if not counts.sum():
         return None, None
@@ -172,7 +179,7 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float | None, float | N
 
 
 def _draw_run(top, bottom, run: Run, entries: list[dict], color: str) -> set[int]:
-    """One run's loss in the upper panel, and its difference in the lower; its lengths."""
+    """Draws one run's losses in the upper panel and differences in the lower; returns its context lengths."""
     at = [entry["length"] for entry in entries]
     for suffix, style, label in (("", "-", run.name), ("_without_learning", "--", f"{run.name}, not learning")):
         if f"loss{suffix}" not in entries[0]:
@@ -189,6 +196,6 @@ def _draw_run(top, bottom, run: Run, entries: list[dict], color: str) -> set[int
 
 
 def _draw(panel, at: list[int], entries: list[dict], field: str, error: str, marks: dict) -> None:
-    """A line with bars of one standard error; numbers that there are none of (null) are left out."""
+    """Draws a line with bars of one standard error; leaves out values that are None."""
     values, errors = ([np.nan if e[name] is None else e[name] for e in entries] for name in (field, error))
     panel.errorbar(at, values, yerr=np.nan_to_num(errors), **marks)

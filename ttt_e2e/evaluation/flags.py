@@ -1,4 +1,4 @@
-"""Flags of `ttt-e2e evaluate` that ask for evaluations, made from their settings."""
+"""Defines and reads the flags of `ttt-e2e evaluate` that select evaluations and set their settings."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ttt_e2e.evaluation.base import Evaluation, evaluations
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines them."""
+    """Defines the flags of all evaluations: those of their settings, and a boolean --NAME where none is --NAME."""
     for evaluation in evaluations().values():
         settings.define(values, evaluation.Settings)
         if evaluation.name not in values and not evaluation.is_default:
@@ -18,17 +18,17 @@ def define(values: flags.FlagValues) -> None:
 
 
 def asked(values: flags.FlagValues) -> list[tuple[Evaluation, Any]]:
-    """The evaluations that are asked for, each with its settings; the default one where there are none.
+    """The evaluations that flags select, each with its settings; the default evaluation where they select none.
 
     Raises:
-      UserError: a flag belongs to one that is not, has an illegal value, or is no list of integers where it takes one.
+      UserError: a flag belongs to an evaluation that is not selected, or has an illegal value.
     """
-    asked = []
+    selected = []
     for evaluation in evaluations().values():
         if not evaluation.is_default and values[evaluation.name].value:
-            asked.append((evaluation, settings.read(values, evaluation.Settings)))
+            selected.append((evaluation, settings.read(values, evaluation.Settings)))
             continue
         for flag in settings.flag_names(evaluation.Settings):
             if values[flag].present and flag != evaluation.name:
                 raise UserError(f"--{flag} belongs to --{evaluation.name}, which is missing")
-    return asked or [(each, each.Settings()) for each in evaluations().values() if each.is_default]
+    return selected or [(each, each.Settings()) for each in evaluations().values() if each.is_default]

@@ -1,4 +1,6 @@
-"""Continuations of held-out documents, scored by a judge: any checkpoint, the model itself by default.
+"""Evaluates continuations of held-out documents by the NLL that a judge gives them.
+
+The judge is another checkpoint, or the model itself.
 
 Shapes: `B` sequences, `P` tokens of a prompt, `V` vocabulary.
 """
@@ -24,12 +26,12 @@ if TYPE_CHECKING:
     from ttt_e2e.data.tokenizers import Tokenizer
     from ttt_e2e.inference.reader import Reader
 
-CHUNK = 2**20  # tokens of the split that are looked through for documents at a time
+CHUNK = 2**20  # tokens of the split that are read at a time when looking for documents
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for. Raises `UserError` for what means nothing."""
+    """Settings of the evaluation, made from its flags. Raises `UserError` for an illegal value."""
 
     prompt_tokens: int = setting(
         "generation_prompt_tokens", "First tokens of a document to continue; 0 = half the trained length.", 0
@@ -53,18 +55,18 @@ class Settings:
 
 
 class Plan(NamedTuple):
-    """What is read and by whom."""
+    """The documents to continue, and the judge."""
 
-    prompt_tokens: int
-    documents: list[int]  # where they begin in the held-out text
+    prompt_tokens: int  # tokens of a document that are the prompt
+    documents: list[int]  # index of the first token of each document in the held-out split
     judge: Subject
 
 
 @register
 class Generation(Evaluation):
-    """Continues the beginnings of held-out documents, and has the continuations scored, and the true ones too.
+    """Continues the beginnings of held-out documents; the judge scores the continuations, and the true ones too.
 
-    All are generated first, then all are judged, so that one model is held at a time.
+    All continuations are generated before the first is judged, so that one model at a time is in memory.
     """
 
     name = "generation"
@@ -78,7 +80,7 @@ class Generation(Evaluation):
     )
 
     def check(self, subject: Subject, settings: Settings) -> Plan:
-        """What is read and by whom.
+        """Chooses the documents and finds the judge.
 
         Raises:
           UserError: there is no tokenizer, no document is long enough, or the judge cannot be read.
@@ -96,7 +98,7 @@ class Generation(Evaluation):
         return Plan(prompt_tokens, documents, judge)
 
     def evaluate(self, subject: Subject, output, settings: Settings) -> dict:
-        """Generates and judges what is not finished."""
+        """Generates and judges the continuations that have no record yet."""
         plan = self.check(subject, settings)
         judge, count = plan.judge, len(plan.documents)
         reader = subject.reader(plan.prompt_tokens + settings.tokens)
@@ -120,19 +122,19 @@ class Generation(Evaluation):
         return records.finish(summary | summarise(generated, judged, plan.prompt_tokens))
 
     def row(self, result: dict) -> dict:
-        """The whole result."""
+        """The whole result, without `about`."""
         return {name: value for name, value in result.items() if name != "about"}
 
     def table(self, rows: dict[str, dict]) -> Table:
-        """What each run generated, and the true continuations, as its judge finds them."""
+        """Makes the report's table: NLL of generated and of true continuations, per token and per byte, of each run."""
         header = ["run", "judge", "samples", "prompt", "tokens", "own", "judge", "judge, bytes", "true", "true, bytes"]
         lines = []
         for run, row in rows.items():
             generated, reference = row["generated"], row["reference"]
             figures = [row["num_samples"], row["prompt_tokens"], generated["num_tokens"]]
             figures.append(generated["own_nll_per_token"])
-            for of in (generated, reference):
-                figures += [of["judge_nll_per_token"], of["judge_nll_per_byte"]]
+            for scores in (generated, reference):
+                figures += [scores["judge_nll_per_token"], scores["judge_nll_per_byte"]]
             lines.append([run, row["judge"] or "itself", *map(number, figures)])
         return Table(header, lines, 2, self.note)
 
@@ -146,9 +148,10 @@ def find_judge(path: str) -> Subject:
 
 
 def find_documents(store: TokenStore, bos_id: int, length: int, count: int) -> tuple[list[int], int]:
-    """Where the first `count` documents of at least `length` tokens begin, after their BOS.
+    """Finds the first `count` documents of at least `length` tokens.
 
-    The second result is the number of tokens of the longest document that was seen on the way.
+    Returns the index in the split of the first token of each, after its BOS, and the number of tokens of the longest
+    document up to there.
     """
     begins, longest, begin = [], 0, 0
     for start in range(0, store.num_tokens, CHUNK):
@@ -157,7 +160,7 @@ def find_documents(store: TokenStore, bos_id: int, length: int, count: int) -> t
         if start + CHUNK >= store.num_tokens:
             ends.append(store.num_tokens)
         for end in ends:
-            # What comes before the first BOS is the rest of some document, if anything.
+            # Tokens before the first BOS, if any, are the end of a document and not a whole one.
             if begin:
                 longest = max(longest, end - begin)
             if begin and end - begin >= length:
@@ -169,10 +172,10 @@ def find_documents(store: TokenStore, bos_id: int, length: int, count: int) -> t
 
 
 def summarise(generated: list[dict], judged: list[dict], prompt_tokens: int) -> dict:
-    """Means over all tokens, and over all bytes, of all continuations."""
+    """Computes the result: mean NLL per token and per byte, over all continuations of all documents."""
 
     def rates(name: str) -> dict:
-        nll, num_tokens = (sum(r[f"{name}_{of}"] for r in judged) for of in ("nll", "num_tokens"))
+        nll, num_tokens = (sum(r[f"{name}_{field}"] for r in judged) for field in ("nll", "num_tokens"))
         num_bytes = sum(r[f"{name}_num_bytes"] for r in generated)
         per_token, per_byte = (nll / count if count else None for count in (num_tokens, num_bytes))
         counts = {"num_bytes": num_bytes, "judge_num_tokens": num_tokens}
@@ -193,7 +196,7 @@ def summarise(generated: list[dict], judged: list[dict], prompt_tokens: int) -> 
 
 
 def _generate_all(reader: Reader, subject: Subject, plan: Plan, settings: Settings, records: Records) -> None:
-    """Adds a record of the stage `generated` for each document that has none yet."""
+    """Generates continuations: adds a record of the stage `generated` for each document that has none yet."""
     config, tokenizer, bos_id = subject.config, subject.tokenizer, subject.bos_id
     B, P = min(config.eval.batch_size, len(plan.documents)), plan.prompt_tokens
     todo = records.unfinished(("generated",), len(plan.documents), B)
@@ -220,7 +223,10 @@ def _generate_all(reader: Reader, subject: Subject, plan: Plan, settings: Settin
 
 
 def _continue(reader: Reader, prompts_BP, samples: list[int], settings: Settings, bos_id: int, bar: tqdm):
-    """Tokens that follow the prompts, and their NLL [B, n]; stops early where all rows have BOS."""
+    """Samples continuations of prompts [B, P]: tokens [B, n], and their NLL [B, n] in nats.
+
+    n is `settings.tokens`, or less where all sequences have reached BOS before.
+    """
     import jax
 
     from ttt_e2e.inference.sampling import choose
@@ -246,7 +252,10 @@ def _continue(reader: Reader, prompts_BP, samples: list[int], settings: Settings
 
 
 def _judge_all(reader: Reader, bos_id: int, texts: list, records: Records, batch_size: int) -> None:
-    """Adds a record of the stage `judged` for each (prompt, continuation, true continuation) that has none yet."""
+    """Scores continuations: adds a record of the stage `judged` for each document that has none yet.
+
+    texts: token ids (prompt, continuation, true continuation) of each document, in the judge's tokens.
+    """
     B = min(batch_size, len(texts))
     todo = records.unfinished(("judged",), len(texts), B)
     names = ("generated", "reference")
@@ -262,10 +271,10 @@ def _judge_all(reader: Reader, bos_id: int, texts: list, records: Records, batch
 
 
 def _score(reader: Reader, bos_id: int, rows: list[tuple[np.ndarray, np.ndarray]], bar: tqdm) -> list[float]:
-    """NLL of each continuation given its prompt, summed over its tokens."""
+    """NLL, in nats and summed over its tokens, of each continuation in rows of (prompt, continuation)."""
     texts = [np.concatenate(row) for row in rows]
     longest = max(map(len, texts))
-    # Filled up with zeros at the end: nothing that counts comes after them.
+    # Padded with zeros at the end, where by causality they change no NLL that is used.
     filled = np.stack([np.pad(text, (0, longest - len(text))) for text in texts])
     _, nll_BT = reader.read(reader.start(bos_id, len(rows)), filled, bar=bar)
     spans = [(len(prompt), len(prompt) + len(continuation)) for prompt, continuation in rows]
@@ -273,7 +282,10 @@ def _score(reader: Reader, bos_id: int, rows: list[tuple[np.ndarray, np.ndarray]
 
 
 def _in_tokens_of(judge: Subject, subject: Subject, plan: Plan, settings: Settings, record: dict) -> list[np.ndarray]:
-    """Prompt, continuation and true continuation, as the judge reads them: the text is the same for every tokenizer."""
+    """Token ids of prompt, continuation and true continuation for the judge.
+
+    A judge with another tokenizer gets the same text, encoded by its own.
+    """
     if judge.tokenizer.fingerprint != subject.tokenizer.fingerprint:
         return [judge.encode(record[name]) for name in ("prompt", "generated", "reference")]
     start, P = record["start"], plan.prompt_tokens
@@ -282,7 +294,7 @@ def _in_tokens_of(judge: Subject, subject: Subject, plan: Plan, settings: Settin
 
 
 def _text_after(tokenizer: Tokenizer, prompt, ids) -> str:
-    """The text of tokens that follow others: some tokenizers drop a space where a text begins."""
+    """Decodes tokens that follow a prompt, in its context: some tokenizers drop a space at the beginning of a text."""
     before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
-    # A character that the prompt ends within is another one in the whole.
+    # A prompt that ends within a character is no prefix of the whole: it decodes to U+FFFD at its end.
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids)

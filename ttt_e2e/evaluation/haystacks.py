@@ -1,7 +1,7 @@
-"""Prompts of the needle test: a needle in repeated noise or in held-out text, and a question at the end.
+"""Makes prompts of the needle test: a needle in repeated noise or in held-out text, and a question at the end.
 
-The three tasks are those of RULER's single needle (S-NIAH-1 to 3, arXiv 2404.06654), in words of our own. Shapes: `L`
-tokens of a prompt.
+The three tasks are those of RULER's single needle-in-a-haystack (S-NIAH-1 to 3, arXiv 2404.06654), worded anew.
+Shapes: `L` tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ QUALITIES = "amber brave calm dusty eager faint gentle hollow icy jolly keen liv
 THINGS = (
     "anchor basket candle drum engine fiddle garden hammer island jacket kettle ladder mirror needle orchard pencil"
 )
-# A needle goes to the nearest end of a line, if there is one within this share of the haystack; else within a line.
+# A needle goes to the nearest end of a line that is within this share of the haystack's length; else within a line.
 REACH = 0.05
 
 
 class Prompt(NamedTuple):
-    """One prompt, as read after BOS, and what to say next."""
+    """The tokens of one prompt, without BOS, and its answer."""
 
     tokens_L: np.ndarray
-    control_L: np.ndarray  # the same with more haystack in place of the needle
-    answer: np.ndarray  # tokens that continue the prompt
-    other: np.ndarray  # tokens of another value, which the prompt has nowhere
-    value: str  # what the answer says
-    position: int  # of the needle's first token
+    control_L: np.ndarray  # the same prompt with more haystack in place of the needle
+    answer: np.ndarray  # tokens of the right value
+    other: np.ndarray  # tokens of another value, which is not in the prompt
+    value: str  # text of the right value
+    position: int  # index of the needle's first token
 
 
 class Parts(NamedTuple):
-    """The tokens of a prompt that are no haystack."""
+    """The tokens of a prompt without its haystack, and its answer, as in `Prompt`."""
 
-    begin: np.ndarray
+    begin: np.ndarray  # the introduction
     needle: np.ndarray
     end: np.ndarray  # the question
     answer: np.ndarray
-    other: np.ndarray  # another value
+    other: np.ndarray
     value: str
 
 
 @dataclass(frozen=True)
 class Haystacks:
-    """Makes prompts out of a split of held-out text, each from a seed that is its place in the test."""
+    """Makes prompts from a split of held-out text; the random seed of each is its task, length, depth and sample."""
 
     tokenizer: Tokenizer
     store: TokenStore
@@ -67,16 +67,16 @@ class Haystacks:
     vocab_size: int
 
     def prompt(self, task: int, length: int, depth: int, sample: int) -> Prompt:
-        """A prompt of exactly `length` tokens, the same whenever and with whatever others it is made.
+        """Makes a prompt of exactly `length` tokens; the arguments alone determine it.
 
         Args:
-          task: of `TASKS`.
-          length: in tokens, BOS and answer left out.
-          depth: where the needle is, in percent of the haystack; 0 = its beginning.
+          task: a key of `TASKS`.
+          length: number of tokens, without BOS and answer.
+          depth: position of the needle in the haystack, in percent; 0 = its beginning.
           sample: number of the prompt among those of the same task, length and depth.
 
         Raises:
-          UserError: as `parts`.
+          UserError: `length` is too short or too long, see `parts`.
         """
         begin, needle, end, *answers = self.parts(task, length, depth, sample)
         room = length - len(begin) - len(end)
@@ -88,17 +88,17 @@ class Haystacks:
         return Prompt(tokens, np.concatenate([begin, hay, end]), *answers, len(begin) + place)
 
     def parts(self, task: int, length: int, depth: int, sample: int) -> Parts:
-        """What stands around the haystack of a prompt; the arguments are those of `prompt`.
+        """Makes introduction, needle, question and answer of a prompt; the arguments are those of `prompt`.
 
         Raises:
-          UserError: the length has no room for needle and question, or the split is shorter.
+          UserError: `length` has no room for needle and question, or the split has fewer tokens.
         """
         random = np.random.default_rng([0, task, length, depth, sample])
         key = f"{random.choice(QUALITIES.split())} {random.choice(THINGS.split())}"
         value, other = (_draw_value(task, random) for _ in range(2))
         words = {"key": key, "kind": "UUID" if task == 3 else "number"}
         begin, before, end = (self._encode(text.format(**words)) for text in (INTRODUCTION, NEEDLE, QUESTION))
-        # Encoded one by one, so that the answer is the same tokens in the needle and after the question.
+        # Encoded separately, so that the answer has the same tokens in the needle and after the question.
         answer, other = self._encode(f" {value}"), self._encode(f" {other}")
         needle = np.concatenate([before, answer, self._encode(".\n")])
         least = len(begin) + len(needle) + len(end) + 1
@@ -110,24 +110,27 @@ class Haystacks:
         return Parts(begin, needle, end, answer, other, value)
 
     def _noise(self, count: int) -> np.ndarray:
-        """The end of ever the same lines."""
+        """The last `count` tokens of the noise lines, repeated."""
         line = self._encode(NOISE)
         return np.tile(line, -(-count // len(line)))[-count:]
 
     def _natural(self, count: int, random: np.random.Generator) -> np.ndarray:
-        """Some stretch of the split. Where one document ends, a new line begins: nothing may hide what was before."""
+        """`count` tokens of the split from a random position on, with a new line in place of each BOS.
+
+        A BOS might make the model ignore what came before it, the needle included.
+        """
         start = int(random.integers(0, self.store.num_tokens - count + 1))
         tokens = self.store.stretch(start, start + count, self.vocab_size)
         return np.where(tokens == self.bos_id, self._encode("\n")[-1], tokens)
 
     def _place(self, hay: np.ndarray, depth: int) -> int:
-        """How many tokens of the haystack come before the needle."""
-        wanted = round(len(hay) * depth / 100)
+        """Number of tokens of the haystack that come before the needle."""
+        target = round(len(hay) * depth / 100)
         ids, inverse = np.unique(hay, return_inverse=True)
         ends_line = np.array(["\n" in self.tokenizer.decode([token]) for token in ids], bool)[inverse]
         places = np.concatenate([[0], np.flatnonzero(ends_line) + 1, [len(hay)]])
-        nearest = int(places[np.argmin(np.abs(places - wanted))])
-        return nearest if abs(nearest - wanted) <= REACH * len(hay) else wanted
+        nearest = int(places[np.argmin(np.abs(places - target))])
+        return nearest if abs(nearest - target) <= REACH * len(hay) else target
 
     def _encode(self, text: str) -> np.ndarray:
         from ttt_e2e.inference.prompts import encode
@@ -136,4 +139,5 @@ class Haystacks:
 
 
 def _draw_value(task: int, random: np.random.Generator) -> str:
+    """Draws a UUID for task 3, else a number of 7 digits."""
     return str(uuid.UUID(bytes=random.bytes(16), version=4)) if task == 3 else str(random.integers(10**6, 10**7))

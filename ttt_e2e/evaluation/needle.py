@@ -1,4 +1,4 @@
-"""Retrieval of a single needle, by depth and length of the context.
+"""Evaluates the retrieval of a single needle, by its depth in the prompt and the prompt's length.
 
 Shapes: `B` sequences, `L` tokens of a prompt, `n` tokens that follow it, `V` vocabulary.
 """
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from ttt_e2e.evaluation.runs import Run
     from ttt_e2e.inference.reader import Reader, ReaderState
 
-MARGIN = 4  # tokens generated beyond those of the answer, as its text may also be said in more of them
+MARGIN = 4  # tokens generated beyond those of the answer, as the model may spell its text with more tokens
 CELL = ("task", "length", "depth")
 NLLS = ("nll", "nll_control", "nll_other_value")
-# What a row of panels of the figure shows: field, title, how a number is written.
+# A row of panels of the figure each: field, title, number format.
 PANELS = (
     ("exact_match", "exact match", "{:.0%}"),
     ("recall_gain", "recall gain (nats per token)", "{:+.2f}"),
@@ -38,7 +38,7 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for. Raises `UserError` for what means nothing."""
+    """Settings of the evaluation, made from its flags. Raises `UserError` for an illegal value."""
 
     tasks: tuple[int, ...] = setting(
         "needle", "Instead: retrieval of 1 = a number in noise, 2 = a number in text, 3 = a UUID in text, as 1,2,3."
@@ -69,12 +69,12 @@ class Settings:
 
 @register
 class Needle(Evaluation):
-    """Asks for needles, and for the same ones where they were left out.
+    """Measures the recall of needles, by exact match and by NLL.
 
-    A model is asked twice: what it would say, greedily (`match` is whether that begins with the answer), and how likely
-    the answer is to it. The latter shows whether anything was recalled, long before anything is said right: against the
-    same prompt without the needle, it is the recall gain; against another value after the same prompt, the value gain,
-    which needs the very value to be recalled, and not only what such values look like.
+    `match` is whether the model's greedy continuation of a prompt begins with the value. The NLL of the value shows
+    whether anything was recalled long before a model is able to say it. The recall gain compares it with the NLL after
+    the same prompt without the needle. The value gain compares it with the NLL of another value after the same prompt:
+    to have one, a model must recall the value itself, and not only what such values look like.
     """
 
     name = "needle"
@@ -88,7 +88,7 @@ class Needle(Evaluation):
     )
 
     def check(self, subject: Subject, settings: Settings) -> tuple[Haystacks, tuple[int, ...]]:
-        """What makes the prompts, and the lengths.
+        """Makes the `Haystacks`, and the lengths of the prompts: those of the settings, or default ones that fit.
 
         Raises:
           UserError: there is no tokenizer, the held-out text does not fit the config, or a length is too short or too
@@ -111,7 +111,7 @@ class Needle(Evaluation):
         return haystacks, tuple(lengths)
 
     def evaluate(self, subject: Subject, output, settings: Settings) -> dict:
-        """Asks for every needle of the grid of tasks, lengths and depths."""
+        """Runs the prompts of every task, length and depth that have no record yet."""
         haystacks, lengths = self.check(subject, settings)
         B = min(subject.config.eval.batch_size, settings.samples)
         reader = subject.reader(lengths[-1] + _longest_answer(haystacks, settings, lengths) + MARGIN)
@@ -132,11 +132,11 @@ class Needle(Evaluation):
         return records.finish(summarise(list(records.done.values()), settings, lengths, subject.step))
 
     def row(self, result: dict) -> list[dict]:
-        """One object for each task."""
+        """The list `tasks` of the result, one dict for each task."""
         return result["tasks"]
 
     def figure(self, runs: Sequence[Run]):
-        """Grids of depth by length: a column of panels for each run and task, a row each for match and gains."""
+        """Draws grids of depth by length: a column of panels for each run and task, a row for each of `PANELS`."""
         import matplotlib
 
         results = [(run.name, run.results[self.name]) for run in runs if run.results[self.name]]
@@ -148,7 +148,7 @@ class Needle(Evaluation):
             panels = figure.subplots(len(PANELS), len(columns), squeeze=False, width_ratios=widths)
             for row, (field, title, text) in zip(panels, PANELS):
                 grids = [_grid(result, task, field) for _, result, task in columns]
-                # One scale for all of a row; gains are white at 0, and matches where there is none.
+                # One colour scale for each row, white at 0.
                 limit = 1.0 if field == "exact_match" else max(0.1, *(float(np.abs(grid).max()) for grid in grids))
                 colors = {"cmap": "Blues", "vmin": 0} if field == "exact_match" else {"cmap": "RdBu", "vmin": -limit}
                 for panel, grid, (name, result, task) in zip(row, grids, columns):
@@ -163,40 +163,41 @@ class Needle(Evaluation):
 
 
 def ask(reader: Reader, haystacks: Haystacks, prompts: list[Prompt], bar: tqdm) -> list[dict]:
-    """What a model says to prompts of one length, and how likely values are to it: the records of these prompts."""
+    """Continues prompts of one length greedily and scores their values; returns a record for each prompt."""
     B = len(prompts)
     start = reader.start(haystacks.bos_id, B)
     with_needle, _ = reader.read(start, np.stack([prompt.tokens_L for prompt in prompts]), bar=bar)
     control, _ = reader.read(start, np.stack([prompt.control_L for prompt in prompts]), bar=bar)
     n = max(len(prompt.answer) for prompt in prompts) + MARGIN
-    said_Bn, _ = _follow(reader, with_needle, n, lambda i, logits_BV: logits_BV.argmax(-1))
+    greedy_Bn, _ = _follow(reader, with_needle, n, lambda i, logits_BV: logits_BV.argmax(-1))
     answers, others = [prompt.answer for prompt in prompts], [prompt.other for prompt in prompts]
     nlls = {
         "nll": _mean_nll(reader, with_needle, answers),
         "nll_control": _mean_nll(reader, control, answers),
         "nll_other_value": _mean_nll(reader, with_needle, others),
     }
-    found = []
+    records = []
     for i, prompt in enumerate(prompts):
-        said = haystacks.tokenizer.decode(said_Bn[i])
-        match = said.lstrip().startswith(prompt.value)
-        record = {"answer": prompt.value, "said": said, "match": match, **{name: of[i] for name, of in nlls.items()}}
-        found.append(record | {"num_answer_tokens": len(prompt.answer), "position": prompt.position})
-    return found
+        text = haystacks.tokenizer.decode(greedy_Bn[i])
+        match = text.lstrip().startswith(prompt.value)
+        record = {"answer": prompt.value, "said": text, "match": match, **{name: nll[i] for name, nll in nlls.items()}}
+        records.append(record | {"num_answer_tokens": len(prompt.answer), "position": prompt.position})
+    return records
 
 
 def summarise(records: list[dict], settings: Settings, lengths: tuple[int, ...], step: int) -> dict:
-    """The result, from a record for each prompt: means over the prompts of a task, and of each cell of its grid."""
+    """Computes the result from a record for each prompt: means over each task, and over each cell of its grid."""
     cells = []
     for cell in product(settings.tasks, lengths, settings.depths):
-        found = [r for r in records if tuple(r[name] for name in CELL) == cell]
-        cells.append(dict(zip(CELL, cell)) | _means(found))
+        in_cell = [r for r in records if tuple(r[name] for name in CELL) == cell]
+        cells.append(dict(zip(CELL, cell)) | _means(in_cell))
     tasks = [{"task": task} | _means([r for r in records if r["task"] == task]) for task in settings.tasks]
     grid = {"lengths": list(lengths), "depths": list(settings.depths), "samples": settings.samples}
     return {"step": step, **grid, "tasks": tasks, "cells": cells}
 
 
 def _means(records: list[dict]) -> dict:
+    """Means over records of exact match, NLLs and gains, and standard errors of the gains (None of a single record)."""
     records = sorted(records, key=lambda r: tuple(r[name] for name in (*CELL, "sample")))
     match, *nlls = (np.array([r[name] for r in records], float) for name in ("match", *NLLS))
     means = {"exact_match": float(match.mean())} | {name: float(nll.mean()) for name, nll in zip(NLLS, nlls)}
@@ -209,16 +210,16 @@ def _means(records: list[dict]) -> dict:
 
 
 def _mean_nll(reader: Reader, state: ReaderState, answers: list[np.ndarray]) -> list[float]:
-    """Mean NLL of the tokens of each answer after the state."""
+    """Mean NLL, in nats, of the tokens of each answer after the state of its prompt."""
     n = max(map(len, answers))
-    # Beyond an answer, zeros: nothing that counts comes after them.
+    # Padded with zeros at the end, where by causality they change no NLL that is used.
     answers_Bn = np.stack([np.pad(answer, (0, n - len(answer))) for answer in answers])
     _, nll_Bn = _follow(reader, state, n, lambda i, logits_BV: answers_Bn[:, i])
     return [float(nll_n[: len(answer)].mean(dtype=np.float64)) for nll_n, answer in zip(nll_Bn, answers)]
 
 
 def _follow(reader: Reader, state: ReaderState, count: int, choose: Callable):
-    """`count` tokens [B, count] that `choose(i, logits [B, V])` chooses one by one, and their NLL [B, count]."""
+    """Decodes `count` tokens, each chosen by `choose(i, logits [B, V])`; returns tokens and NLL, both [B, count]."""
     tokens, nlls = [], []
     for i in range(count):
         state, token_B, nll_B = reader.step(state, lambda logits_BV, i=i: choose(i, logits_BV))
@@ -229,7 +230,7 @@ def _follow(reader: Reader, state: ReaderState, count: int, choose: Callable):
 
 
 def _longest_answer(haystacks: Haystacks, settings: Settings, lengths: tuple[int, ...]) -> int:
-    """Most tokens of a value of any prompt; raises `UserError` where one cannot be made."""
+    """Largest number of tokens of a value of any prompt. Raises `UserError` where a prompt cannot be made."""
     places = product(settings.tasks, lengths, settings.depths, range(settings.samples))
     parts = (haystacks.parts(*place) for place in places)
     return max(max(len(p.answer), len(p.other)) for p in parts)
@@ -240,13 +241,13 @@ def _listed(values) -> str:
 
 
 def _grid(result: dict, task: int, field: str) -> np.ndarray:
-    """[depths, lengths] of one field of one task."""
+    """One field of the cells of one task, as an array [depths, lengths]."""
     cells = {(cell["depth"], cell["length"]): cell[field] for cell in result["cells"] if cell["task"] == task}
     return np.array([[cells[depth, length] for length in result["lengths"]] for depth in result["depths"]], float)
 
 
 def _label(panel, grid: np.ndarray, result: dict, text: str, limit: float) -> None:
-    """Ticks, and the number in every cell, light on dark."""
+    """Labels a panel: ticks, and the number in every cell, white on dark colours."""
     panel.set_xticks(range(len(result["lengths"])), result["lengths"])
     panel.set_yticks(range(len(result["depths"])), result["depths"])
     panel.tick_params(length=0)

@@ -1,4 +1,4 @@
-"""The figure of training, and the colours of the runs in all figures of a report.
+"""Draws the training figure of a report, and assigns colours to runs for all of its figures.
 
 Matplotlib is imported where it is used: it is an optional dependency.
 """
@@ -10,7 +10,7 @@ from ttt_e2e.figures import COLORS, STYLE, make_figure
 
 
 def training_figure(runs: list[Run]):
-    """Loss, held-out loss, gradient norm and speed against the step."""
+    """Draws training loss, held-out loss, gradient norm and tokens per second against the step."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -37,14 +37,17 @@ def training_figure(runs: list[Run]):
 
 
 def _draw_smoothed(panel, run: Run, field: str, color: str, label: str | None = None) -> None:
-    """The logged values, faint, and their running mean over a thirtieth of the curve."""
+    """Draws the logged values, faint, and their running mean over a thirtieth of the curve."""
     steps, values = _series(run.training, field)
     panel.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
     panel.plot(_running_mean(steps), _running_mean(values), color=color, linewidth=1.6, label=label)
 
 
 def _loss_limits(runs: list[Run]) -> tuple[float, float]:
-    """From the lowest loss to the highest after the first twentieth of a run: the first fall would flatten the rest."""
+    """Limits of the loss axis: from the lowest loss to the highest after the first twentieth of each run.
+
+    The steep fall at the beginning would flatten the rest of the curves.
+    """
     losses = [_series(run.training, "loss")[1] for run in runs]
     held_out = [_series(run.held_out, "eval_loss")[1] for run in runs]
     low = min((values.min() for values in losses + held_out if len(values)), default=0.0)
@@ -54,17 +57,18 @@ def _loss_limits(runs: list[Run]) -> tuple[float, float]:
 
 
 def _series(lines: list[dict], field: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of a field of metrics lines, two arrays [points]."""
     points = [(line["step"], line[field]) for line in lines if line.get(field) is not None]
     series = np.array(points, dtype=np.float64).reshape(-1, 2)
     return tuple(series[np.isfinite(series).all(axis=1)].T)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Shorter than `values` by the width of the mean less one."""
+    """Running mean of values [n], over a width of n // 30 (at least 1): [n - width + 1]."""
     width = max(1, len(values) // 30)
     return np.convolve(values, np.full(width, 1 / width), mode="valid") if len(values) else values
 
 
 def colors_of(runs: list[Run]) -> list[str]:
-    """A colour for each run, the same in all figures."""
+    """Assigns a colour to each run, by its place in the list, so that it is the same in all figures."""
     return [COLORS[i % len(COLORS)] for i in range(len(runs))]

@@ -1,7 +1,7 @@
-"""Records of an evaluation under way: what is finished stays finished when it is killed and started again.
+"""Stores the records of an evaluation as they are finished, so that it can be killed and continued.
 
-`NAME.jsonl` has on its first line what its records are about, and then a record a line, appended as they are finished;
-`NAME.json` is written once all of them are.
+`NAME.jsonl` has on its first line what the records depend on, and then one finished record a line; `NAME.json`, the
+result, is written when all records are finished.
 """
 
 import json
@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 
 
 class Records:
-    """The finished records of one evaluation, by their key, in a directory."""
+    """The finished records of one evaluation, in memory by key (`done`) and in a file."""
 
     def __init__(self, output, name: str, about: dict, key: tuple[str, ...]):
-        """Reads the records that an earlier start left, where it was about the same; else begins anew, and says so.
+        """Reads the records of an earlier start with an equal `about`; else starts with none, and logs why.
 
         Args:
-          output: directory, made if needed.
-          name: of the evaluation.
-          about: all that the records depend on; JSON. Part of the result.
-          key: the fields that tell a record from the others.
+          output: directory to write into, made if needed.
+          name: name of the evaluation.
+          about: everything that the records depend on, as JSON values; becomes part of the result.
+          key: names of the fields that identify a record.
 
         Raises:
           UserError: the directory cannot be made or written to.
@@ -40,8 +40,8 @@ class Records:
                 logger.warning("%s is of other settings (%s): starting anew", self._path, difference)
                 lines = []
             if not lines:
-                self._result.unlink(missing_ok=True)  # it would stand beside records that are not its own
-            # Written again, as a kill may have left half a line at the end.
+                self._result.unlink(missing_ok=True)  # it is a result of other records
+            # The file is written again, as a killed process may have left half a line at its end.
             replace_text(self._path, "".join(json.dumps(line) + "\n" for line in lines or [{"about": self.about}]))
         except OSError as error:
             raise UserError(f"output {output} cannot be written ({error.strerror or error})") from None
@@ -50,24 +50,26 @@ class Records:
             logger.info("%s: going on after %d finished records", self._path, len(self.done))
 
     def unfinished(self, first: tuple, count: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
-        """Batches of the numbers below `count` that have a number n whose record, of key (*first, n), is not finished.
+        """Divides the numbers below `count` into batches; returns those that are not finished.
+
+        A batch is not finished where one of its numbers n has no record of key (*first, n).
 
         Returns:
-          (a batch, the same filled up to `batch_size` with its last number) for each: another size would compile
-          another program.
+          A pair for each: the batch, and the batch padded to `batch_size` with its last number, since every other size
+          would compile another program.
         """
         batches = [list(range(begin, min(begin + batch_size, count))) for begin in range(0, count, batch_size)]
         missing = [batch for batch in batches if not all((*first, n) in self.done for n in batch)]
         return [(batch, batch + batch[-1:] * (batch_size - len(batch))) for batch in missing]
 
     def add(self, records: list[dict]) -> None:
-        """Appends finished records."""
+        """Appends finished records to the file, and to `done`."""
         with self._path.open("a") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
         self.done |= {self._key_of(record): record for record in records}
 
     def finish(self, summary: dict) -> dict:
-        """Writes `NAME.json`, whole or not at all; returns what it holds."""
+        """Writes summary and `about` to `NAME.json`, whole or not at all; returns its contents."""
         result = {**summary, "about": self.about}
         replace_text(self._result, json.dumps(result, indent=2) + "\n")
         return result
@@ -77,25 +79,26 @@ class Records:
 
 
 def _whole_lines(path: epath.Path) -> list[dict]:
-    """The objects of a JSONL file up to the first line that is broken or has no end; none where there is no file."""
+    """Reads the objects of a JSONL file up to the first broken or unfinished line; [] where there is no file."""
     if not path.exists():
         return []
     *lines, _ = path.read_text().split("\n")
-    found = []
+    objects = []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            value = json.loads(line)
         except ValueError:
             break
-        if not isinstance(found[-1], dict):
-            return found[:-1]
-    return found
+        if not isinstance(value, dict):
+            break
+        objects.append(value)
+    return objects
 
 
 def _difference(theirs, ours, name: str = "") -> str:
-    """The first field in which two nested dicts differ, in words; "" where there is none."""
+    """Describes the first field in which two nested dicts differ; "" where they are equal."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         fields = dict.fromkeys([*ours, *theirs])
-        found = (_difference(theirs.get(f), ours.get(f), f"{name}.{f}".strip(".")) for f in fields)
-        return next(filter(None, found), "")
+        differences = (_difference(theirs.get(f), ours.get(f), f"{name}.{f}".strip(".")) for f in fields)
+        return next(filter(None, differences), "")
     return "" if theirs == ours else f"{name or 'about'} was {theirs!r}, is {ours!r}"

@@ -1,4 +1,4 @@
-"""One small HTML page, with its plots, about one or several runs: training, and what they do with their context."""
+"""Writes a report on one or several runs: an HTML page with tables and plots of training and of evaluations."""
 
 import base64
 import html
@@ -18,7 +18,7 @@ from ttt_e2e.evaluation.runs import Run, read_runs
 from ttt_e2e.figures import require_matplotlib
 from ttt_e2e.runs.files import replace_bytes, replace_text
 
-NUM_WORD_COLUMNS = 4  # of the table; the others are numbers
+NUM_WORD_COLUMNS = 4  # columns at the left of the first table that are text; the others are numbers
 
 NOT_LEARNING_NOTE = (
     "Not learning: the same model with its inner learning rate at 0. That is what it costs to switch off what the "
@@ -27,18 +27,19 @@ NOT_LEARNING_NOTE = (
 
 
 def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLike) -> dict:
-    """Writes `report.html`, `report.json`, `training.png` and, of what was evaluated, the figures of the evaluations.
+    """Writes `report.html`, `report.json`, `training.png`, and a figure for each evaluation that some run has.
 
     Args:
-      workdirs: run directories, in the order in which to show them; the first evaluated one is what the lower panel
-        of `loss_by_position.png` compares with.
+      workdirs: run directories, in the order in which to show them; the lower panel of `loss_by_position.png` compares
+        with the first evaluated one.
       output: directory to write into, created if needed.
 
     Returns:
-      `files`, paths by name, and `rows`, one dict a run (the contents of `report.json`).
+      `files`, paths by name, and `rows`, one dict for each run (the contents of `report.json`).
 
-    Raises `UserError`, before anything is written, if there are no workdirs, if one of them is no run directory or
-    holds a file that cannot be read, or if matplotlib is not installed.
+    Raises:
+      UserError: there are no workdirs, one of them is no run directory or has a file that cannot be read, matplotlib is
+        not installed, or `output` cannot be made a directory; nothing is written.
     """
     require_matplotlib()
     runs = read_runs(workdirs)
@@ -61,7 +62,7 @@ def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLik
 
 
 def format_table(rows: Sequence[dict]) -> str:
-    """The rows of `write_report` as plain text for a terminal, with what its columns mean below."""
+    """Formats the rows of `write_report` as plain-text tables for a terminal, each with a note on its columns."""
     notes = [textwrap.fill(note, 110) for note in _notes(rows)]
     parts = [_text_table(*_table(rows), NUM_WORD_COLUMNS), "\n".join(notes)]
     for table in _tables(rows).values():
@@ -70,7 +71,7 @@ def format_table(rows: Sequence[dict]) -> str:
 
 
 def _figures(runs: list[Run]) -> dict[str, tuple[bytes, str]]:
-    """PNG and caption of each figure that there is something for, by the name of its file."""
+    """Draws the figures that some run has results for: (PNG bytes, caption) by the name of the file, without .png."""
     figures = {}
     for name, evaluation in evaluations().items():
         if any(run.results[name] for run in runs) and (figure := evaluation.figure(runs)):
@@ -88,8 +89,8 @@ def _tables(rows: Sequence[dict]) -> dict[str, Table]:
     """The table of each evaluation that has one, by the name of the evaluation."""
     tables = {}
     for name, evaluation in evaluations().items():
-        of_runs = {row["run"]: row[name] for row in rows if row.get(name)}
-        if of_runs and (table := evaluation.table(of_runs)):
+        results = {row["run"]: row[name] for row in rows if row.get(name)}
+        if results and (table := evaluation.table(results)):
             tables[name] = table
     return tables
 
@@ -109,9 +110,10 @@ def _text_table(header: list[str], lines: list[list[str]], num_words: int) -> st
 
 
 def _sections(runs: list[Run]) -> tuple[int, str]:
-    """Length and name of the first two parts of the context that the table shows, the same for all runs.
+    """Length in tokens, and name, of the first two sections of the context in the table; the same for all runs.
 
-    That is the shortest window if two of them fit, as past it a block's attention no longer sees all; else a quarter.
+    It is the shortest window of any run, past which attention no longer reaches the beginning, or a quarter of the
+    shortest context where two windows do not fit.
     """
     lengths = [len(run.results[token_losses.NAME].nll_T) for run in runs if run.results[token_losses.NAME]]
     windows = [window for run in runs for window in run.config.model.windows]
@@ -122,6 +124,7 @@ def _sections(runs: list[Run]) -> tuple[int, str]:
 
 
 def _row(run: Run, sections: tuple[int, str]) -> dict:
+    """A run's entry in `report.json`."""
     model, held_out = run.config.model, run.results[token_losses.NAME]
     metrics = held_out.metrics if held_out else {}
     loss, without = metrics.get("loss"), metrics.get("loss_without_learning")
@@ -151,6 +154,7 @@ def _row(run: Run, sections: tuple[int, str]) -> dict:
 
 
 def _by_position(held_out: token_losses.HeldOut, length: int, unit: str) -> list[dict]:
+    """Mean losses of the first two sections of `length` tokens, and of the last quarter of the context."""
     nll_T, without_T = held_out.nll_T, held_out.nll_without_learning_T
     T = len(nll_T)
     bounds = [(f"first {unit}", 0, length), (f"second {unit}", length, 2 * length), ("last quarter", T - T // 4, T)]
@@ -167,7 +171,7 @@ def _by_position(held_out: token_losses.HeldOut, length: int, unit: str) -> list
 
 
 def model_kind(model: ModelConfig) -> str:
-    """`e2e` (has fast weights), `window`, `full` (attention), or `mixed` (blocks of other or several mixers)."""
+    """Names the kind of a model: `e2e` (has fast weights), `window`, `full` (attention), or `mixed` (other mixers)."""
     if model.num_fast_blocks:
         return "e2e"
     kinds = set(model.mixers)
@@ -192,7 +196,10 @@ def _num_parameters(model: ModelConfig) -> int:
 
 
 def _table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of cells: one line for a run, or three where it was evaluated with and without learning."""
+    """Header and lines of the first table.
+
+    A run has one line, or three where it was evaluated with and without learning.
+    """
     names = next(([part["name"] for part in row["by_position"]] for row in rows if row["by_position"]), [])
     header = ["run", "model", "size", "reading", "step", "loss", "token loss", *names]
     lines = []
@@ -216,7 +223,7 @@ def _table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def _notes(rows: Sequence[dict]) -> list[str]:
-    """What the table's columns and lines mean, as far as it has them."""
+    """Notes that explain those columns and lines of the first table that it has."""
     parts = {}
     for row in rows:
         for part in row["by_position"]:

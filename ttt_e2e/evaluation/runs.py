@@ -1,4 +1,4 @@
-"""Reading what a run directory tells about its run: `config.json`, `metrics.jsonl`, and what evaluations wrote."""
+"""Reads run directories for a report: `config.json`, `metrics.jsonl`, and the results of evaluations."""
 
 import logging
 import os
@@ -18,19 +18,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of one run: its name among the others, and the lines of its metrics in the order of their steps."""
+    """One run of a report."""
 
-    name: str
+    name: str  # unique among the runs of the report
     config: Config
-    training: list[dict]
-    held_out: list[dict]
-    results: dict[str, Any]  # of each evaluation by its name, what its `read` gives; None = it was not made
+    training: list[dict]  # lines of metrics.jsonl with a training loss, by ascending step
+    held_out: list[dict]  # lines with a held-out loss, by ascending step
+    results: dict[str, Any]  # by name of the evaluation, what its `read` returns; None = it was not run
 
 
 def read_runs(workdirs: Sequence[str | os.PathLike]) -> list[Run]:
-    """The runs of these directories, in their order; a sweep directory stands for its runs that have begun.
+    """Reads the runs of these directories, in order; a sweep directory stands for its runs that have made a step.
 
-    Raises `UserError` if there are none, if one is no run directory or named twice, or for a file that cannot be read.
+    Raises `UserError` if there are none, if one is no run directory or is named twice, or if a file cannot be read.
     """
     if not workdirs:
         raise UserError("--workdirs is empty, but it takes one or more run directories")
@@ -39,7 +39,7 @@ def read_runs(workdirs: Sequence[str | os.PathLike]) -> list[Run]:
 
 
 def _expand(workdir: Path) -> list[Path]:
-    """A run directory itself; of the directory of a sweep (docs/sweeps.md), its points that have made a step."""
+    """Expands a sweep directory (docs/sweeps.md) to its run directories that have made a step; others to themselves."""
     if not (workdir / "sweep.json").is_file():
         return [workdir]
     try:
@@ -61,7 +61,7 @@ def _has_begun(workdir: Path) -> bool:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The end of each path, as short as tells it from the others."""
+    """Names runs by the shortest end of their path that no other path has. Raises `UserError` for equal paths."""
     for path in paths:
         if paths.count(path) > 1:
             raise UserError(f"--workdirs names {path} twice")
@@ -70,7 +70,7 @@ def _names(paths: list[Path]) -> list[str]:
         return sum(other.parts[-len(end) :] == end for other in paths) == 1
 
     ends = [[path.parts[-n:] for n in range(1, len(path.parts) + 1)] for path in paths]
-    return ["/".join(next(end for end in of_path if is_unique(end))) for of_path in ends]
+    return ["/".join(next(end for end in candidates if is_unique(end))) for candidates in ends]
 
 
 def _read_run(workdir: Path, name: str) -> Run:
@@ -85,6 +85,6 @@ def _read_run(workdir: Path, name: str) -> Run:
     held_out = {line["step"]: line for line in lines if "eval_loss" in line}
     if not training:
         raise UserError(f"{workdir / 'metrics.jsonl'} holds no training step yet")
-    by_step = [[of[step] for step in sorted(of)] for of in (training, held_out)]
+    by_step = [[lines[step] for step in sorted(lines)] for lines in (training, held_out)]
     results = {each: evaluation.read(workdir / "evaluation") for each, evaluation in evaluations().items()}
     return Run(name, config, *by_step, results)

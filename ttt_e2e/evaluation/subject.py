@@ -1,4 +1,4 @@
-"""The checkpoint that is evaluated, and what an evaluation needs of it. JAX is imported when it is needed."""
+"""The checkpoint under evaluation, with its data, tokenizer and reader. Imports JAX in functions only."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model by its config and checkpoint. What it has is read when it is asked for, and then raises `UserError`."""
+    """A checkpoint and its config. Properties are read from disk at first use, and may raise `UserError` then."""
 
     config: Config
-    checkpoint: str  # any path that means one, as `find_step` takes it
+    checkpoint: str  # path of a run directory or of a checkpoint in one, as `find_step` takes it
 
     @classmethod
     def of(cls, path: str) -> Subject:
-        """The model of a run directory, or of a checkpoint in one. Raises `UserError` where it is not whole."""
+        """Makes the subject of a run directory, or of a checkpoint in one.
+
+        Raises `UserError` where checkpoint, progress or tokenizer are missing or do not fit the config.
+        """
         from ttt_e2e.checkpoints.params import check_params
         from ttt_e2e.checkpoints.progress import load_progress
         from ttt_e2e.inference.prompts import find_tokenizer
@@ -43,51 +46,51 @@ class Subject:
 
     @cached_property
     def step_directory(self) -> epath.Path:
-        """Where the checkpoint is."""
+        """Directory of the checkpoint's step."""
         from ttt_e2e.checkpoints.steps import find_step
 
         return find_step(self.checkpoint)
 
     @cached_property
     def step(self) -> int:
-        """Outer steps that the checkpoint was trained for."""
+        """Number of outer steps that the checkpoint was trained for."""
         from ttt_e2e.checkpoints.progress import load_progress
 
         return load_progress(self.step_directory)["step"]
 
     @cached_property
     def store(self) -> TokenStore:
-        """The held-out text."""
+        """Token store of the held-out split."""
         from ttt_e2e.train.batches import open_store
 
         return open_store(self.config, self.config.data.eval_split)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """What the model was trained on tokens of."""
+        """Tokenizer that the model was trained with."""
         from ttt_e2e.inference.prompts import find_tokenizer
 
         return find_tokenizer(self.config)
 
     @property
     def bos_id(self) -> int:
-        """What a document begins with."""
+        """Id of the BOS token, which begins every document."""
         return self.config.data.bos_id or self.tokenizer.bos_id
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text, without BOS."""
+        """Encodes a text as token ids, int32 [num_tokens], without BOS."""
         from ttt_e2e.inference.prompts import encode
 
         return encode(self.tokenizer, text, self.config.model.vocab_size)
 
     def reader(self, max_length: int) -> Reader:
-        """A reader with the checkpoint's parameters, with room for `max_length` tokens where attention is full."""
+        """Makes a reader of the checkpoint, with room for `max_length` tokens where attention is full."""
         from ttt_e2e.inference.generate import load_reader
 
         return load_reader(self.config, self.step_directory, max_length)
 
     def about(self, reader: Reader, settings) -> dict:
-        """All that records of an evaluation depend on: checkpoint, model, inner loop, data, settings."""
+        """What an evaluation's records depend on, as a dict: checkpoint, model, inner loop, data, settings."""
         from ttt_e2e.inference.state import parameters_digest
 
         return {

@@ -1,4 +1,4 @@
-"""Held-out loss of a checkpoint, token by token, with and without learning while reading: the evaluation by default.
+"""Evaluates the held-out loss of every token, with and without learning while reading. It is the default evaluation.
 
 Shapes: `B` sequences, `T` positions of a sequence.
 """
@@ -25,20 +25,23 @@ if TYPE_CHECKING:
     from ttt_e2e.evaluation.runs import Run
 
 NAME = "token_losses"
-MAX_BINS = 64  # points of a curve
+MAX_BINS = 64  # most points of a curve
 
 
 class HeldOut(NamedTuple):
-    """What a report reads of the files that `evaluate` wrote; losses in nats per token."""
+    """The results of `evaluate` that a report reads; losses in nats per token."""
 
-    metrics: dict
-    nll_T: np.ndarray  # mean over the sequences, BOS targets included
+    metrics: dict  # contents of metrics.json
+    nll_T: np.ndarray  # mean over sequences, BOS targets included
     nll_without_learning_T: np.ndarray | None  # None = the model has no fast weights
 
 
 @register
 class TokenLosses(Evaluation):
-    """Reads the held-out sequences as in training, on all devices of all processes. A report's first table has it."""
+    """Evaluates held-out sequences by the program of training, on all devices of all processes.
+
+    Its results are in the first table of a report.
+    """
 
     name = NAME
     is_default = True
@@ -51,15 +54,15 @@ class TokenLosses(Evaluation):
     )
 
     def evaluate(self, subject: Subject, output, settings) -> dict:
-        """As the function `evaluate`."""
+        """Calls the function `evaluate`, which writes the results and returns the metrics."""
         return evaluate(subject.config, subject.checkpoint, output)
 
     def printed(self, result: dict) -> dict:
-        """The metrics as they are."""
+        """All metrics, at the top level of what the command prints."""
         return result
 
     def read(self, folder: Path) -> HeldOut | None:
-        """`metrics.json`, and the mean of each array of NLL over its sequences."""
+        """Reads `metrics.json`, and the NLL arrays as means [T] over sequences; None where there is no result."""
         metrics = read_result(folder / "metrics.json", ("loss", "token_loss", "seq_len", "step"))
         if metrics is None:
             return None
@@ -69,7 +72,7 @@ class TokenLosses(Evaluation):
         return HeldOut(metrics, nll_T, without_T)
 
     def figure(self, runs: Sequence[Run]):
-        """Held-out NLL against the position in context, and below it the difference from the first curve."""
+        """Draws held-out NLL against the position in context, and below it the difference from the first curve."""
         import matplotlib
 
         size, longest = _bin_size(runs), 0
@@ -107,14 +110,14 @@ class TokenLosses(Evaluation):
 
 
 def evaluate(config: Config, checkpoint, output) -> dict:
-    """Evaluates a checkpoint on `data.eval_split` and writes what it finds into the directory `output`.
+    """Evaluates a checkpoint on `data.eval_split`, and writes the results into the directory `output`.
 
-    Writes `token_nll.npy` (float32 [sequences, seq_len], nats, unmasked, each token scored with the weights in force
-    when it was read) and `metrics.json`, which is returned; for a model with fast weights also
-    `token_nll_without_learning.npy`, the same at inner learning rate 0.
+    Writes `token_nll.npy` (NLL, float32 [sequences, seq_len], nats, unmasked, each token scored with the fast weights
+    before its mini-batch's inner step) and `metrics.json`, whose contents are returned. For a model with fast weights
+    also writes `token_nll_without_learning.npy`, the same at inner learning rate 0.
 
     Raises:
-      UserError: no such checkpoint, or it or the token store does not fit the config.
+      UserError: there is no such checkpoint, or it or the token store does not fit the config.
       PreemptedError: a signal asked to stop; nothing is written.
     """
     from ttt_e2e.cluster.agreement import watch_for_preemption
@@ -146,7 +149,7 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
     eval_step = make_eval_step(config, mesh, placed)
 
     whole = jax.jit(lambda nll_BT: nll_BT, out_shardings=NamedSharding(mesh, P()))
-    nlls: dict[str, list[np.ndarray]] = {}  # by file, of each batch; process 0 alone keeps them
+    nlls: dict[str, list[np.ndarray]] = {}  # by file name, NLL [B, T] of each batch; on process 0 only
 
     def read(inner_rate, desc, name):
         def take(nll_BT, num_sequences):
@@ -172,12 +175,12 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
         static = read(0.0, "evaluate without learning", "token_nll_without_learning")
         metrics |= {"loss_without_learning": static.loss, "token_loss_without_learning": static.token_loss}
     if jax.process_index() == 0:
-        _write(epath.Path(output), metrics, {name: np.concatenate(of) for name, of in nlls.items()})
+        _write(epath.Path(output), metrics, {name: np.concatenate(parts) for name, parts in nlls.items()})
     return metrics
 
 
 def _write(output: epath.Path, metrics: dict, arrays: dict[str, np.ndarray]) -> None:
-    """Writes the arrays, then `metrics.json`, which says that they are whole."""
+    """Writes the arrays, then `metrics.json`, whose presence says that the arrays are whole."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "metrics.json").unlink(missing_ok=True)
     for name, array in arrays.items():
@@ -187,7 +190,7 @@ def _write(output: epath.Path, metrics: dict, arrays: dict[str, np.ndarray]) -> 
 
 
 def _read_nll(path: Path, seq_len: int) -> np.ndarray:
-    """Mean over sequences [T] of the array [sequences, T] in a file; BOS targets count here."""
+    """Reads NLL [sequences, T] from a file and averages it over sequences to [T], BOS targets included."""
     try:
         nll = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
@@ -200,7 +203,7 @@ def _read_nll(path: Path, seq_len: int) -> np.ndarray:
 
 
 def _draw_windows(runs: Sequence[Run], panels: list) -> None:
-    """A light line at each window shorter than the context: from there on attention no longer sees the beginning."""
+    """Draws a line at each window shorter than the context: from there on attention does not reach its beginning."""
     evaluated = [(run.config.model.windows, len(run.results[NAME].nll_T)) for run in runs if run.results[NAME]]
     for window in sorted({k for windows, length in evaluated for k in windows if 0 < k < length}):
         for panel in panels:
@@ -212,7 +215,7 @@ def _draw_windows(runs: Sequence[Run], panels: list) -> None:
 
 
 def _bin_size(runs: Sequence[Run]) -> int:
-    """Positions that a point of the plot is a mean over: a mini-batch, or as many as keep the points few."""
+    """Number of positions in a bin: a mini-batch, doubled until the longest curve has at most `MAX_BINS` bins."""
     lengths = [len(run.results[NAME].nll_T) for run in runs if run.results[NAME]]
     mini_batches = [run.config.inner.mini_batch_size for run in runs if run.config.model.num_fast_blocks]
     size = min(mini_batches, default=max(1, min(lengths) // 32))
@@ -222,5 +225,6 @@ def _bin_size(runs: Sequence[Run]) -> int:
 
 
 def _binned(nll_T: np.ndarray, size: int) -> np.ndarray:
+    """Means of NLL [T] over bins of `size` positions, [T / size], rounded up."""
     starts = np.arange(0, len(nll_T), size)
     return np.add.reduceat(nll_T, starts) / np.diff(np.append(starts, len(nll_T)))

@@ -1,4 +1,4 @@
-"""Reading without end, the state that reading leaves behind, and generation.
+"""Reading text of any length (prefill), saving and restoring a reader's state, and generation (decoding).
 
-This file imports nothing, so that flags are made of `settings.py` without JAX.
+This file imports nothing, so that command-line flags can be made from `settings.py` without importing JAX.
 """

@@ -1,7 +1,7 @@
-"""Generation: from a checkpoint and prompts to text. Shapes: `B` sequences, `V` vocabulary.
+"""Generates text from a checkpoint and prompts. Shapes: `B` sequences, `V` vocabulary.
 
-Prompts are continued one at a time, each as a batch of one: mini-batches of prompts of different lengths do not end
-together, and so do not learn together.
+Prompts are continued one at a time, as batches of size 1: prompts of different lengths complete their mini-batches at
+different tokens, so that their inner steps cannot be batched.
 """
 
 import contextlib
@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for. Raises `UserError` for what means nothing."""
+    """Settings of a generation. Raises `UserError` for an illegal value."""
 
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     stop: tuple[str, ...] = ()
-    learn: str = "all"  # from "all" tokens, from those of the "prompt", or from "none"
+    learn: str = "all"  # which tokens inner steps are taken on: "all", only those of the "prompt", or "none"
 
     def __post_init__(self):
         if self.max_new_tokens < 0:
@@ -57,11 +57,11 @@ class Settings:
 
 
 class Token(NamedTuple):
-    """One that was generated."""
+    """A generated token."""
 
     id: int
-    nll: float  # under the model's own prediction, whatever the sampling made of it
-    state: ReaderState  # after it
+    nll: float  # nats, under the model's own prediction, before temperature, penalty, top-k and top-p
+    state: ReaderState  # after this token
 
 
 def generate(  # noqa: PLR0913 -- they are the flags of the command
@@ -76,21 +76,21 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
     output: str = "",
     max_length: int = 0,
 ) -> None:
-    """Continues prompts: one to stdout as it comes, several as JSON lines.
+    """Continues prompts: a single one is streamed to stdout as text, several are written as JSON lines.
 
     Args:
-      config: of the model.
-      checkpoint: its parameters.
-      prompts: at least one; an empty one begins with BOS alone.
-      settings: what is asked for.
-      load_from: saved state that every prompt goes on from; "" = from BOS.
-      save_to: directory for the state after the one prompt and its continuation; "" = none.
-      precision: of what is saved, as of `save_state`.
+      config: the model's configuration.
+      checkpoint: path of its parameters.
+      prompts: at least one; an empty prompt is BOS alone.
+      settings: number of tokens, sampling, stop strings and learning.
+      load_from: saved state that every prompt is read after; "" = start from BOS.
+      save_to: directory for the state after the single prompt and its continuation; "" = save none.
+      precision: dtype of the saved fast weights, see `save_state`.
       output: file for the JSON lines; "" = stdout where there are several prompts.
-      max_length: as of `Reader`; 0 = as many as are needed.
+      max_length: tokens that full attention has room for, see `Reader`; 0 = as many as are needed.
 
     Raises:
-      UserError: something does not fit together; then, nothing is written.
+      UserError: settings, prompts, model and saved state do not fit together; then nothing is written.
     """
     if not settings.max_new_tokens and not save_to:
         raise UserError("max_new_tokens is 0, but it must be at least 1: 0 only reads, and makes sense with save_state")
@@ -121,15 +121,15 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
 
 
 def generate_tokens(reader: Reader, state: ReaderState, ids, settings: Settings, key, bos_id: int) -> Iterator[Token]:
-    """Generates until BOS, which begins another document, or `max_new_tokens`.
+    """Yields generated tokens until BOS, which begins another document, or until `settings.max_new_tokens`.
 
     Args:
-      reader: whose state it is.
-      state: of one sequence, after the prompt.
-      ids: the prompt's tokens, which the repetition penalty counts as there before.
-      settings: what is asked for; stop strings are the caller's to find.
+      reader: the reader that made `state`.
+      state: state of one sequence after its prompt.
+      ids: tokens of the prompt, to which the repetition penalty applies too.
+      settings: number of tokens, sampling and learning; stop strings are left to the caller.
       key: random key of this sequence.
-      bos_id: where to stop.
+      bos_id: the token to stop after.
     """
     seen_BV = np.zeros((1, reader.config.model.vocab_size), bool)
     seen_BV[0, ids] = True
@@ -148,7 +148,10 @@ def generate_tokens(reader: Reader, state: ReaderState, ids, settings: Settings,
 
 
 def load_reader(config: Config, checkpoint, max_length: int) -> Reader:
-    """A reader with the parameters of the checkpoint that a path means, on one device. Raises as `load_params`."""
+    """Loads the parameters of a checkpoint onto one device and makes a reader of them.
+
+    Raises `UserError` as `load_params` does: there is no such checkpoint, or it does not fit the config.
+    """
     graphdef, abstract = abstract_model(config.model)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = load_params(checkpoint, with_shardings(abstract, device))
@@ -156,13 +159,16 @@ def load_reader(config: Config, checkpoint, max_length: int) -> Reader:
 
 
 def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, bos_id: int, *, echo: bool):
-    """Reads a prompt and continues it. Returns its result, and the state after it; `echo` prints text as it comes."""
-    # A bar beside text that streams to the same terminal would tear it up.
+    """Reads a prompt and continues it; with `echo`, prints the text as it is generated.
+
+    Returns `text`, `tokens`, `nll` and `ended_by` as a dict, and the state after the last token.
+    """
+    # A progress bar would break up text that is streamed to the same terminal.
     hidden = echo and sys.stdout.isatty()
     started = time.perf_counter()
     with tqdm(total=len(ids), desc="read", unit="token", disable=hidden, leave=False) as bar:
         state, _ = reader.read(state, ids[None], learn=settings.learn != "none", bar=bar)
-    read_at = time.perf_counter()
+    prompt_end = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(settings.seed), index)
     stream, tokens, nlls, text = TextStream(tokenizer, settings.stop), [], [], ""
     reason = "length"
@@ -188,15 +194,14 @@ def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, bos
                 break
     text += give_out(stream.finish())
     give_out("\n")
-    generated = time.perf_counter()
-    rates = len(ids) / (read_at - started), len(tokens) / (generated - read_at)
+    rates = len(ids) / (prompt_end - started), len(tokens) / (time.perf_counter() - prompt_end)
     counts = (len(ids), rates[0], len(tokens), rates[1])
     logger.info("read %d tokens, %.1f tokens/s; generated %d, %.1f tokens/s (compiling included)", *counts)
     return {"text": text, "tokens": tokens, "nll": nlls, "ended_by": reason}, state
 
 
 def _open_output(output: str, streams: bool):
-    """A context with the file to write results to, or None."""
+    """Context manager that gives the file for JSON lines: that of `output`, else stdout, or None where text streams."""
     if not output:
         return contextlib.nullcontext(None if streams else sys.stdout)
     path = epath.Path(output)

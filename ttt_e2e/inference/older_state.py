@@ -1,9 +1,8 @@
-"""Saved states of before mixers had States of their own: one KV cache per part of the model, of all its blocks.
+"""Converts states saved in an older format: one KV cache for all prefix blocks, and one for all suffix blocks.
 
     {"fast", "cache_LBGKH": {"prefix", "suffix"}, "recent_LBGbH": {"prefix", "suffix"}, "tokens_Bb"}
 
-The caches of all blocks were equally long, also under a pattern of several mixers, whose block i was of mixer i modulo
-their number.
+The caches of all blocks had the same length K. In a model of several mixers, block i used mixer i modulo their number.
 
 Shapes: `L` blocks, `B` sequences, `G` key/value heads, `K` positions of a KV cache, `b` inner mini-batch, `H` head
 width.
@@ -19,12 +18,12 @@ NAMES = {"fast": "fast", "states": "cache_LBGKH", "drafts": "recent_LBGbH", "tok
 
 
 def containers(tree: dict) -> dict:
-    """The fields of a `ReaderState` in the containers in which they were saved; arrays of any shape."""
+    """Rearranges the fields of a `ReaderState` into the pytree that was saved; the arrays may have any shape."""
     return {old: older.one_stack(tree[new], lambda *stacks: stacks[0]) for new, old in NAMES.items()}
 
 
 def convert(tree: dict, reader: Reader) -> dict:
-    """The fields of a `ReaderState`, from what was saved."""
+    """Converts a saved pytree in the older format, with shapes as above, to the fields of a `ReaderState`."""
     config = reader.config.model
     count, stacks = len(config.mixers), reader.model.stacks
     states, drafts = (older.by_mixer(tree[name], count) for name in ("cache_LBGKH", "recent_LBGbH"))
@@ -33,7 +32,8 @@ def convert(tree: dict, reader: Reader) -> dict:
             continue
         K, capacity = states[name].k.shape[-2], stack.mixer.capacity(ENDLESS)
         states[name] = stack.mixer.resize(states[name], capacity)
-        # Keys of the unfinished mini-batch are rotated at the positions that follow those of the cache.
+        # Keys of the unfinished mini-batch were rotated at positions from K on; in the resized cache they are at
+        # positions from `capacity` on.
         moved = jnp.full(drafts[name].k.shape[-2], capacity - K)
         k = rotate(drafts[name].k, moved, theta=config.rope_theta, style=config.rope_style) if capacity != K else None
         drafts[name] = drafts[name] if k is None else drafts[name]._replace(k=k)

@@ -1,4 +1,4 @@
-"""Prompts, and the tokenizer that makes them tokens."""
+"""Reads prompts, and encodes them with the tokenizer that the model was trained with."""
 
 import json
 
@@ -12,10 +12,10 @@ from ttt_e2e.errors import UserError
 
 
 def find_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of `config.data.tokenizer`, else the one that made the token store.
+    """Loads the tokenizer of `config.data.tokenizer`, or else the one that made the token store.
 
     Raises:
-      UserError: there is neither, or it has more tokens than the model.
+      UserError: neither is given, or the tokenizer's vocabulary is larger than the model's.
     """
     data = config.data
     if data.tokenizer == "bytes" or (data.tokenizer and epath.Path(data.tokenizer).exists()):
@@ -39,7 +39,10 @@ def find_tokenizer(config: Config) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, prompt: str, vocab_size: int) -> np.ndarray:
-    """Token ids of a prompt, without BOS. Raises `UserError` for text that is no Unicode, as of a mistyped byte."""
+    """Encodes a prompt as token ids, int32 [num_tokens], without BOS.
+
+    Raises `UserError` for text with a byte that is not UTF-8 (a lone surrogate), or a token id outside the vocabulary.
+    """
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -50,10 +53,10 @@ def encode(tokenizer: Tokenizer, prompt: str, vocab_size: int) -> np.ndarray:
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file: the field `prompt` of every line of a .jsonl, all of any other file.
+    """Reads the prompts of a file: the field `prompt` of each line of a .jsonl file, or the whole text of another file.
 
     Raises:
-      UserError: it cannot be read, is no UTF-8, or has a line without a prompt.
+      UserError: the file cannot be read, is not UTF-8, or has a line without a prompt.
     """
     try:
         text = epath.Path(path).read_bytes().decode("utf-8")
@@ -74,6 +77,7 @@ def read_prompts(path: str) -> list[str]:
 
 
 def _prompt_of(line: str, where: str) -> str:
+    """Reads the prompt of one JSON line. Raises `UserError`, naming `where`, if it has none."""
     try:
         prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError):

@@ -1,10 +1,12 @@
-"""A reader: reads any number of tokens at a time into a state of fixed size, and learns when a mini-batch is full.
+"""A reader: reads any number of tokens (prefill), predicts the next one (decoding), learns from full mini-batches.
 
-Whether tokens come in one piece or one by one, are read or generated, makes no difference: a full mini-batch is always
-run whole, from the mixers' States and the fast weights at its beginning, as in training. What is run before it is full
-gives predictions only.
+Its state has a fixed size, unless a mixer's State grows (the KV cache of full attention). It makes no difference
+whether tokens come in one piece or one by one, are read or generated: when a mini-batch is full, all of it is run at
+once, from the mixers' States and the fast weights at its beginning, as in training. Whatever was run of it before gave
+predictions only.
 
 Shapes: `B` sequences, `n` tokens, `b` inner mini-batch, `D` model width, `V` vocabulary, `L` blocks of a stack.
+`tokens_b1` is [b + 1]: the inputs of a mini-batch, and the target of the last.
 """
 
 from collections.abc import Callable
@@ -26,50 +28,50 @@ from ttt_e2e.model.mixers import Context
 from ttt_e2e.model.parameters import at_least_float32, merge, split, structure_of
 from ttt_e2e.model.passes import FirstOrderPass
 
-# Models without fast weights are trained with mini-batches as long as sequences, which mean nothing to their reader: it
+# Models without fast weights have mini-batches as long as a training sequence. Their reader does not need these, and
 # runs at most this many positions at once.
 MAX_STATIC_MINI_BATCH = 1024
-PIECE = 4096  # tokens of a sequence that are read between two looks at a progress bar
+PIECE = 4096  # tokens of a sequence that are read between two updates of a progress bar
 
 
 class ReaderState(NamedTuple):
-    """All that is kept of what was read, for B sequences that are read in step.
+    """What a reader carries from token to token, for B sequences that are read in step.
 
-    Its size does not depend on that, but where a mixer's State grows, as that of full attention does. `states`,
-    `drafts` and `prepared` are by stack (model/stacks.py), with leading axes [L, B]: blocks of the stack, sequences.
+    Its size does not depend on the number of tokens read, unless a mixer's State grows, as that of full attention does.
+    `states`, `drafts` and `prepared` are dicts by stack of blocks (model/stacks.py), of arrays [L, B, ...].
     """
 
-    fast: Any  # W_i, float32, with a leading axis B
+    fast: Any  # fast weights W_i, float32, with a leading axis B
     states: dict[str, Any]  # States of the mixers at the beginning of the unfinished mini-batch
-    drafts: dict[str, Any]  # of the unfinished mini-batch, as far as it was run
-    tokens: jax.Array  # [B, b], the unfinished mini-batch's tokens; the newest was not run yet; zeros beyond
-    position: np.int64  # tokens read after the first one. On the host: choosing a program waits for no device
-    prepared: dict[str, Any] | None = None  # the States as decoding reads them, once a token was predicted from them
+    drafts: dict[str, Any]  # keys, values, ... of the tokens of the unfinished mini-batch that were run
+    tokens: jax.Array  # [B, b], inputs of the unfinished mini-batch; the newest was not run yet; zeros after it
+    position: np.int64  # tokens read after the first one; on the host, so that choosing a program does not wait
+    prepared: dict[str, Any] | None = None  # States as decoding reads them (keys rotated); None before decoding
 
 
-# Where the axis B is.
+# Which axis of the arrays of a field is B.
 _BATCHED = ReaderState(fast=0, states=1, drafts=1, tokens=0, position=None, prepared=1)
-# Tokens of a sequence for which every State that does not grow has all the room that it can use.
+# Length of a sequence for which every State that does not grow has its full size.
 ENDLESS = 2**31 - 1
 
 
 class Reader:
-    """Reads and predicts with a model's parameters.
+    """Reads tokens into a state and predicts the next token, with a model's parameters.
 
-    Its programs are compiled once for every B; where some State grows (full attention), again each time it does.
+    Its programs are compiled once for every B, and again for every size of a State that grows (full attention).
     """
 
     def __init__(self, graphdef, params: dict, config: Config, *, max_length: int = 0):
-        """A reader of B sequences, which `start` decides.
+        """Makes the programs of a reader; `start` decides how many sequences it reads at once.
 
         Args:
           graphdef: static structure of the `Transformer`.
           params: its weights, {"fast": W_0, "slow": theta}.
-          config: the run's configuration; learning while reading takes the full `inner.learning_rate`.
-          max_length: tokens that a state may hold where some block has full attention; other states hold any number.
+          config: the run's configuration; inner steps take the full `inner.learning_rate`.
+          max_length: tokens that a state may hold where some block has full attention; without one, it is unlimited.
 
         Raises:
-          UserError: full attention without a `max_length`, or a mixer that cannot predict token by token.
+          UserError: full attention without a `max_length`, or a mixer that cannot decode token by token.
         """
         model, b = config.model, config.inner.mini_batch_size
         self.params, self.config = params, config
@@ -98,9 +100,9 @@ class Reader:
         self._append = batched(_append, self.model, in_axes=(_BATCHED, 1, 0, 0), out_axes=(some, 0))
 
     def start(self, first, batch_size: int = 1) -> ReaderState:
-        """The state of `batch_size` sequences that begin with the token `first`, or each with its own, [B].
+        """Makes the state of `batch_size` sequences after their first token: `first`, one id for all, or ids [B].
 
-        The first token is not predicted, and so has no NLL: documents begin with BOS.
+        The first token is not predicted, and so has no NLL; it should be BOS, as documents begin with it.
         """
         fast = jax.tree.map(
             lambda w: jnp.broadcast_to(w.astype(at_least_float32(w.dtype)), (batch_size, *w.shape)), self.params["fast"]
@@ -116,10 +118,11 @@ class Reader:
         return ReaderState(fast, states, drafts, jnp.asarray(tokens_Bb), np.int64(0))
 
     def room(self, position: int) -> int:
-        """Tokens that States have room for which hold those of `position` tokens and of a mini-batch more.
+        """Size, in tokens, of the States (KV caches) of a sequence that has read `position` tokens.
 
-        Where States grow, the least of 1, 2, 3, 4, 6, 8, 12, 16 ... mini-batches that is enough: few sizes to compile
-        programs for, and keys that are read for nothing are a sixth on average.
+        It has room for a mini-batch more. Where States grow, it is the least of 1, 2, 3, 4, 6, 8, 12, 16 ...
+        mini-batches that is enough: there are few sizes to compile programs for, and a sixth of a cache is empty on
+        average. Else it is `ENDLESS`.
         """
         if not self.grows:
             return ENDLESS
@@ -128,20 +131,20 @@ class Reader:
         return self.mini_batch_size * (power if needed > power * 3 // 4 else power * 3 // 4)
 
     def read(self, state: ReaderState, tokens_Bn, *, learn: bool = True, bar=None) -> tuple[ReaderState, np.ndarray]:
-        """Reads tokens [B, n], n of any size.
+        """Reads tokens [B, n] (prefill), for any n, and takes an inner step on each mini-batch that becomes full.
 
         Args:
-          state: is left as it was.
+          state: the state before them; it is not changed.
           tokens_Bn: integers below the vocabulary's size.
-          learn: whether mini-batches that become full are learned from.
-          bar: progress bar of tqdm, which counts tokens; they are then read a piece at a time.
+          learn: whether to take inner steps.
+          bar: tqdm progress bar, updated by the number of tokens; they are then read `PIECE` tokens at a time.
 
         Returns:
           The state after them, and the NLL [B, n] of each token given those before it, in nats, under the fast weights
-          that were in force when its mini-batch was read.
+          before its mini-batch's inner step.
 
         Raises:
-          UserError: a token that is not in the vocabulary, or more than a model with full attention has room for.
+          UserError: a token is not in the vocabulary, or full attention has no room for n more tokens.
         """
         tokens_Bn, b = np.asarray(tokens_Bn, np.int32), self.mini_batch_size
         B, n = tokens_Bn.shape
@@ -172,21 +175,22 @@ class Reader:
                 state, nll_Bb = self._read_part(state, part_Bb, size, learn)
                 parts.append((nll_Bb, count, size))
             done += size
-        # Fetched at the end, so that the device never waits for the host. (Slicing there would compile every slice.)
+        # Fetched at the end, so that the device never waits for the host, and sliced on the host: a slice on the device
+        # would be a program to compile.
         nlls = [np.asarray(nll)[:, start : start + size] for nll, start, size in parts]
         return state, np.concatenate(nlls, axis=1) if nlls else np.zeros((B, 0), np.float32)
 
     def step(self, state: ReaderState, choose: Callable, *, learn: bool = True):
-        """Predicts the next token, and reads the one that is chosen.
+        """Decodes one token: predicts its logits, lets `choose` choose it, and reads it.
 
         Args:
-          state: is left as it was.
-          choose: (logits [B, V], float32) -> tokens [B].
-          learn: as of `read`.
+          state: the state before it; it is not changed.
+          choose: function from logits [B, V], float32, to tokens [B].
+          learn: whether to take an inner step if the token completes a mini-batch.
 
         Returns:
-          The state after the tokens, the tokens [B], and their NLL [B] under the model's own prediction. Nothing waits
-          for the device, unless `choose` does.
+          The state after the tokens, the tokens [B], and their NLL [B] in nats under the logits. It returns without
+          waiting for the device, unless `choose` waits.
         """
         self.check_room(state, 1)
         b = self.mini_batch_size
@@ -194,7 +198,7 @@ class Reader:
             state = state._replace(prepared=self._prepare(state.states))
         logits_BV, added = self._predict(self.params["slow"], state)
         token_B = jnp.asarray(choose(logits_BV), jnp.int32)
-        # Where this token completes the mini-batch, the changes are those of reading all of it.
+        # Where this token completes the mini-batch, its changes are not used: the whole mini-batch is run instead.
         changes, nll_B = self._append(state, added, logits_BV, token_B)
         if (state.position + 1) % b:
             after = state._replace(**changes, position=state.position + 1)
@@ -204,10 +208,10 @@ class Reader:
         return after, token_B, nll_B
 
     def programs(self, state: ReaderState) -> dict[str, tuple[Callable, tuple]]:
-        """The compiled functions that continue a state, with arguments, or their shapes, for measuring them.
+        """The jitted functions that `read` and `step` run, each with arguments or their shapes, for benchmarks.
 
-        "mini_batch" reads a full one, and learns from it; "prepare" runs once in a mini-batch that tokens are predicted
-        in; "predict" and "append" run for each of these.
+        "mini_batch" reads a full mini-batch and takes its inner step. "prepare" runs once for each mini-batch in which
+        tokens are decoded, "predict" and "append" once for each of these tokens.
         """
         slow, unprepared = self.params["slow"], state._replace(prepared=None)
         state = state._replace(prepared=jax.eval_shape(self._prepare, state.states))
@@ -221,7 +225,10 @@ class Reader:
         }
 
     def _read_part(self, state: ReaderState, part_Bb, size: int, learn: bool):
-        """Reads the first `size` tokens of `part_Bb`, at most as many as the mini-batch lacks; its NLL [B, b]."""
+        """Reads `size` tokens, the first of `part_Bb`; returns the state and the NLL [B, b] of the mini-batch.
+
+        `size` is at most what the unfinished mini-batch lacks.
+        """
         prepared, state = state.prepared, state._replace(prepared=None)
         if int(state.position) % self.mini_batch_size + size < self.mini_batch_size:
             changes, nll_Bb = self._extend(self.params["slow"], state, part_Bb, size)
@@ -232,7 +239,7 @@ class Reader:
         return state._replace(**changes, position=state.position + size), nll_Bb
 
     def with_room(self, state: ReaderState) -> ReaderState:
-        """The state with room for the unfinished mini-batch too."""
+        """The state with its States (KV caches) resized, where need be, to have room for the unfinished mini-batch."""
         room = self.room(int(state.position))
         if jax.tree.map(lambda a: a.shape, state.states) == self._shapes(room, len(state.tokens)):
             return state
@@ -241,7 +248,7 @@ class Reader:
 
     @lru_cache(maxsize=8)  # noqa: B019 (a reader lives as long as the program that reads)
     def _shapes(self, room: int, batch_size: int):
-        """Shapes of the States of `batch_size` sequences with room for `room` tokens."""
+        """Shapes [L, B, ...] of the States of `batch_size` sequences with room for `room` tokens."""
         shapes = jax.eval_shape(lambda: self.model.empty(room))
         return jax.tree.map(lambda a: (a.shape[0], batch_size, *a.shape[1:]), shapes)
 
@@ -255,11 +262,14 @@ class Reader:
 
 
 # ------------------------------------------------------------------------------- the programs, for one sequence
-# They return what changes in the state: what does not would be copied.
+# They return only the fields of the state that change, as jit would copy the others.
 
 
 def _extend(graphdef, slow, state: ReaderState, part_b, size):
-    """`size` more tokens, which leave the mini-batch unfinished: changes, and NLL [b], of which `size` are new."""
+    """Runs the mini-batch with `size` more tokens, which do not complete it.
+
+    Returns the changed fields of the state, and the NLL [b] of the mini-batch, of which `size` are new.
+    """
     tokens_b1, count = _with_part(state, part_b), _count(state) + size
     model = merge(graphdef, state.fast, slow)
     nll_b, entries = _score(model, state, tokens_b1, count)
@@ -267,7 +277,10 @@ def _extend(graphdef, slow, state: ReaderState, part_b, size):
 
 
 def _finish(graphdef, slow, state: ReaderState, part_b):
-    """Tokens that complete the mini-batch: changes, and its NLL [b]. Learns nothing."""
+    """Runs the whole mini-batch, completed by `part_b`, without an inner step.
+
+    Returns the changed fields of the state, and the NLL [b] of the mini-batch.
+    """
     tokens_b1 = _with_part(state, part_b)
     model = merge(graphdef, state.fast, slow)
     nll_b, entries = _score(model, state, tokens_b1)
@@ -275,7 +288,7 @@ def _finish(graphdef, slow, state: ReaderState, part_b):
 
 
 def _learn(graphdef, config: Config, slow, state: ReaderState, part_b):
-    """`_finish`, and the inner step."""
+    """Runs the whole mini-batch, completed by `part_b`, and takes its inner step; returns as `_finish`."""
     model, tokens_b1, context = merge(graphdef, state.fast, slow), _with_part(state, part_b), _context(state)
     in_prefix, in_suffix = (
         {name: state.states[name] for name in stacks} for stacks in (model.prefix_stacks, model.suffix_stacks)
@@ -297,7 +310,7 @@ def _learn(graphdef, config: Config, slow, state: ReaderState, part_b):
 
 
 def _predict(graphdef, slow, state: ReaderState):
-    """Logits [V] of the next token, and what the newest one adds to the Drafts."""
+    """Runs the newest token: logits [V] of the next one, and what the newest adds to the Drafts (keys, values, ...)."""
     model, count = merge(graphdef, state.fast, slow), _count(state)
     newest = jax.lax.dynamic_slice_in_dim(state.tokens, count, 1)
     x_1D, added = model.decode(model.embed(newest), state.prepared, state.drafts, _context(state, count))
@@ -305,7 +318,7 @@ def _predict(graphdef, slow, state: ReaderState):
 
 
 def _append(model, state: ReaderState, added: dict, logits_V, token):
-    """One more token, which leaves the mini-batch unfinished, given what `_predict` says: changes, and its NLL."""
+    """Appends `token` to the unfinished mini-batch, from the results of `_predict`: changed fields, and its NLL."""
     count = _count(state)
     changes = {
         "drafts": model.append(state.drafts, added, count),
@@ -315,16 +328,17 @@ def _append(model, state: ReaderState, added: dict, logits_V, token):
 
 
 def _score(model: Transformer, state: ReaderState, tokens_b1, count=None):
-    """NLL [b] of the last b tokens, and the Entries of the first b, a mini-batch, of which `count` are not padding.
+    """NLL [b] of the targets `tokens_b1[1:]`, and the mixers' Entries of the inputs `tokens_b1[:-1]`.
 
-    Nothing that comes before the padding depends on it.
+    The first `count` inputs are tokens, the others padding (None = no padding); by causality no token's result depends
+    on the padding.
     """
     x_bD, entries = model.extend(model.embed(tokens_b1[:-1]), state.states, _context(state, count))
     return model.nll(x_bD, tokens_b1[1:]), entries
 
 
 def _next_mini_batch(model: Transformer, state: ReaderState, entries: dict, tokens_b1) -> dict:
-    """Fields of the state that change where a mini-batch with these Entries and tokens is finished."""
+    """Changed fields of the state after a full mini-batch with these Entries and tokens [b + 1]."""
     states = model.advance(state.states, entries)
     return {
         "states": states,
@@ -334,17 +348,17 @@ def _next_mini_batch(model: Transformer, state: ReaderState, entries: dict, toke
 
 
 def _context(state: ReaderState, count=None) -> Context:
-    """Place of the unfinished mini-batch, of which `count` positions are tokens."""
+    """Position of the unfinished mini-batch in its sequence, and the `count` of its positions that are tokens."""
     return Context(start=state.position - _count(state), count=count)
 
 
 def _with_part(state: ReaderState, part_b):
-    """The mini-batch's b inputs and the target of the last, [b + 1], as far as they are known with these tokens."""
+    """The tokens [b + 1] of the unfinished mini-batch followed by those of `part_b`, and then zeros."""
     b = len(part_b)
     room = jnp.concatenate([state.tokens, jnp.zeros(b + 1, jnp.int32)])
     return jax.lax.dynamic_update_slice_in_dim(room, part_b, _count(state) + 1, axis=0)[: b + 1]
 
 
 def _count(state: ReaderState):
-    """Number of tokens of the unfinished mini-batch that were run."""
+    """Number of tokens of the unfinished mini-batch that were run; the newest one was not."""
     return state.position % state.tokens.shape[-1]

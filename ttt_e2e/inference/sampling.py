@@ -1,4 +1,4 @@
-"""From logits to a token: pure functions. Shapes: `B` sequences, `V` vocabulary."""
+"""Samples tokens from logits, by pure functions. Shapes: `B` sequences, `V` vocabulary."""
 
 from functools import partial
 
@@ -10,17 +10,17 @@ from ttt_e2e.inference.settings import Sampling
 
 @partial(jax.jit, static_argnames="sampling")
 def choose(keys_B, index, logits_BV, seen_BV, sampling: Sampling):
-    """Chooses a token for each sequence.
+    """Samples the next token of each sequence; at temperature 0, takes the likeliest one (greedy).
 
     Args:
-      keys_B: random keys, one a sequence, so that none depends on which others there are.
-      index: how many tokens were chosen before, which makes another draw of the same keys.
-      logits_BV: the model's prediction.
-      seen_BV: whether each token of the vocabulary was there before.
-      sampling: how.
+      keys_B: one random key for each sequence, so that a sequence does not depend on the others in its batch.
+      index: number of tokens sampled before; folded into the keys, so that each token has its own.
+      logits_BV: logits that the model predicts.
+      seen_BV: whether each token of the vocabulary occurred before in its sequence.
+      sampling: temperature, top-k, top-p and repetition penalty.
 
     Returns:
-      tokens [B].
+      Token ids [B].
     """
     adjusted_BV = jax.vmap(partial(adjust, sampling=sampling))(logits_BV, seen_BV)
     if sampling.temperature == 0:
@@ -30,7 +30,7 @@ def choose(keys_B, index, logits_BV, seen_BV, sampling: Sampling):
 
 
 def adjust(logits_V, seen_V, sampling: Sampling):
-    """The logits to draw from: penalty, temperature, top-k, top-p, in this order; -inf where nothing is left."""
+    """Logits [V] to sample from, after penalty, temperature, top-k and top-p, in this order; -inf = excluded."""
     logits_V = penalise(logits_V, seen_V, sampling.repetition_penalty)
     if sampling.temperature > 0:
         logits_V = logits_V / sampling.temperature
@@ -40,17 +40,23 @@ def adjust(logits_V, seen_V, sampling: Sampling):
 
 
 def penalise(logits_V, seen_V, penalty: float):
-    """Logits of tokens that were there before, divided by the penalty, or multiplied where negative (CTRL)."""
+    """Applies the repetition penalty of CTRL (arXiv 1909.05858) to logits [V] of tokens that occurred before.
+
+    Positive logits are divided by the penalty, negative ones multiplied by it.
+    """
     return jnp.where(seen_V, jnp.where(logits_V > 0, logits_V / penalty, logits_V * penalty), logits_V)
 
 
 def keep_top_k(logits_V, k: int):
-    """-inf for all but the k highest, and those equal to the lowest of them."""
+    """Sets all logits [V] below the k-th highest to -inf; those equal to it are left, so that more than k may be."""
     return jnp.where(logits_V >= jax.lax.top_k(logits_V, k)[0][-1], logits_V, -jnp.inf)
 
 
 def keep_top_p(logits_V, p: float):
-    """-inf for all but the fewest of the highest whose probabilities reach `p` together; one at least is left."""
+    """Sets logits [V] to -inf outside the nucleus: the fewest likeliest tokens of total probability `p` or more.
+
+    At least one token is left (nucleus sampling, arXiv 1904.09751).
+    """
     order_V = jnp.argsort(-logits_V)
     probability_V = jax.nn.softmax(logits_V[order_V])
     before_V = jnp.cumsum(probability_V) - probability_V

@@ -1,7 +1,7 @@
-"""Saved reader states: what a model learned from a document, for that model to go on from.
+"""Saves and restores reader states: fast weights, KV caches and other mixer States after some text was read.
 
-A directory with two items of Orbax: `state` (arrays) and `about` (JSON), which names the model. Orbax writes under a
-temporary name and renames when all is written.
+A saved state is a directory with two Orbax items: `state` (arrays) and `about` (JSON), which identifies the model.
+Orbax writes under a temporary name and renames it at the end, so that a state is whole or not there.
 
 Shapes: `B` sequences, `L` blocks of a stack, `K` positions of a KV cache, `G` key/value heads, `H` head width.
 """
@@ -27,12 +27,12 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 def save_state(path, reader: Reader, state: ReaderState, *, precision: str = "float32") -> None:
-    """Writes a state into the new directory `path`.
+    """Saves a reader's state in the new directory `path`.
 
     Args:
-      path: must not exist.
-      reader: whose state it is.
-      state: of any number of sequences, within a mini-batch too.
+      path: directory to make; it must not exist.
+      reader: the reader that made `state`.
+      state: state of any number of sequences; its mini-batch may be unfinished.
       precision: "bfloat16" stores the difference of the fast weights from W_0, rounded to bfloat16: half the size.
 
     Raises:
@@ -41,7 +41,7 @@ def save_state(path, reader: Reader, state: ReaderState, *, precision: str = "fl
     path = epath.Path(path).resolve()
     check_can_save(path, precision)
     tree = state._asdict()
-    tree.pop("prepared")  # made again when it is wanted
+    tree.pop("prepared")  # is computed from the States when decoding needs it
     about = {
         "model": to_dict(reader.config)["model"],
         "parameters": parameters_digest(reader.params),
@@ -61,11 +61,11 @@ def save_state(path, reader: Reader, state: ReaderState, *, precision: str = "fl
 
 
 def load_state(path, reader: Reader) -> ReaderState:
-    """The state that `save_state` wrote.
+    """Restores the state that `save_state` wrote, for this reader, on one device.
 
     Raises:
-      UserError: there is no whole state, or it is of another model or mini-batch size, or, with full attention, longer
-        than the reader's `max_length`.
+      UserError: the state is missing or damaged, was made by another model or mini-batch size, or, with full attention,
+        has more tokens than the reader's `max_length`.
     """
     path = epath.Path(path).resolve()
     about = read_about(path)
@@ -87,7 +87,10 @@ def load_state(path, reader: Reader) -> ReaderState:
 
 
 def _restore(path, like: dict, precision: str) -> dict:
-    """The saved arrays, in the containers of `like`, whose States may have had room for another number of tokens."""
+    """Restores the saved arrays into the structure of `like`, in the shapes that are stored.
+
+    These may differ from those of `like`: the saved States may have room for another number of tokens.
+    """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -97,18 +100,18 @@ def _restore(path, like: dict, precision: str) -> dict:
             leaves = jax.tree_util.tree_leaves_with_path(stored.tree)
             shapes = {parameter_name(key): leaf.shape for key, leaf in leaves}
 
-            def wanted(key, leaf):
+            def as_stored(key, leaf):
                 name = parameter_name(key)
                 dtype = jnp.bfloat16 if name.startswith("fast.") and precision == "bfloat16" else leaf.dtype
                 return jax.ShapeDtypeStruct(shapes[name], dtype, sharding=device)
 
-            return checkpointer.restore(path / "state", jax.tree_util.tree_map_with_path(wanted, like))
+            return checkpointer.restore(path / "state", jax.tree_util.tree_map_with_path(as_stored, like))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"state {path} is damaged: {str(error).splitlines()[0]}") from error
 
 
 def check_can_save(path, precision: str) -> None:
-    """Raises `UserError` where there is something at `path` already, or the precision is unknown."""
+    """Raises `UserError` where `path` exists already, or the precision is none of `PRECISIONS`."""
     if precision not in PRECISIONS:
         raise UserError(f"precision is {precision!r}, but it must be one of {', '.join(PRECISIONS)}")
     if epath.Path(path).exists():
@@ -116,7 +119,10 @@ def check_can_save(path, precision: str) -> None:
 
 
 def read_about(path) -> dict:
-    """What a saved state says of itself: its model, sizes and position. Raises `UserError` where there is none."""
+    """Reads the item `about` of a saved state: model, parameters' digest, sizes, precision and position.
+
+    Raises `UserError` where there is no saved state, or it is damaged.
+    """
     path = epath.Path(path)
     if not (path / "about").is_dir():
         raise UserError(f"{path} holds no saved state: expected a directory that --save_state wrote")
@@ -128,8 +134,8 @@ def read_about(path) -> dict:
 
 
 def parameters_digest(params) -> str:
-    """16 hex digits that identify parameters by their values; computed where they live, as they may be large."""
-    sums = digests(params, spread=1)  # as in the states that were saved first
+    """Digest, 16 hex digits, of the names, shapes, dtypes and values of parameters; computed on their devices."""
+    sums = digests(params, spread=1)  # 1, as for all states that are stored
     identity = [
         (jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), sums[parameter_name(path)][1])
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -138,13 +144,14 @@ def parameters_digest(params) -> str:
 
 
 def _check_model(path, about: dict, reader: Reader) -> None:
+    """Raises `UserError` unless the saved state's model, parameters, mini-batch size and length fit the reader."""
     saved = from_config_dict({"model": about["model"]})
     for (section, f, ours), (_, _, theirs) in zip(each_field(reader.config), each_field(saved), strict=True):
         if section.startswith("model") and f.name != "attention_backend" and theirs != ours:
             raise UserError(
                 f"state {path} belongs to a model whose {section}.{f.name} is {theirs!r}; here it is {ours!r}"
             )
-    # Of before mixers had their own stacks, there were digests of one stack.
+    # In the older format the digest is of the blocks of all mixers in one stack.
     params = older.one_stack(reader.params, older.interleave) if "cache_size" in about else reader.params
     if (digest := parameters_digest(params)) != about["parameters"]:
         raise UserError(

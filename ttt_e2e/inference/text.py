@@ -1,37 +1,37 @@
-"""Text out of tokens as they come, up to a stop string."""
+"""Decodes tokens to text one by one (streaming), up to a stop string."""
 
 from collections.abc import Sequence
 
 from ttt_e2e.data.tokenizers import Tokenizer
 
-REPLACEMENT = "\ufffd"  # what an unfinished character decodes to
+REPLACEMENT = "\ufffd"  # what the bytes of an incomplete character decode to
 
 
 class TextStream:
-    """Text of tokens that come one by one. Gives out nothing that may yet turn out to begin a stop string."""
+    """Decodes a stream of tokens. Holds back text that may turn out to be the beginning of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-        self.stopped = False  # whether a stop string was found; it and what follows are left out
+        self.stopped = False  # whether a stop string has come; it and all that follows are left out
         self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._ids: list[int] = []
-        # Tokens are decoded with those before them, as what a token reads like may depend on these; not with all of
-        # them, as that would take ever longer. [start, shown) was given out, and is decoded again as context.
+        # The text of a token may depend on those before it, so new tokens are decoded together with the previous ones,
+        # [start, shown), whose text was returned already. Decoding all from the beginning would take quadratic time.
         self._start = self._shown = 0
-        self._held = ""  # text that may begin a stop string
+        self._held = ""  # decoded text that may be the beginning of a stop string
 
     def push(self, token: int) -> str:
-        """The text that is certain with one more token."""
+        """Adds a token; returns the text that is certain by now and was not returned yet."""
         self._ids.append(token)
         return self._release(self._decode(whole=False))
 
     def finish(self) -> str:
-        """The text that is left after the last token."""
+        """Returns the text that was held back, after the last token."""
         text = self._release(self._decode(whole=True))
         held, self._held = self._held, ""
         return text + held
 
     def _decode(self, *, whole: bool) -> str:
-        """Text of the tokens since the last call; but for `whole`, none while the last character is unfinished."""
+        """Decodes the tokens since the last call. Unless `whole`, returns "" while the last character is incomplete."""
         before = self._tokenizer.decode(self._ids[self._start : self._shown])
         text = self._tokenizer.decode(self._ids[self._start :])
         if not whole and text.endswith(REPLACEMENT):
@@ -40,17 +40,18 @@ class TextStream:
         return text[len(before) :]
 
     def _release(self, text: str) -> str:
+        """Appends decoded text to what is held back; returns what may be given out, up to a stop string."""
         if self.stopped:
             return ""
         text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
-        self.stopped = bool(found)
-        keep = min(found) if found else len(text) - held_back(text, self._stops)
-        self._held = "" if found else text[keep:]
-        return text[:keep]
+        matches = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        self.stopped = bool(matches)
+        end = min(matches) if matches else len(text) - held_back(text, self._stops)
+        self._held = "" if matches else text[end:]
+        return text[:end]
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins a stop string without being all of it."""
+    """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
     sizes = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
     return max(sizes, default=0)

@@ -1,1 +1,1 @@
-"""Checkpoints of other programs."""
+"""Conversion of checkpoints of other programs."""

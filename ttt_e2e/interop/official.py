@@ -1,7 +1,7 @@
-"""Checkpoints of the released TTT-E2E implementation.
+"""Converts checkpoints of the released TTT-E2E implementation to ours.
 
 It stores the parameters of all blocks stacked on axis 0, the fast MLP and its two norms ("prime") stacked over the
-suffix blocks only, and matrices as [in, out]; so do we, except that prefix and suffix blocks are two stacks.
+suffix blocks only, and matrices as [in, out]. Ours differ in that prefix and suffix blocks are two stacks.
 """
 
 import re
@@ -22,7 +22,7 @@ from ttt_e2e.model.parameters import parameter_name
 _BLOCKS = "language_model.model.h.blocks."
 _FAST = "language_model.model.h.prime_storage."
 
-# Path of one of our block parameters -> path in their stack of all blocks.
+# Path of a block parameter in our stacks -> its path in their stack of all blocks.
 _BLOCK_NAMES = {
     **{f"attention.{name}": f"seq_modeling_block.{name}.weight" for name in ("wq", "wk", "wv", "wo")},
     **{f"attention.{name}.weight": f"seq_modeling_block.{name}.weight" for name in ("q_norm", "k_norm")},
@@ -32,7 +32,7 @@ _BLOCK_NAMES = {
     "mlp_norm.weight": "ffn_norm.weight",
     "mlp_post_norm.weight": "ffn_post_norm.weight",
 }
-# The same for the parts that only suffix blocks have.
+# The same for parameters that only suffix blocks have.
 _FAST_NAMES = {
     **{f"fast_mlp.{name}": f"feed_forward_prime.{name}.weight" for name in ("w1", "w2", "w3")},
     "fast_mlp_norm.weight": "ffn_prime_norm.weight",
@@ -46,10 +46,10 @@ _NAMES = {
 
 
 def import_checkpoint(config: Config, checkpoint, output) -> epath.Path:
-    """Converts a checkpoint of the released implementation into one of ours, step 0 of the directory `output`.
+    """Converts a checkpoint of the released implementation, and saves it as step 0 of the directory `output`.
 
     Args:
-      config: `config.model` says what the parameters must be.
+      config: its section `model` determines the names and shapes of the parameters.
       checkpoint: directory of its checkpoint manager, of one step in it, or of that step's `model_weights`.
       output: directory to write, which must not exist yet or be empty.
 
@@ -57,7 +57,7 @@ def import_checkpoint(config: Config, checkpoint, output) -> epath.Path:
       The step directory written.
 
     Raises:
-      UserError: there is no such checkpoint, or a parameter is missing, has another shape or is left over.
+      UserError: there is no such checkpoint, or a parameter is missing, has another shape or is not in the model.
     """
     path = _find_weights(checkpoint)
     try:
@@ -71,23 +71,23 @@ def import_checkpoint(config: Config, checkpoint, output) -> epath.Path:
 
 
 def from_official(official: dict[str, np.ndarray], like):
-    """Official parameters rearranged into the structure of ours.
+    """Rearranges official parameters into the structure of ours.
 
     Args:
       official: arrays by official path, e.g. "language_model.model.wte.weight".
       like: our parameters (any tree of nested dicts of them, such as {"fast": ..., "slow": ...}) or their shapes.
 
     Returns:
-      A tree like `like`, of numpy arrays in its dtypes.
+      A pytree of the structure and dtypes of `like`, of NumPy arrays.
 
     Raises:
-      UserError: a parameter is missing, has another shape, or is left over; the message names it and both shapes.
+      UserError: a parameter is missing, has another shape or is not in the model; the message names it and its shapes.
     """
     unused = set(official)
     leaves = jax.tree_util.tree_leaves_with_path(like)
     depth = {stack: _stack_depth(leaves, stack) for stack in ("prefix", "suffix")}
 
-    def take(path, leaf):
+    def rearranged(path, leaf):
         stack, _, name = _own_name(path).partition(".")
         rows, shape = slice(None), leaf.shape
         if stack not in depth:
@@ -108,24 +108,26 @@ def from_official(official: dict[str, np.ndarray], like):
             )
         return value[rows].astype(leaf.dtype)
 
-    made = jax.tree_util.tree_map_with_path(take, like)
+    params = jax.tree_util.tree_map_with_path(rearranged, like)
     if unused:
         raise UserError(
             f"config.model has no place for these parameters of the checkpoint: {', '.join(sorted(unused))}"
         )
-    return made
+    return params
 
 
 def _own_name(path) -> str:
-    """Dotted path of a parameter of ours, without the "fast" or "slow" it may start with."""
+    """Dotted path of one of our parameters, without a leading "fast" or "slow"."""
     return re.sub(r"^(fast|slow)\.", "", ".".join(key.key for key in path))
 
 
 def _stack_depth(leaves, stack: str) -> int:
+    """Number of blocks of a stack, "prefix" or "suffix"; 0 where there are none."""
     return max((leaf.shape[0] for path, leaf in leaves if _own_name(path).startswith(stack + ".")), default=0)
 
 
 def _find_weights(checkpoint) -> epath.Path:
+    """Directory of the parameters: the path itself, or those of its newest step. Raises `UserError` for none."""
     path = epath.Path(checkpoint).resolve()
     if path.is_dir():
         steps = [path / str(step) for step in reversed(saved_steps(path))]
