@@ -1,6 +1,5 @@
 """The command line: bad input ends in one line and exit code 2; an official checkpoint is imported and evaluated."""
 
-import dataclasses
 import json
 import re
 
@@ -9,7 +8,7 @@ import pytest
 
 from tests.parity.golden import TRAINED_CASES, load_case
 from ttt_e2e.cli import main
-from ttt_e2e.config import default_config
+from ttt_e2e.config import default_config, to_dict
 from ttt_e2e.data.store import TokenWriter, write_attributes
 
 
@@ -122,7 +121,7 @@ def test_help_lists_commands_and_flags(run, capsys):
 
 def case_config_file(case, path) -> str:
     """A config file that gives a golden case's config, with all of its sequences evaluated at once."""
-    fields = dataclasses.asdict(case.config)
+    fields = to_dict(case.config)
     fields["data"] |= {"eval_split": "train"}
     fields["eval"] |= {"batch_size": len(case.tokens)}
     fields["mesh"] |= {"data": 1}

@@ -20,7 +20,7 @@ from tests.inner.conftest import b
 from tests.inner.test_exact import assert_equal, gradients
 from tests.tiny_run import tiny_run
 from ttt_e2e.cluster.mesh import BATCH, make_mesh, shardings
-from ttt_e2e.config import Config, from_config_dict, to_dict
+from ttt_e2e.config import Config, default_config, from_config_dict, to_dict
 from ttt_e2e.config.fields import field
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.report import write_report
@@ -180,6 +180,20 @@ def test_trained_from_one_config_line_and_reported(token_store, tmp_path):
     write_report([tmp_path / "run"], tmp_path / "report")
     row = json.loads((tmp_path / "report" / "report.json").read_text())
     assert "window 12, ema" in str(row)
+
+
+def test_its_fields_are_a_section_of_the_config():
+    config = default_config()
+    config.model.update(mixer="window,ema", sliding_window=4)
+    config.model.ema.slowest_decay = 2
+    made = from_config_dict(config)
+    assert made.model.section("ema").slowest_decay == 2.0
+    assert from_config_dict(to_dict(made)) == made
+    assert "ema" not in to_dict(from_config_dict({"model": {"mixer": "attention"}}))["model"]
+    with pytest.raises(UserError, match=r"config.model.ema.slowest_decay is -1.0, but it must be at least 0"):
+        from_config_dict({"model": {"ema": {"slowest_decay": -1}}})
+    with pytest.raises(UserError, match=r"config.model.ema has no field 'decay'"):
+        from_config_dict({"model": {"ema": {"decay": 1}}})
 
 
 def test_what_a_mixer_cannot_do_is_said(token_store):

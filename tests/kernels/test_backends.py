@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from tests.kernels.cases import Case, for_target, relative_error
+from ttt_e2e.config import ATTENTION_BACKENDS
 from ttt_e2e.errors import UserError
-from ttt_e2e.kernels import cudnn, first_order, problems, splash, window_attention
+from ttt_e2e.kernels import window_attention
+from ttt_e2e.kernels.attention import backends, problems, splash
 
 
 def qkv(case: Case, dtype=jnp.float32):
@@ -17,7 +19,7 @@ def qkv(case: Case, dtype=jnp.float32):
     return x["q"], x["k"], x["v"]
 
 
-FUSED = {"splash": partial(splash.attend, interpret=True), "cudnn": partial(cudnn.attend, implementation="xla")}
+ANYWHERE = {"splash": {"interpret": True}, "cudnn": {"implementation": "xla"}}  # options of `attend_square`
 
 
 def value_and_gradients(attend, x: dict, **options):
@@ -27,12 +29,33 @@ def value_and_gradients(attend, x: dict, **options):
     return jax.jit(jax.value_and_grad(loss))(x)
 
 
-@pytest.fixture(params=FUSED)
+@pytest.fixture(params=ANYWHERE)
 def fused(request, monkeypatch):
     """The name of a backend that is made to run anywhere: interpreted, or with XLA behind cuDNN's entry point."""
-    monkeypatch.setitem(first_order.BACKENDS, request.param, FUSED[request.param])
+    module = backends.load(request.param)
+    monkeypatch.setattr(module, "attend_square", partial(module.attend_square, **ANYWHERE[request.param]))
     monkeypatch.setattr(problems, "obstacle", lambda *_: "")  # float32, so that errors are small
     return request.param
+
+
+def test_the_configuration_names_every_backend():
+    """It is a leaf: it cannot import the registry."""
+    assert ("auto", *backends.REGISTRY) == ATTENTION_BACKENDS
+
+
+FUNCTIONS = {
+    "passes": {"forward", "tangent", "dual", "reverse", "second_reverse"},
+    "dense": {"attend"},
+    "fused": {"attend", "attend_square"},
+}
+
+
+@pytest.mark.parametrize("name", backends.REGISTRY)
+def test_every_backend_defines_what_its_form_asks_for(name):
+    backend, module = backends.REGISTRY[name], backends.load(name)
+    functions = FUNCTIONS[backend.form] | ({"obstacle"} if backend.platform else set())
+    functions |= {"can_interpret"} if backend.platform and backend.form == "passes" else set()
+    assert functions <= set(dir(module))
 
 
 @pytest.mark.parametrize("window", [0, 37])
@@ -63,7 +86,9 @@ def test_fused_kernels_serve_queries_with_a_cache(fused, window):
 
 def test_splash_attention_lowers_for_tpus():
     case = Case(T=256, N=2, G=1, H=64, window=100)
-    lowered = jax.jit(lambda *x: splash.attend(*x, window=100)).trace(*qkv(case)).lower(lowering_platforms=("tpu",))
+    lowered = (
+        jax.jit(lambda *x: splash.attend_square(*x, window=100)).trace(*qkv(case)).lower(lowering_platforms=("tpu",))
+    )
     assert "tpu_custom_call" in lowered.as_text()
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from ttt_e2e.bench import attention_check, compiled, window_attention
 from ttt_e2e.errors import UserError
-from ttt_e2e.kernels import mosaic_gpu, xla
+from ttt_e2e.kernels.attention import xla
+from ttt_e2e.kernels.attention.hopper import passes as mosaic_gpu
 
 
 def test_matrix_products_in_loops_and_batches_are_counted():
@@ -41,7 +42,7 @@ def test_writes_rows_a_table_and_the_environment(tmp_path):
 
 
 def test_an_unknown_variant_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="legal are xla, reference"):
+    with pytest.raises(UserError, match="legal are reference, xla"):
         window_attention.run(tmp_path, variants=("dense",))
 
 
@@ -62,7 +63,7 @@ def test_a_wrong_pass_fails_the_check_and_is_in_the_table(tmp_path, monkeypatch)
         return 1.1 * q_bar, *others
 
     broken = types.SimpleNamespace(**{name: getattr(xla, name) for name in attention_check.PASSES} | {"reverse": wrong})
-    monkeypatch.setattr(attention_check, "import_module", lambda name: broken)
+    monkeypatch.setattr(attention_check.backends, "load", lambda name: broken)
     with pytest.raises(UserError, match=r"wrong, see .*xla/reverse \(bfloat16, head width 16\)$"):
         attention_check.run(tmp_path, **SMALL, variants=("xla",))
     assert "| xla/reverse |" in (tmp_path / "results.md").read_text()
@@ -74,7 +75,7 @@ def test_a_pass_that_does_not_compile_fails_the_check_and_is_logged_whole(tmp_pa
 
     broken = types.SimpleNamespace(**{name: getattr(xla, name) for name in attention_check.PASSES} | {"dual": refused})
     broken.can_interpret = lambda: True
-    monkeypatch.setattr(attention_check, "import_module", lambda name: broken)
+    monkeypatch.setattr(attention_check.backends, "load", lambda name: broken)
     with pytest.raises(UserError, match=r"wrong, see .*mosaic_gpu/dual \(bfloat16, head width 16\)$"):
         attention_check.run(tmp_path, **SMALL, variants=("mosaic_gpu",))
     assert "no such layout" in (tmp_path / "results.md").read_text()

@@ -18,7 +18,8 @@ from jax.sharding import AxisType
 from tests.kernels.cases import Case, for_target
 from ttt_e2e.config import ModelConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.kernels import choice, problems, window_attention
+from ttt_e2e.kernels import window_attention
+from ttt_e2e.kernels.attention import choice, problems
 
 DENSE = partial(window_attention, backend="reference")
 CASE = Case(T=12, C=6, N=2, G=1, H=8, window=5, num_empty=1)
@@ -99,23 +100,23 @@ def test_the_verdict_is_what_is_traced(tmp_path):
     assert backend() == "pallas_tpu"
 
 
-def test_known_output_and_lse_are_given_to_candidates(tmp_path):
+def test_recorded_output_and_lse_are_given_to_candidates(tmp_path):
     x = CASE.problem(dtype=jnp.bfloat16)
 
     def trace():
-        known = (jnp.zeros((2, 12, 8), jnp.bfloat16), jnp.zeros((2, 12)))
-        jax.eval_shape(lambda x: CASE.attend(x, "auto", derivatives="reverse_of_tangent", known=known), x)
+        recorded = (jnp.zeros((2, 12, 8), jnp.bfloat16), jnp.zeros((2, 12)))
+        jax.eval_shape(lambda x: CASE.attend(x, "auto", derivatives="reverse_of_tangent", recorded=recorded), x)
         jax.eval_shape(lambda x: CASE.attend(x, "auto", derivatives="first_order", with_lse=True), x)
 
-    seen = []
+    calls = []
 
     def good(*x, **options):
-        seen.append((options.get("known") is not None, options["with_lse"]))
+        calls.append((options.get("recorded") is not None, options["with_lse"]))
         return DENSE(*x, **options)
 
     verdicts = choice.measure(trace, {"good": good, "raises": raises}, tmp_path / "verdicts.json")
     assert list(verdicts.values()) == ["good", "good"]
-    assert {(True, False), (False, True)} <= set(seen)
+    assert {(True, False), (False, True)} <= set(calls)
 
 
 def test_on_cpus_nothing_is_traced_or_timed():
@@ -129,9 +130,10 @@ def never(*x, **options):
     raise AssertionError("measured again")
 
 
-def test_a_verdict_is_kept(tmp_path):
+def test_a_verdict_is_stored(tmp_path, monkeypatch):
     file = tmp_path / "new" / "verdicts.json"
     assert list(choice.measure(trace, {"wrong": wrong, "good": DENSE}, file).values()) == ["good"]
+    monkeypatch.setattr(problems, "measured", {})  # as in another process
     assert list(choice.measure(trace, {"wrong": never, "good": never}, file).values()) == ["good"]
     other = CASE._replace(window=4)
     assert list(choice.measure(partial(trace, case=other), {"slow": slow, "wrong": wrong}, file).values()) == ["slow"]
@@ -140,7 +142,7 @@ def test_a_verdict_is_kept(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def kept_verdict(tmp_path_factory):
+def stored_verdict(tmp_path_factory):
     """The content of a file: that "raises" is the best, which it is not."""
     with problems.noting() as noted:
         trace()
@@ -160,9 +162,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_file_that_cannot_be_used_is_written_anew(damage, kept_verdict, tmp_path, caplog):
+def test_a_file_that_cannot_be_used_is_written_anew(damage, stored_verdict, tmp_path, caplog):
     file = tmp_path / "verdicts.json"
-    file.write_text(json.dumps(kept_verdict))
+    file.write_text(json.dumps(stored_verdict))
     good = json.loads(file.read_text())
     damaged = damage(good)
     file.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
@@ -195,7 +197,7 @@ from functools import partial
 from pathlib import Path
 import jax
 from tests.kernels.test_choice import DENSE, raises, trace
-from ttt_e2e.kernels import choice
+from ttt_e2e.kernels.attention import choice
 address, process, file = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 jax.distributed.initialize(address, num_processes=2, process_id=process)
 candidates = {"xla": raises, "reference": DENSE} if process == 0 else {"xla": DENSE, "reference": raises}

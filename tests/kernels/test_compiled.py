@@ -9,7 +9,7 @@ import pytest
 
 from tests.kernels.cases import Case
 from ttt_e2e.bench import compiled
-from ttt_e2e.kernels import bands
+from ttt_e2e.kernels.attention import bands
 
 # Matrix products per score, of what `passes` compiles: forward; with reverse; with tangent; all, and second reverse.
 PRODUCTS = {"forward": 2, "reverse": 7, "tangent": 6, "reverse_of_tangent": 21}
@@ -126,5 +126,5 @@ def test_plan_gives_every_block_all_that_it_sees(T, S, window):
         stop = int(band.stop(block, num_keys))
         assert stop - num_keys <= max(0, first - k + 1)
         assert last < stop <= S
-    seen = sum(min(k, S - T + i + 1) for i in range(T))
-    assert bands.num_visible(T, S, window) == seen
+    visible = sum(min(k, S - T + i + 1) for i in range(T))
+    assert bands.num_visible(T, S, window) == visible

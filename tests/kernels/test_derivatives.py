@@ -56,11 +56,11 @@ def test_the_inner_loops_nestings_equal_dense_autodiff(case):
     compare(case, some("inner_vjp", "inner_jvp"))
 
 
-@pytest.mark.parametrize("is_known", [False, True], ids=["computed", "known"])
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["computed", "recorded"])
 @pytest.mark.parametrize("moving", [("q", "k", "v"), ("q", "k", "v", "cached_k", "cached_v")], ids=["new", "all"])
 @pytest.mark.parametrize("case", [*ALL_NESTINGS.values(), SECOND_ORDER["whole sequence, ramp"]])
-def test_reverse_of_tangent_in_fewer_products_equals_dense_autodiff(case, moving, is_known):
-    """Fused, with every cotangent; output and lse may be known from before."""
+def test_reverse_of_tangent_in_fewer_products_equals_dense_autodiff(case, moving, is_recorded):
+    """Fused, with every cotangent; output and lse may be recorded by an earlier call."""
 
     def outputs(x, y, **options):
         def attend(z):
@@ -75,8 +75,8 @@ def test_reverse_of_tangent_in_fewer_products_equals_dense_autodiff(case, moving
 
     with jax.enable_x64(True):
         x, y = case.problem(0), case.problem(1)
-        known = case.attend(x, with_lse=True) if is_known else None
-        fused = jax.jit(lambda: outputs_and_gradients(derivatives="reverse_of_tangent", known=known))()
+        recorded = case.attend(x, with_lse=True) if is_recorded else None
+        fused = jax.jit(lambda: outputs_and_gradients(derivatives="reverse_of_tangent", recorded=recorded))()
         assert relative_error(fused, jax.jit(lambda: outputs_and_gradients(backend="reference"))()) <= 1e-12
 
 

@@ -1,4 +1,4 @@
-"""What is said of the machine code of the Hopper kernels; the compiler's part where it is installed."""
+"""What the bench reports about the machine code of the Hopper kernels; the compiler's part where it is installed."""
 
 import json
 import shutil

@@ -12,7 +12,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from tests.kernels.cases import relative_error
 from ttt_e2e.bench.attention_check import PASSES, pass_operands
-from ttt_e2e.kernels import bands, mosaic_gpu, xla
+from ttt_e2e.kernels.attention import bands, problems, xla
+from ttt_e2e.kernels.attention.hopper import passes as mosaic_gpu
 from ttt_e2e.targets import marks
 
 interpreted = pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="JAX interprets these kernels from 0.11.2 on")
@@ -133,15 +134,16 @@ def hopper():
 
 
 def test_obstacles_are_named():
-    def arrays(dtype, width=64, value_width=0):
-        return [jax.ShapeDtypeStruct((1, 8, w), dtype) for w in (width, width, value_width or width)]
+    def obstacle(dtype, width=64, value_width=0):
+        sizes = (8, 0, 1, 1, width, value_width or width, (dtype,), 0)
+        return mosaic_gpu.obstacle(problems.Problem("", *sizes, False, "any", False, False))
 
-    assert "Hopper generation, not cpu" in mosaic_gpu.obstacle(*arrays(jnp.bfloat16))
+    assert "Hopper generation, not cpu" in obstacle("bfloat16")
     with jax.sharding.use_abstract_mesh(hopper()):
-        assert mosaic_gpu.obstacle(*arrays(jnp.bfloat16)) == ""
-        assert "bfloat16 or float16" in mosaic_gpu.obstacle(*arrays(jnp.float32))
-        assert "up to 128, not 256" in mosaic_gpu.obstacle(*arrays(jnp.float16, 256))
-        assert "as wide as queries" in mosaic_gpu.obstacle(*arrays(jnp.float16, 64, 32))
+        assert obstacle("bfloat16") == ""
+        assert "bfloat16 or float16" in obstacle("float32")
+        assert "up to 128, not 256" in obstacle("float16", 256)
+        assert "as wide as queries" in obstacle("float16", 64, 32)
 
 
 def test_no_jax_that_interprets_them_skips_these_tests():

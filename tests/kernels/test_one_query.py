@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ttt_e2e.kernels import window_attention
-from ttt_e2e.kernels.one_query import Keys, attend_one
+from ttt_e2e.kernels.attention.one_query import Keys, attend_one
 
 N, G, H = 6, 2, 4
 

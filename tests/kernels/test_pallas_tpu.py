@@ -11,7 +11,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from tests.kernels.cases import Case, nestings, relative_error, results, third_derivatives
 from ttt_e2e.bench.attention_check import pass_operands
-from ttt_e2e.kernels import bands, pallas_tpu, window_attention, xla
+from ttt_e2e.kernels import window_attention
+from ttt_e2e.kernels.attention import bands, xla
+from ttt_e2e.kernels.attention.tpu import passes as pallas_tpu
 
 
 class Problem(NamedTuple):
@@ -222,9 +224,9 @@ def test_programs_are_the_tiles_of_the_band(T, S, window, block, by_column):
     """Every tile with a visible score, once, a row's or column's together, and few others."""
     tiles = bands.Tiles(T, S, window, block)
     query, key = np.mgrid[:T, :S]
-    seen = (key <= query + S - T) & (key > query + S - T - window)
+    visible = (key <= query + S - T) & (key > query + S - T - window)
     query, key = (query - T) // block + tiles.query_blocks, (key - S) // block + tiles.key_blocks
-    needed = set(zip(query[seen].tolist(), key[seen].tolist()))
+    needed = set(zip(query[visible].tolist(), key[visible].tolist()))
     visited = list(map(tuple, tiles.visit(tiles.key_blocks, by_column).T.tolist()))
     assert len(set(visited)) == len(visited) and needed <= set(visited)
     assert visited == sorted(visited, key=lambda tile: tile[::-1] if by_column else tile)

@@ -76,18 +76,18 @@ def test_empty_keys_have_no_influence_whatever_they_hold(float64):
 @pytest.mark.parametrize("window", [0, 24])
 def test_later_keys_have_no_influence_not_even_by_rounding(dtype, window):
     """Nor do they on derivatives with respect to what is earlier, by forward and by reverse mode."""
-    T, seen = 70, 41
+    T, earlier_keys = 70, 41
     arrays = [jnp.asarray(a, dtype) for a in random_qkv(T, T)]
-    others = [a.at[:, seen:].set(7 - 5 * a[:, seen:]) for a in arrays]
+    others = [a.at[:, earlier_keys:].set(7 - 5 * a[:, earlier_keys:]) for a in arrays]
 
     @jax.jit
     def earlier(*arrays):
         def attend(*arrays):
-            return window_attention(*arrays, window=window)[:, :seen]
+            return window_attention(*arrays, window=window)[:, :earlier_keys]
 
         out, pull_back = jax.vjp(attend, *arrays)
         dot = jax.jvp(attend, arrays, tuple(jnp.roll(a, 1, axis=-1) for a in arrays))[1]
-        return out, dot, [bar[:, :seen] for bar in pull_back(out)]
+        return out, dot, [bar[:, :earlier_keys] for bar in pull_back(out)]
 
     for ours, theirs in zip(jax.tree.leaves(earlier(*arrays)), jax.tree.leaves(earlier(*others)), strict=True):
         np.testing.assert_array_equal(ours, theirs)

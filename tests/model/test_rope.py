@@ -16,20 +16,20 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def random_heads(seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(T, N, H)))
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(N, T, H)))
 
 
-def rotated(x_TNH, style, start=0):
-    return rotate(x_TNH, start + jnp.arange(T), theta=THETA, style=style)
+def rotated(x_NTH, style, start=0):
+    return rotate(x_NTH, start + jnp.arange(T), theta=THETA, style=style)
 
 
 @pytest.mark.parametrize("style", STYLES)
 @given(start=st.integers(0, 100_000))
 def test_scores_depend_on_differences_of_position_only(style, start):
-    q_TNH, k_TNH = random_heads(0), random_heads(1)
+    q_NTH, k_NTH = random_heads(0), random_heads(1)
 
     def scores(start):
-        return jnp.einsum("tnh,snh->nts", rotated(q_TNH, style, start), rotated(k_TNH, style, start))
+        return jnp.einsum("nth,nsh->nts", rotated(q_NTH, style, start), rotated(k_NTH, style, start))
 
     # Float64 angles of about 1e5 are wrong by 1e-11.
     np.testing.assert_allclose(scores(start), scores(0), rtol=0, atol=1e-9)
@@ -37,43 +37,43 @@ def test_scores_depend_on_differences_of_position_only(style, start):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_scores_do_depend_on_differences_of_position(style):
-    x_TNH = jnp.ones((T, N, H))
-    scores_T = jnp.einsum("nh,snh->sn", rotated(x_TNH, style)[0], rotated(x_TNH, style))[:, 0]
+    x_NTH = jnp.ones((N, T, H))
+    scores_T = jnp.einsum("nh,nsh->ns", rotated(x_NTH, style)[:, 0], rotated(x_NTH, style))[0]
     assert len(np.unique(np.round(scores_T, 6))) == T
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_norms_are_preserved(style):
-    x_TNH = random_heads()
-    norms_TN = jnp.linalg.norm(rotated(x_TNH, style, start=1000), axis=-1)
-    np.testing.assert_allclose(norms_TN, jnp.linalg.norm(x_TNH, axis=-1), rtol=1e-14)
+    x_NTH = random_heads()
+    norms_NT = jnp.linalg.norm(rotated(x_NTH, style, start=1000), axis=-1)
+    np.testing.assert_allclose(norms_NT, jnp.linalg.norm(x_NTH, axis=-1), rtol=1e-14)
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_position_0_is_left_alone(style):
-    x_TNH = random_heads()
-    at_0 = rotate(x_TNH, jnp.zeros(T, int), theta=THETA, style=style)
-    np.testing.assert_array_equal(at_0, x_TNH)
+    x_NTH = random_heads()
+    at_0 = rotate(x_NTH, jnp.zeros(T, int), theta=THETA, style=style)
+    np.testing.assert_array_equal(at_0, x_NTH)
 
 
 def test_styles_are_equal_up_to_the_order_of_channels():
-    x_TNH = random_heads()
+    x_NTH = random_heads()
     to_half = np.concatenate([np.arange(0, H, 2), np.arange(1, H, 2)])
-    interleaved, half = rotated(x_TNH, "interleaved"), rotated(x_TNH[..., to_half], "half")
+    interleaved, half = rotated(x_NTH, "interleaved"), rotated(x_NTH[..., to_half], "half")
     np.testing.assert_allclose(interleaved[..., to_half], half, rtol=1e-14)
 
 
 def test_first_pair_turns_by_one_radian_a_position_and_the_next_by_a_power_of_theta():
-    x_TNH = jnp.zeros((T, N, H)).at[..., 0].set(1).at[..., 2].set(1)
+    x_NTH = jnp.zeros((N, T, H)).at[..., 0].set(1).at[..., 2].set(1)
     t = np.arange(T)
     expected = np.stack([np.cos(t), np.sin(t), np.cos(t * THETA**-0.25), np.sin(t * THETA**-0.25)], axis=-1)
-    np.testing.assert_allclose(rotated(x_TNH, "interleaved")[:, 0, :4], expected, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(rotated(x_NTH, "interleaved")[0, :, :4], expected, rtol=0, atol=1e-15)
 
 
 def test_bfloat16_is_rotated_in_float32():
     """Position 257 is 256 in bfloat16, an error of one radian."""
-    x_TNH = random_heads().astype(jnp.bfloat16)
-    narrow = rotate(x_TNH, 257 + jnp.arange(T), theta=THETA, style="interleaved")
-    wide = rotate(x_TNH.astype(jnp.float32), 257 + jnp.arange(T), theta=THETA, style="interleaved")
+    x_NTH = random_heads().astype(jnp.bfloat16)
+    narrow = rotate(x_NTH, 257 + jnp.arange(T), theta=THETA, style="interleaved")
+    wide = rotate(x_NTH.astype(jnp.float32), 257 + jnp.arange(T), theta=THETA, style="interleaved")
     assert narrow.dtype == jnp.bfloat16
     np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))

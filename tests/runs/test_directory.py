@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_run import tiny_run
+from ttt_e2e.config import to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.runs import directory as run_directory
 from ttt_e2e.runs.directory import claim, record_start
@@ -62,7 +63,7 @@ def test_each_start_keeps_its_revision_difference_and_config(checkout, token_sto
     git(checkout, "apply", str(workdir / second["diff"]))
     assert (checkout / "ttt_e2e" / "__init__.py").read_text() == "second = 2\n"
     configs = [json.loads((workdir / start["config"]).read_text()) for start in (first, second)]
-    assert configs == [dataclasses.asdict(config), dataclasses.asdict(changed)]
+    assert configs == [to_dict(config), to_dict(changed)]
 
 
 def test_the_difference_is_bounded(checkout, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from ttt_e2e.cluster.mesh import with_shardings
 from ttt_e2e.config import to_dict
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import UserError
-from ttt_e2e.kernels import problems
+from ttt_e2e.kernels.attention import problems
 from ttt_e2e.model import abstract_model
 from ttt_e2e.runs.metrics import read_metrics
 from ttt_e2e.train import loop

@@ -12,7 +12,7 @@ from tests.tiny_run import T, tiny_run
 from ttt_e2e.cluster.mesh import make_mesh, shardings
 from ttt_e2e.config import Config, MeshConfig
 from ttt_e2e.inference.reader import Reader
-from ttt_e2e.kernels import primitives
+from ttt_e2e.kernels.attention import primitives
 from ttt_e2e.model import abstract_model
 from ttt_e2e.train import steps
 

@@ -1,14 +1,13 @@
 """`ttt-e2e bench attention_check`: the error of every pass of every backend of window attention, against float64.
 
-For a machine that nobody has run the kernels on: it says in a minute whether they are right there. Where there is no
-such device, kernels are interpreted, so that the check itself can be tried anywhere.
+For the first minute on a new machine: says whether the kernels compute the right numbers there. Where their device is
+missing, kernels are interpreted, so that the check itself can be tried anywhere.
 
-Shapes: those of kernels/xla.py.
+Shapes: those of kernels/attention/xla.py.
 """
 
 import logging
 from functools import partial
-from importlib import import_module
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,14 @@ from tqdm import tqdm
 from ttt_e2e import targets
 from ttt_e2e.bench import table
 from ttt_e2e.errors import UserError
-from ttt_e2e.kernels import window_attention, xla
+from ttt_e2e.kernels import window_attention
+from ttt_e2e.kernels.attention import backends, xla
+from ttt_e2e.kernels.attention.trials import MAX_RATIO, SMALLEST, relative_error
 from ttt_e2e.kernels.precision import matmul_precision
-from ttt_e2e.kernels.trials import MAX_RATIO, SMALLEST
 
 PASSES = ("forward", "tangent", "dual", "reverse", "second_reverse")
-KERNELS = ("xla", "mosaic_gpu")  # modules of all five passes
-FIRST_ORDER = ("cudnn",)  # forward and reverse, where queries and keys are the same positions
+KERNELS = backends.names("passes", "", "gpu")  # checked in all five passes
+FUSED = backends.names("fused", "gpu")  # in forward and reverse, where queries and keys are the same positions
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def run(  # noqa: PLR0913 -- each is a flag
     output,
     *,
-    variants=(*KERNELS, *FIRST_ORDER),
+    variants=(*KERNELS, *FUSED),
     head_dims=(64, 80, 128),
     dtypes=("bfloat16", "float16"),
     seq_len: int = 320,
@@ -44,19 +44,19 @@ def run(  # noqa: PLR0913 -- each is a flag
 ) -> list[dict]:
     """Checks every combination, writes the errors to the directory `output`, returns the rows; fails if one is large.
 
-    A row has the `relative_error` of each pass's worst result, by Euclidean norm, and as `ratio` that error in terms of
-    that of `xla` in the same dtype. A variant that cannot run here has a row that says why.
+    A row is one pass: the `relative_error` of its worst result, by Euclidean norm, and the `ratio` of that error to the
+    error of `xla` in the same dtype. A variant that cannot run here has a row that says why.
     """
     for variant in variants:
-        if variant not in KERNELS + FIRST_ORDER:
-            raise UserError(f"--variants={variant}: legal are {', '.join(KERNELS + FIRST_ORDER)}")
+        if variant not in KERNELS + FUSED:
+            raise UserError(f"--variants={variant}: legal are {', '.join(KERNELS + FUSED)}")
     rows = []
     cases = [(H, dtype) for H in head_dims for dtype in dtypes]
     for H, dtype in tqdm(cases, desc="bench attention_check", unit="case"):
         sizes = {"seq_len": seq_len, "cached": cached, "window": window, "head_dim": H, "dtype": dtype}
         shape = (batch, heads_per_key_head, seq_len, cached, H)
         for variant in variants:
-            check = _first_order_errors if variant in FIRST_ORDER else _errors
+            check = _fused_errors if variant in FUSED else _errors
             for name, figures in check(variant, shape, window, num_empty, jnp.dtype(dtype)).items():
                 rows.append({"variant": f"{variant}/{name}"} | sizes | figures)
     text = table.write(output, rows, "Errors of window attention against float64")
@@ -112,7 +112,8 @@ def _run(module, name: str, operands, window: int):
 
 
 def _errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:
-    module = import_module(f"ttt_e2e.kernels.{variant}")
+    """Figures of every pass, by name."""
+    module = backends.load(variant)
     if targets.current().platform == "cpu" and variant != "xla" and not module.can_interpret():
         return {"all": {"skipped": f"JAX {jax.__version__} does not interpret it"}}
     with jax.enable_x64(True):
@@ -124,7 +125,7 @@ def _errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:
         try:
             ours = jax.block_until_ready(_run(module, name, operands[name], window))
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            # The kernel's compiler refused it: the check fails in the end, but the other passes may do.
+            # The kernel's compiler refused it: the check fails in the end, but first tries the other passes.
             logger.exception("%s/%s, %s, head width %d", variant, name, dtype, shape[-1])
             rows[name] = {"relative_error": float("inf"), "ratio": float("inf"), "failed": str(error)[:100]}
         else:
@@ -133,7 +134,8 @@ def _errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:
     return rows
 
 
-def _first_order_errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:
+def _fused_errors(variant: str, shape, window: int, num_empty: int, dtype) -> dict:
+    """Figures of forward and reverse, by name."""
     if targets.current().platform != "gpu":
         return {"all": {"skipped": "needs an NVIDIA GPU"}}
     B, R, T, _, H = shape
@@ -157,13 +159,9 @@ def _first_order_errors(variant: str, shape, window: int, num_empty: int, dtype)
 
 
 def _figures(ours, theirs, truths) -> dict:
-    """The worst result's error, and the worst in terms of `theirs`."""
-    pairs = [(_error(a, truth), _error(b, truth)) for a, b, truth in zip(ours, theirs, truths, strict=True)]
+    """The worst result's error, and the worst ratio to the error of `theirs`."""
+    pairs = [
+        (relative_error(a, truth), relative_error(b, truth)) for a, b, truth in zip(ours, theirs, truths, strict=True)
+    ]
     ratio = max(error / max(usual, SMALLEST) for error, usual in pairs)
     return {"relative_error": max(error for error, _ in pairs), "ratio": ratio}
-
-
-def _error(actual, truth) -> float:
-    """Relative, by Euclidean norm; infinite where a result is not a number."""
-    error = np.linalg.norm(np.asarray(actual, np.float64) - truth) / max(np.linalg.norm(truth), 1e-100)
-    return float(error) if np.isfinite(error) else float("inf")

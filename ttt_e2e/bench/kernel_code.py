@@ -1,6 +1,6 @@
 """`ttt-e2e bench kernel_code`: registers, spills and matrix instructions of the Hopper kernels' machine code.
 
-Compiled, not run: it takes no GPU. Shapes: those of kernels/xla.py.
+Compiled, not run: it takes no GPU. Shapes: those of kernels/attention/xla.py.
 """
 
 import re
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ttt_e2e.bench import mosaic_compiler, table
 from ttt_e2e.bench.attention_check import PASSES, pass_operands
 from ttt_e2e.errors import UserError
-from ttt_e2e.kernels import mosaic_gpu
+from ttt_e2e.kernels.attention.hopper import passes
 
 
 def run(
@@ -63,7 +63,7 @@ def kernels(name: str, *, seq_len: int, cached: int, window: int, head_dim: int,
     options = {"num_keys": cached + seq_len} if "reverse" in name else {}
     device = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        traced = jax.jit(partial(getattr(mosaic_gpu, name), window=window, **options)).trace(*operands)
+        traced = jax.jit(partial(getattr(passes, name), window=window, **options)).trace(*operands)
         lowered = traced.lower(lowering_platforms=("cuda",))
     return [op.attributes["mhlo.backend_config"]["module"].value_bytes for op in _mosaic_calls(lowered)]
 

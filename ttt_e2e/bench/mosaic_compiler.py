@@ -60,13 +60,13 @@ platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
 def plugin() -> Path | None:
     """The library of XLA's CUDA plugin, None where it is not installed."""
     for name in PLUGINS if importlib.util.find_spec("jax_plugins") else ():
-        if found := importlib.util.find_spec(name):
-            return Path(found.origin).parent / "xla_cuda_plugin.so"
+        if spec := importlib.util.find_spec(name):
+            return Path(spec.origin).parent / "xla_cuda_plugin.so"
     return None
 
 
 def compile_modules(modules: list[bytes]) -> list[str]:
-    """What the compiler prints of each module: its PTX, and registers and spills of its machine code.
+    """Compiles modules. Returns what the compiler prints about each: its PTX, and its code's registers and spills.
 
     Raises `UserError` where the plugin, or both a CUDA driver and a C compiler are missing, or a module is refused.
     """
@@ -110,7 +110,7 @@ def _make_stub(directory: str) -> None:
 
 
 def _compile(paths: list[str]) -> None:
-    """In the process of its own: prints where a module begins, and lets the compiler print."""
+    """Runs in the process of its own: compiles each file's module, and prints where its text begins."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -18,7 +18,7 @@ from ttt_e2e.cluster.mesh import BATCH, make_mesh, shardings, with_shardings
 from ttt_e2e.config import Config, suggestion
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.reader import Reader
-from ttt_e2e.kernels import choice
+from ttt_e2e.kernels.attention import choice
 from ttt_e2e.model import abstract_model
 from ttt_e2e.targets import of_device, slices
 from ttt_e2e.targets.bound import SHARE, Bound, bound

@@ -4,23 +4,23 @@ Shapes: `B` batch, `T` sequence, `N` heads, `H` head width.
 """
 
 import itertools
-from importlib import import_module
 
 import jax
 import jax.numpy as jnp
 
 from ttt_e2e.bench import compiled, table
 from ttt_e2e.errors import UserError
-from ttt_e2e.kernels import bands, window_attention
+from ttt_e2e.kernels import window_attention
+from ttt_e2e.kernels.attention import backends, bands
 from ttt_e2e.kernels.precision import matmul_precision
 
 # What is measured, and the matrix products a tile of scores needs for it at least (docs/kernels.md). Each includes the
 # passes before it: a gradient its forward, the reverse of the tangent both.
 PASSES = {"forward": 2, "reverse": 7, "tangent": 6, "reverse_of_tangent": 21}
-FIRST_ORDER_PASSES = ("forward", "reverse")
-FIRST_ORDER_VARIANTS = ("cudnn", "splash")
-KERNELS = ("mosaic_gpu",)  # called pass by pass, which works where they are interpreted, too
-VARIANTS = ("xla", "reference", *KERNELS, *FIRST_ORDER_VARIANTS)
+FUSED = backends.names("fused")
+FUSED_PASSES = ("forward", "reverse")
+KERNELS = backends.names("passes", "gpu", "tpu")  # called pass by pass, which works where they are interpreted, too
+VARIANTS = tuple(backends.REGISTRY)
 
 
 def run(  # noqa: PLR0913 -- each is a flag
@@ -51,7 +51,7 @@ def run(  # noqa: PLR0913 -- each is a flag
     for T, C, window, H, dtype in itertools.product(seq_lens, cached_lens, windows, head_dims, dtypes):
         sizes = {"batch": batch, "seq_len": T, "cached": C, "window": window, "num_heads": num_heads, "head_dim": H}
         for variant in variants:
-            if window <= T + C and not (C and variant in FIRST_ORDER_VARIANTS):
+            if window <= T + C and not (C and variant in FUSED):
                 rows += _measure(variant, sizes | {"dtype": dtype}, repeats)
     _compare(rows, "cudnn")
     print(table.write(output, rows, "Window attention"))
@@ -59,7 +59,7 @@ def run(  # noqa: PLR0913 -- each is a flag
 
 
 def _compare(rows: list[dict], variant: str) -> None:
-    """Adds the rate of every row in terms of that variant's, where it was measured."""
+    """Adds to every row its rate relative to the best rate of that variant, where that was measured."""
 
     def case(row):
         return row["variant"].split("/")[1], row["head_dim"], row["dtype"]
@@ -81,7 +81,7 @@ def _measure(variant: str, sizes: dict, repeats: int) -> list[dict]:
     visible = bands.num_visible(T, T + C, window)
     rows = []
     for name in PASSES:
-        if variant in FIRST_ORDER_VARIANTS and name not in FIRST_ORDER_PASSES:
+        if variant in FUSED and name not in FUSED_PASSES:
             continue
         program = _passes(name, variant, window) if variant in KERNELS else _pass(name, variant, window)
         measured = compiled.measure(matmul_precision(dtype)(program), *arrays)
@@ -130,8 +130,8 @@ def _pass(name: str, variant: str, window: int):
 
 
 def _passes(name: str, variant: str, window: int):
-    """The same function, of a backend's passes; they are what `window_attention` and its derivatives come down to."""
-    kernels = import_module(f"ttt_e2e.kernels.{variant}")
+    """The same function as `_pass`, made of a backend's passes, which `window_attention` and its derivatives call."""
+    kernels = backends.load(variant)
 
     def program(cached_k, cached_v, *arrays):
         q, q_dot, o_bar, o_dot_bar = (arrays[i][:, :, None] for i in (0, 3, 6, 7))  # a query head per key head

@@ -146,6 +146,6 @@ def _axes_of(path, axes: dict[str, tuple]) -> tuple:
 def _spec(axes: tuple, shape, mesh: Mesh) -> P:
     """The PartitionSpec of an array with these logical axes; dimensions in front of them (blocks) are not divided."""
     mesh_axes = (None,) * (len(shape) - len(axes)) + tuple(MESH_AXES[axis] for axis in axes)
-    if math.prod(shape) == 1 or len(mesh_axes) != len(shape):
+    if not axes or math.prod(shape) == 1 or len(mesh_axes) != len(shape):
         return P()
     return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(mesh_axes, shape, strict=True)))

@@ -13,14 +13,20 @@ _SECTIONS = {part.name: type(part.default) for part in dataclasses.fields(Config
 
 def default_config() -> ConfigDict:
     """The defaults of every section as a locked ConfigDict, for a config file to fill in."""
-    sections = tuple((name, section()) for name, section in MIXER_SECTIONS.items())
-    return ConfigDict(to_dict(Config(model=ModelConfig(mixer_sections=sections)))).lock()
+    values = dataclasses.asdict(Config())
+    del values["model"]["mixer_sections"]
+    values["model"] |= {mixer: dataclasses.asdict(section()) for mixer, section in MIXER_SECTIONS.items()}
+    return ConfigDict(values).lock()
 
 
 def to_dict(config: Config) -> dict:
-    """The nested dict of a config that is stored as a run directory's `config.json`."""
+    """The nested dict of a config that is stored as a run directory's `config.json`.
+
+    It has the fields of those mixers only that the model uses.
+    """
     values = dataclasses.asdict(config)
-    values["model"] |= dict(values["model"].pop("mixer_sections"))
+    sections = dict(values["model"].pop("mixer_sections"))
+    values["model"] |= {mixer: sections[mixer] for mixer in config.model.mixers if mixer in sections}
     return values
 
 

@@ -64,7 +64,7 @@ class Token(NamedTuple):
     state: ReaderState  # after it
 
 
-def generate(
+def generate(  # noqa: PLR0913 -- they are the flags of the command
     config: Config,
     checkpoint,
     prompts: list[str],

@@ -161,7 +161,7 @@ def reverse_program(
     return partial(_dual_program, suffix, run, direction, mini_batch.targets, head)
 
 
-def _run_suffix(
+def _run_suffix(  # noqa: PLR0913 -- operands of the derivative first, then what kind of pass it is
     suffix: Structure, fast, slow, states: dict, x_BbD, *, context: Context, make_pass=Pass, recorded=None, remat: bool
 ):
     """The suffix over a mini-batch of every sequence: normed hidden states [B, b, D], in a `DualPass` [B, 2, b, D], the
@@ -193,7 +193,9 @@ def gradient_of_suffix(
     return gradient, head, entries, recorded
 
 
-def _dual_program(suffix: Structure, run, direction, targets_Bb, head: HeadPass, fast, states: dict, slow, x_BbD):
+def _dual_program(  # noqa: PLR0913 -- the last four are the operands of the derivative
+    suffix: Structure, run, direction, targets_Bb, head: HeadPass, fast, states: dict, slow, x_BbD
+):
     """(NLL, States after the mini-batch, derivative of the NLL along `direction` of the fast weights)."""
     directed = jax.tree.map(Directed, fast, direction)
     hidden_B2bD, entries, _ = run(directed, slow, states, x_BbD, make_pass=DualPass)

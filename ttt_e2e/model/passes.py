@@ -64,7 +64,7 @@ class Pass:
 
     def attention(self, name: str, *arrays, **options):
         """`window_attention` of the same arguments."""
-        return window_attention(*arrays, derivatives=self.derivatives, known=self._recorded.get(name), **options)
+        return window_attention(*arrays, derivatives=self.derivatives, recorded=self._recorded.get(name), **options)
 
 
 class FirstOrderPass(Pass):
@@ -127,7 +127,7 @@ class DualPass(Pass):
     def attention(self, name: str, *arrays_J, **options):  # noqa: D102
         has_tangent = len(arrays_J[0]) == 2
         options |= {"derivatives": "reverse_of_tangent" if has_tangent else "first_order"}
-        options |= {"known": self._recorded.get(name)}
+        options |= {"recorded": self._recorded.get(name)}
         return self.apply(lambda *arrays: window_attention(*arrays, **options), *arrays_J)
 
 

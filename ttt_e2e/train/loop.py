@@ -16,7 +16,7 @@ from ttt_e2e.cluster.mesh import local_rows, make_mesh, shardings, with_sharding
 from ttt_e2e.config import Config
 from ttt_e2e.data.pipeline import training_batches
 from ttt_e2e.errors import PreemptedError
-from ttt_e2e.kernels import choice
+from ttt_e2e.kernels.attention import choice
 from ttt_e2e.model import abstract_model
 from ttt_e2e.runs import directory as run_directory
 from ttt_e2e.train.batches import check_batch, held_out_loss, open_store, to_device

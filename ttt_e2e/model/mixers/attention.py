@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ttt_e2e.kernels.one_query import Keys, attend_one
+from ttt_e2e.kernels.attention.one_query import Keys, attend_one
 from ttt_e2e.model import sequence_parts
 from ttt_e2e.model.mixers.base import Context, Mixer, register
 from ttt_e2e.model.norm import RMSNorm

@@ -1,7 +1,7 @@
-"""The passes over a whole sequence in plain XLA: the tile algebra, swept over the band block by block.
+"""The passes over a whole sequence in plain XLA: the algebra of tiles.py, applied to one block of queries at a time.
 
-Runs everywhere. Skips what the band leaves out, holds the scores of one block of queries at a time, and so needs
-memory linear in T at a fixed window. It is what every hardware kernel is tested against.
+Runs everywhere. It skips the scores outside the band and holds those of one block at a time, so that its memory is
+linear in T at a fixed window. Every hardware kernel is tested against it.
 
 Shapes: `T` queries, `S` keys, `R` query heads per key head, `H` head width; any leading axes, of which the last counts
 key heads. Rows [..., R, T, H], row statistics [..., R, T], keys [..., S, H]; tangents of keys cover the last L of the S
@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ttt_e2e.kernels import bands, tiles
+from ttt_e2e.kernels.attention import bands, tiles
 
 
 def forward(q, k, v, num_empty, *, window):
@@ -91,10 +91,10 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
 
 
 def _sweep(tile, rows, keys, num_empty, window, *, outputs=(), sums=()):
-    """Calls `tile` for every block of queries, with the keys that it can see.
+    """Calls `tile` for every block of queries, with the keys that the block can see.
 
     Args:
-      tile: (rows, keys, `View`) -> (rows, keys): what it gives for its queries, and what it adds to its keys' sums.
+      tile: (rows, keys, `View`) -> (outputs of these rows, terms to add to these keys' sums).
       rows: arrays [..., R, T, any].
       keys: arrays [..., L, any] of the last L of the S keys; the first array has them all.
       num_empty: leading keys that no query sees.
@@ -110,8 +110,8 @@ def _sweep(tile, rows, keys, num_empty, window, *, outputs=(), sums=()):
     band = bands.plan(T, keys[0].shape[-2], window)
     padded_T = band.num_blocks * band.block
     lengths, sum_lengths = [a.shape[-2] for a in keys], [length for length, _ in sums]
-    # Hides constants: XLA for CPU sinks one of zeros into the loop, and there its fused product with zeros reads memory
-    # that nothing has written (JAX 0.10.2 and 0.12.0).
+    # Hides from XLA which operands are constant. XLA for CPU (JAX 0.10.2 and 0.12.0) moves an array of constant zeros
+    # into the loop, where its fused product reads memory that nothing has written.
     rows, keys = jax.lax.optimization_barrier((rows, keys))
     rows = [_pad(a, 0, padded_T - T) for a in rows]
     keys = [_pad(a, band.padding(a.shape[-2]), 0) for a in keys]
@@ -119,7 +119,7 @@ def _sweep(tile, rows, keys, num_empty, window, *, outputs=(), sums=()):
     sums = [jnp.zeros((*leading[:-1], band.padding(length) + length, width), dtype) for length, width in sums]
 
     def visit(num_keys, block, carry):
-        """One block of queries, whose slice of every array of keys ends at the same position."""
+        """Computes one block of queries. Its slices of all arrays of keys end at the same position."""
         outputs, sums = carry
         stop = band.stop(block, num_keys)
 
@@ -142,7 +142,7 @@ def _sweep(tile, rows, keys, num_empty, window, *, outputs=(), sums=()):
 
 
 def _view(band, block, stop, num_keys, num_empty) -> tiles.View:
-    """What the queries of a block see of the `num_keys` keys before position `stop`."""
+    """Which of the `num_keys` keys before position `stop` the queries of a block see."""
     query_t = band.end(block - 1) + jnp.arange(band.block)
     key = stop - num_keys + jnp.arange(num_keys)
     query = query_t[:, None]

@@ -1,9 +1,9 @@
-"""How a Hopper kernel visits the band: a program holds a block of one side and streams tiles of the other past it.
+"""How a Hopper kernel visits the band: a program holds a block of queries and streams tiles of keys, or vice versa.
 
-Sweeping keys, a program holds queries and visits the tiles of keys that these see: for outputs and gradients of rows.
-Sweeping rows, it holds keys and visits the tiles of queries that see them, of all query heads that share them: for
-gradients of keys. Either way there is no program, and no step of one, for a tile outside the band. A program is one or
-two warpgroups that compute, with 64 queries or keys each, and one that fetches tiles ahead of them (TMA).
+In a sweep over keys, a program holds queries and visits the tiles of keys that these see: for outputs and gradients of
+rows. In a sweep over rows, it holds keys and visits the tiles of queries that see them, of all query heads that share
+them: for gradients of keys. Either way there is no program, and no step of one, for a tile outside the band. A program
+is one or two warpgroups that compute, with 64 queries or keys each, and one that fetches tiles ahead of them (TMA).
 
 Shapes: `M` = rows or keys of a warpgroup (64, that of its matrix instruction), `N` of a tile; `B` batches and key heads
 together, `R` query heads per key head, `T` queries, `S` keys (both padded), `H` head width. Rows [B, R, T, H], row
@@ -19,13 +19,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ttt_e2e import targets
+
 M = 64
 SHARED_MEMORY = 227 * 1024  # bytes a program may have
 REGISTERS = 192  # of the 240 of a thread: what may go to sums and scores
 
 
 class Plan(NamedTuple):
-    """How a sweep is divided."""
+    """How a sweep is divided into programs and tiles."""
 
     warpgroups: int = 2  # that compute, in a program
     tile: int = 64  # N
@@ -53,7 +55,7 @@ def plan(rows, num_held: int, num_streamed: int, num_staged: int, num_sums: int,
 
 
 class Band(NamedTuple):
-    """Which queries see which keys; positions count keys, padding included."""
+    """Which queries see which keys. Positions are indices of keys, padding included."""
 
     num_rows: int
     num_keys: int
@@ -77,17 +79,17 @@ class Band(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What a pass reads, by name. Keys that have tangents come with them in `moving`."""
+    """The padded arrays that a kernel reads, by name."""
 
-    rows: dict
-    statistics: dict
-    keys: dict
-    moving: dict
+    rows: dict  # [B, R, T, H]
+    statistics: dict  # [B, R, T]
+    keys: dict  # [B, S, H]
+    moving: dict  # tangents of the last keys, [B, any, H]
     num_empty: jax.Array  # int32 [B], padding counted
 
 
 class Tile:
-    """A tile of scores, queries x keys where keys are swept and keys x queries where rows are, and what makes it."""
+    """The operations of a step on one tile of scores: [queries, keys] where keys are swept, else [keys, queries]."""
 
     def __init__(self, held, streamed, statistics, staging, by_keys: bool, is_moving: bool, masked):
         self.held, self.streamed, self._statistics, self._staging = held, streamed, statistics, list(staging)
@@ -106,19 +108,19 @@ class Tile:
         return pl.run_scoped(compute, plgpu.ACC(self.shape, jnp.float32))
 
     def statistic(self, name):
-        """A statistic of the rows, for every score."""
+        """A statistic of the rows, repeated for every score of its row."""
         return self.spread(self._statistics[name]())
 
     def spread(self, statistic):
-        """One number a row, for every score."""
+        """One number a row, repeated for every score of the row."""
         return lax.broadcast_in_dim(statistic, self.shape, [0 if self.by_keys else 1])
 
     def mask(self, hidden: float, *arrays):
-        """Arrays of scores, `hidden` where a key is not seen; a tile that is seen as a whole is left alone."""
+        """Arrays of scores, with `hidden` where the key is not visible; a wholly visible tile is left as it is."""
         return self._masked(hidden, lax.optimization_barrier(arrays))
 
     def stage(self, *weights):
-        """Puts weights into shared memory, in the arrays' dtype, from where matrix products take them."""
+        """Copies weights to shared memory, in the arrays' dtype: the place matrix products take operands from."""
         staged = [self._staging.pop(0) for _ in weights]
         for staging, w in zip(staged, weights):
             staging[...] = w
@@ -131,7 +133,7 @@ class Tile:
             plgpu.wgmma(sums, staged, self.streamed[name])
 
     def sum(self, *pairs):
-        """What `add` makes of sums that start at zero."""
+        """The same as `add` to sums of 0, returned."""
         width = next(iter(self.streamed.values())).shape[1]
 
         def compute(sums):
@@ -142,34 +144,17 @@ class Tile:
 
 
 def per_row(value):
-    """A constant number for each of a warpgroup's rows."""
+    """The same number for each of a warpgroup's rows: [M], in registers."""
     return plgpu.layout_cast(jnp.full((M,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
 
 def zeros(width: int):
-    """Of a warpgroup's rows, in registers."""
+    """Zeros [M, width] for a warpgroup's rows, in registers."""
     return plgpu.layout_cast(jnp.zeros((M, width), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def over_keys(step, operands: Operands, *, band: Band, plan: Plan, num_outputs, num_statistics, **options):
-    """Sweeps keys. Returns float32 outputs [B, R, T, H] and statistics [B, R, T]. See `_Kernel` for the others."""
-    B, R, T, H = operands.rows["q"].shape
-    out = [jax.ShapeDtypeStruct((B, R, T, H), jnp.float32)] * num_outputs
-    out += [jax.ShapeDtypeStruct((B, R, T), jnp.float32)] * num_statistics
-    kernel = _Kernel(step, operands, band, plan, by_keys=True, first=0, **options)
-    return kernel.run((T // plan.block, R, B), out)
-
-
-def over_rows(step, operands: Operands, *, band: Band, plan: Plan, first_key: int, num_keys: int, **options):
-    """Sweeps rows, for keys [first_key, first_key + num_keys). Returns the sums, float32 [B, num_keys, H]."""
-    B, _, H = operands.keys["k"].shape
-    out = [jax.ShapeDtypeStruct((B, num_keys, H), jnp.float32)] * options["accumulators"]
-    kernel = _Kernel(step, operands, band, plan, by_keys=False, first=first_key, **options)
-    return kernel.run((num_keys // plan.block, 1, B), out)
-
-
 class _Place(NamedTuple):
-    """Where a program is, and what it visits."""
+    """Which rows or keys a program is for, and which tiles of the other side it visits."""
 
     batch: jax.Array
     head: jax.Array
@@ -181,30 +166,29 @@ class _Place(NamedTuple):
     num_steps: jax.Array
 
 
-class _Kernel:
-    """One sweep.
+class Kernel:
+    """One kernel: a sweep over keys or over rows.
 
     Args:
-      step: (tile, accumulators, carry) -> carry, for one tile.
+      step: (tile, accumulators, carry) -> carry, which visits one tile.
+      operands: the arrays that are read.
+      band: says which tiles there are.
+      plan: says how large they are.
       name: of the compiled kernel.
-      operands: what is read.
-      band: which tiles there are.
-      plan: how large they are.
-      by_keys: what is swept.
+      by_keys: whether keys are swept, for rows, or rows, for keys.
       first: the first row or key that a program is for.
       accumulators: how many sums [M, H] in registers `step` may add to.
       stagings: how many tiles of weights `step` puts into shared memory.
-      carry: functions that make the first carry.
       finish: (sums, carry) -> outputs [M, H], statistics [M].
-      interpret: whether to run it without a GPU.
+      carry: functions that make the first carry.
     """
 
-    def __init__(
-        self, step, operands, band, plan, *, name, by_keys, first, accumulators, stagings, finish, interpret, carry=()
+    def __init__(  # noqa: PLR0913 -- a pass describes its kernel in these words
+        self, step, operands, band, plan, *, name, by_keys, first, accumulators, stagings, finish, carry=()
     ):
         self.name = name
         self.step, self.operands, self.band, self.plan = step, operands, band, plan
-        self.by_keys, self.first, self.interpret = by_keys, first, interpret
+        self.by_keys, self.first, self.interpret = by_keys, first, targets.current().platform != "gpu"
         self.accumulators, self.stagings, self.carry, self.finish = accumulators, stagings, carry, finish
         rows, statistics, keys, moving = map(tuple, operands[:4])
         self.moving, self.statistics = moving, statistics
@@ -214,7 +198,7 @@ class _Kernel:
         self.streamed_statistics = () if by_keys else statistics
 
     def run(self, grid, out):
-        """Outputs of the shapes `out`."""
+        """Runs the kernel. Returns arrays of the shapes `out`."""
         arrays = [a for group in self.operands[:4] for a in group.values()] + [self.operands.num_empty]
         names = [name for group in self.operands[:4] for name in group]
 
@@ -236,7 +220,7 @@ class _Kernel:
         )(*arrays)
 
     def _scratch(self) -> dict:
-        """Shared memory and barriers, a slot of each for every warpgroup or tile in flight."""
+        """Shared memory and barriers, with a slot for every warpgroup or every tile in flight."""
         q, plan = self.operands.rows["q"], self.plan
 
         def shared(count, rows, columns=q.shape[-1]):
@@ -281,22 +265,22 @@ class _Kernel:
         return _Place(batch, head, start, num_empty, first, last - first, static - first, last - first)
 
     def _offset(self, name: str) -> int:
-        """Position of the first key of an array."""
+        """The position of an array's first key."""
         return self.band.first_moving if name in self.moving else 0
 
     def _tile(self, place: _Place, i):
-        """What is visited at step i: keys once, rows once for every query head."""
+        """The tile visited at step i: each tile of keys once, each tile of rows once for every query head."""
         return place.first + (i if self.by_keys else lax.rem(i, place.num_tiles))
 
     def _source(self, gmem, place: _Place, name: str, i):
-        """What is streamed at step i."""
+        """The part of an array that is streamed at step i."""
         tile, size = self._tile(place, i), self.plan.tile
         if self.by_keys:
             return gmem[name].at[place.batch, pl.ds(tile * size - self._offset(name), size)]
         return gmem[name].at[place.batch, lax.div(i, place.num_tiles), pl.ds(tile * size, size)]
 
     def _fetch(self, gmem, num_empty, scratch):
-        """What the warpgroup that fetches does."""
+        """Runs in the warpgroup that fetches: copies the tiles of every step into shared memory, ahead of their use."""
         place, stages = self._place(num_empty), self.plan.stages
 
         def load(is_moving, i, _):
@@ -322,7 +306,7 @@ class _Kernel:
         lax.fori_loop(lax.max(place.num_steps - stages, 0), place.num_steps, drain, ())
 
     def _compute(self, gmem, num_empty, outputs, scratch, warpgroup):
-        """What a warpgroup that computes does."""
+        """Runs in a warpgroup that computes: visits all tiles, then writes the results of its M rows or keys."""
         place = self._place(num_empty)
         own = place.start + warpgroup * M
 
@@ -356,9 +340,9 @@ class _Kernel:
             ref[rows_or_keys(self.first)] = result
 
     def _visit(self, scratch, place: _Place, warpgroup, statistics, sums, is_moving, i, carry):
-        """One step of it."""
-        # Or else the compiler takes the addresses and descriptors of all these arrays out of the loop, some 40 numbers
-        # that leave too few registers for scores.
+        """One step: waits for a tile, calls the pass's step on it, and gives its memory back."""
+        # Without it the compiler computes the addresses and descriptors of all these arrays before the loop: some 40
+        # numbers, which leave too few registers for scores.
         warpgroup = lax.optimization_barrier(warpgroup)
         own = place.start + warpgroup * M
         held = {name: ref.at[warpgroup] for name, ref in scratch["held"].items()}
@@ -379,7 +363,7 @@ class _Kernel:
 
 
 def _load(statistic, reduced: int):
-    """Into the registers of threads that hold a tile of scores, of which it is a statistic over axis `reduced`."""
+    """Loads a statistic into registers, laid out as a sum over axis `reduced` of a tile of scores would be."""
     index = ((),) if jax.__version_info__ < (0, 11, 2) else ()
     return plgpu.load(statistic, *index, layout=plgpu.Layout.WGMMA.reduce(reduced), optimized=False)
 
@@ -393,9 +377,10 @@ def _with_registers(function, number: int, action: str):
 
 
 def _mask(band: Band, by_keys: bool, own, first, num_empty, hidden, arrays):
-    """`arrays` of a warpgroup's rows (keys) from `own` on and keys (rows) from `first` on, `hidden` where not seen.
+    """Puts `hidden` where a score is not visible, into arrays over a warpgroup's rows (keys) and a tile's keys (rows).
 
-    Each of its own sees a range of the others. A tile that is inside of all ranges is left as it is.
+    The former begin at `own`, the latter at `first`. A row's visible keys (a key's visible rows) are one range; a tile
+    inside of all ranges is left as it is.
     """
     shape, position = arrays[0].shape, own + band.first_row if by_keys else own
     first = first if by_keys else first + band.first_row
@@ -420,6 +405,6 @@ def _mask(band: Band, by_keys: bool, own, first, num_empty, hidden, arrays):
 
 
 def _transforms(widths, dtype):
-    """How all tiles lie in shared memory: by the widest swizzle that divides the widths of all of them."""
+    """The layout of all tiles in shared memory: the widest swizzle that divides all of their widths."""
     swizzle = next(n for n in (128, 64, 32) if all(width * dtype.itemsize % n == 0 for width in widths))
     return plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)

@@ -1,9 +1,8 @@
 """The algebra of every pass, over one block of queries and all the keys that it can see, in plain jax.numpy.
 
-Source: docs/kernels.md. A name with `_dot` is the tangent of the name without, one with `_bar` its cotangent; lse is
-the log of a softmax's denominator, and lse_dot the `mu` of the derivation. All of a row's keys are here, so its
-statistics are plain sums over the last axis, and the tangent is centred *before* it is summed over keys: in bfloat16 it
-would otherwise cancel where |mu| is large.
+Source: docs/kernels.md, which calls lse_dot `mu`; the other words are explained in the package's docstring. All of a
+row's keys are here, so its statistics are plain sums over the last axis, and the mean of the tangent of its scores is
+subtracted *before* the sum over keys: in bfloat16 that would otherwise cancel where |mu| is large.
 
 Shapes: rows [..., R, t, H], t queries of each of the R query heads that share a key head; row statistics
 [..., R, t, 1]; keys [..., W, H]; scores [..., R, t, W]. Tangents of keys may cover the last w of the W keys only, the
@@ -16,37 +15,37 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_e2e.kernels import score_tiles
-from ttt_e2e.kernels.score_tiles import mean, wide
+from ttt_e2e.kernels.attention import score_tiles
+from ttt_e2e.kernels.attention.score_tiles import mean, wide
 
 
 class View(NamedTuple):
-    """What the queries of a block see."""
+    """Which keys the queries of a block see."""
 
     visible: jax.Array  # [..., t, W], or what broadcasts to it: whether a query sees a key
-    own_t: jax.Array  # the last key that each query sees, by its place among the W
+    own_t: jax.Array  # [t], the last key that each query sees, as an index into the W
 
 
 def forward(q, k, v, view):
-    """Output and lse [2 matrix products]."""
+    """Output and lse; takes 2 matrix products."""
     weights, total, lse = _softmax(q, k, view)
     return _sum_keys(weights, v, view) / total, lse
 
 
 def tangent(q, k, v, lse, q_dot, k_dot, v_dot, view):
-    """o_dot and lse_dot [5]."""
+    """o_dot and lse_dot; takes 5 matrix products."""
     return _tangent(_probabilities(q, k, lse, view), q, k, v, q_dot, k_dot, v_dot, view)
 
 
 def dual(q, k, v, q_dot, k_dot, v_dot, view):
-    """Output, lse and the tangents of both [6]: the forward and tangent passes in one."""
+    """Output, lse and the tangents of both, in one pass; takes 6 matrix products."""
     weights, total, lse = _softmax(q, k, view)
     o = _sum_keys(weights, v, view) / total
     return o, lse, *_tangent(weights / total, q, k, v, q_dot, k_dot, v_dot, view)
 
 
 def reverse(q, k, v, lse, o_bar, lse_bar, view, num_keys):
-    """Gradients of q, k, v [5]."""
+    """Gradients of q, k, v; takes 5 matrix products."""
     p = _probabilities(q, k, lse, view)
     p_bar = _products(o_bar, v)
     scores_bar = score_tiles.scores_bar(p, p_bar, mean(p, p_bar), lse_bar)
@@ -56,13 +55,13 @@ def reverse(q, k, v, lse, o_bar, lse_bar, view, num_keys):
 
 
 def second_reverse(q, k, v, lse, q_dot, k_dot, v_dot, lse_dot, bars, view, num_keys):
-    """Reverse of the forward and its tangent at once [15; 13 without the cotangents of o and lse].
+    """Reverse of the forward pass and its tangent at once; takes 15 matrix products, without o_bar and lse_bar 13.
 
     Args:
       bars: cotangents of (o_dot, lse_dot) or of (o_dot, lse_dot, o, lse).
 
     Returns:
-      Gradients of q, k, v and of q_dot, k_dot, v_dot, the latter for as many keys as there are tangents of.
+      Gradients of q, k, v and of q_dot, k_dot, v_dot, these for as many keys as have tangents.
     """
     o_dot_bar, lse_dot_bar, *o_bars = bars
     p = _probabilities(q, k, lse, view)
@@ -85,7 +84,7 @@ def second_reverse(q, k, v, lse, q_dot, k_dot, v_dot, lse_dot, bars, view, num_k
 
 
 def _softmax(q, k, view):
-    """Unnormalised weights, their total, lse."""
+    """Unnormalised weights [..., R, t, W], their totals and lse [..., R, t, 1]."""
     weights, largest, total = score_tiles.soften(score_tiles.mask(_scores(q, k), view.visible))
     return weights, total, score_tiles.lse(largest, total)
 
@@ -110,9 +109,10 @@ def _scores(q, k):
 
 
 def _sum_keys(weights, keys, view):
-    """Weighted sums of the last keys. What rounding the weights takes from a row's total is given back at its own key.
+    """Weighted sums of the last keys, [..., R, t, H].
 
-    At a later one, what a query reads would depend on what it must not see.
+    What rounding takes from a row's total is given back at the row's own key: at a later key, a query's result would
+    depend on a key that it must not see.
     """
     narrow, lost = score_tiles.narrow(weights, keys.dtype)
     sums = jnp.einsum("...rtw,...wh->...rth", narrow, keys, preferred_element_type=weights.dtype)
@@ -128,11 +128,11 @@ def _sum_rows(weights, rows):
 
 
 def _last(scores, keys):
-    """The columns of as many last keys as `keys` has."""
+    """The scores with the last keys, as many as `keys` has."""
     return scores[..., -keys.shape[-2] :]
 
 
 def _add_last(scores, more):
-    """Adds to the last columns."""
+    """Scores plus those with the last keys, `more`."""
     missing = scores.shape[-1] - more.shape[-1]
     return scores + jnp.pad(more, [(0, 0)] * (more.ndim - 1) + [(missing, 0)])

@@ -1,6 +1,6 @@
-"""Attention of a single query, for predicting a token: keys are read where they lie, in several arrays.
+"""Attention of a single query to keys in several arrays, which decoding reads for every token.
 
-Joining these, as `window_attention` does, would copy every key for each token.
+`window_attention` would join the arrays, and so copy every key for each token.
 
 Shapes: `S` keys, `N` query heads, `G` key/value heads, `R` = N / G, `H` head width.
 """
@@ -10,11 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_e2e.kernels import tiles
+from ttt_e2e.kernels.attention import tiles
 
 
 class Keys(NamedTuple):
-    """Some of the keys, with their values: [G, S, H], the layout that they are read in."""
+    """Some of the keys, with their values: [G, S, H], the layout in which caches hold them."""
 
     k_GSH: jax.Array
     v_GSH: jax.Array
@@ -22,12 +22,12 @@ class Keys(NamedTuple):
 
 
 def attend_one(q_NH, *parts: Keys):
-    """Attention of one query to the visible keys of all parts: [N, H], in the dtype of the values.
+    """Attention of one query [N, H] to the visible keys of all parts: [N, H], in the dtype of the values.
 
-    Each part needs a key at least, and some part a visible one.
+    Each part has at least one key, and at least one part a visible one.
     """
     q_GRH = q_NH.reshape(parts[0].k_GSH.shape[0], -1, q_NH.shape[-1])
-    # The R query heads of a key head as so many rows of one. What sees nothing has an lse of about -1e30.
+    # The R query heads of a key head as R rows of one. Where a part has no visible key, its lse is about -1e30.
     results = [
         tiles.forward(q_GRH[:, None], k_GSH, v_GSH, _view(visible_S, q_GRH.shape[1]))
         for k_GSH, v_GSH, visible_S in parts

@@ -1,4 +1,4 @@
-"""The public operation, and the choice of who computes it.
+"""Window attention: the public operation, its checks, and the call of the backend that computes it.
 
 Shapes: `T` queries, `C` cached keys, `S` keys in view, `N` query heads, `G` key/value heads, `R` = N / G,
 `H` head width.
@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from ttt_e2e import targets
 from ttt_e2e.errors import UserError
-from ttt_e2e.kernels import first_order, primitives, problems, reference
-from ttt_e2e.kernels.problems import BACKENDS, Problem
+from ttt_e2e.kernels.attention import backends, primitives, problems
+from ttt_e2e.kernels.attention.backends import REGISTRY
+from ttt_e2e.kernels.attention.problems import Problem
 
 DERIVATIVES = ("any", "first_order", "reverse_of_tangent")
 
 
-def window_attention(
+def window_attention(  # noqa: PLR0913 -- a call has as many properties
     q_NTH,
     k_GSH,
     v_GSH,
@@ -25,15 +26,15 @@ def window_attention(
     cached_k=None,
     cached_v=None,
     derivatives: str = "any",
-    known: tuple[jax.Array, jax.Array] | None = None,
+    recorded: tuple[jax.Array, jax.Array] | None = None,
     with_lse: bool = False,
     backend: str = "auto",
 ):
     """Causal attention of the last T of S positions to the `window` most recent ones, themselves included.
 
     Differentiable any number of times, in any nesting of jvp, vjp, vmap, scan, remat, jit and (`check_vma=False`)
-    shard_map. Saves for that its inputs, its output, one number a row, and the tangents of these: nothing of size
-    T x S. Written for one sequence; batch it with `jax.vmap`, which runs all sequences side by side.
+    shard_map. Its residuals are its inputs, its output, lse, and the tangents of these: nothing of size T x S.
+    Written for one sequence; batch it with `jax.vmap`, which runs all sequences side by side.
 
     Args:
       q_NTH: queries; they are the last T of the S positions (S >= T).
@@ -44,11 +45,11 @@ def window_attention(
       cached_k: keys [G, C, H] of the positions before the new ones. Equivalent to leading keys in `k_GSH`, but where
         they are constant no work is spent on their tangents and gradients.
       cached_v: their values.
-      derivatives: what the caller takes. "first_order": one derivative at most, which admits the fused kernels of GPUs
-        and TPUs. "reverse_of_tangent": a jvp that moves queries, new keys and values, and then its reverse, which takes
-        fewer products so. "any" is always right.
-      known: the result of an earlier call with these queries, keys and values, `with_lse`; it is not computed again.
-      with_lse: whether to return lse too, the log of the softmax's denominator.
+      derivatives: which ones the caller takes. "first_order": one derivative at most, which admits the fused kernels of
+        GPUs and TPUs. "reverse_of_tangent": a jvp with tangents of queries, new keys and values, then the vjp of that;
+        it takes fewer matrix products if announced. "any" is always right.
+      recorded: the result of an earlier call with these queries, keys and values, `with_lse`; not computed again.
+      with_lse: whether to return lse too, the log of each query's softmax denominator.
       backend: "reference" (dense), "xla" (blocked, everywhere), "pallas_tpu" and "mosaic_gpu" (kernels for TPUs and
         Hopper GPUs), "cudnn" and "splash" (for callers of "first_order" without lse; others get "auto"), or "auto": the
         fastest on the device, see docs/kernels.md.
@@ -62,42 +63,34 @@ def window_attention(
     cached = (cached_k, cached_v)
     _check_shapes(q_NTH, k_GSH, v_GSH, cached, window)
     _check_one_of("derivatives", derivatives, DERIVATIVES)
-    _check_one_of("backend", backend, ("auto", *BACKENDS))
-    problem = _problem(q_NTH, k_GSH, v_GSH, cached, window, num_empty, derivatives, with_lse, known is not None)
-    if backend == "auto" or not problems.serves(backend, problem):
-        backend = problems.choose(problem)
-    elif obstacle := problems.obstacle(backend, problem):
-        raise UserError(f"backend = {backend!r} of window_attention {obstacle}: use auto, xla or reference")
-    if backend == "reference" or backend in first_order.BACKENDS:
+    _check_one_of("backend", backend, ("auto", *REGISTRY))
+    asked = {"window": window, "derivatives": derivatives, "with_lse": with_lse, "is_recorded": recorded is not None}
+    backend = _resolve(backend, _problem(q_NTH, k_GSH, v_GSH, cached, num_empty, **asked))
+    if REGISTRY[backend].form == "passes":
+        options = {"window": window, "backend": backend, "fused": derivatives == "reverse_of_tangent"}
+        out_NTH, lse = _by_passes(q_NTH, k_GSH, v_GSH, cached, num_empty, recorded, **options)
+    else:
         joined = (a if c is None else jnp.concatenate([c, a], axis=1) for c, a in zip(cached, (k_GSH, v_GSH)))
-        if backend != "reference":
-            attend = first_order.BACKENDS[backend]
-            return first_order.attend(attend, q_NTH, *joined, window=window, num_empty=num_empty)
-        out_NTH, lse_NT = reference.attend(q_NTH, *joined, window=window, num_empty=num_empty)
-        return (out_NTH, lse_NT) if with_lse else out_NTH
-    if cached_k is None:  # an empty cache; its tangent is known to be zero
+        out_NTH, lse = backends.load(backend).attend(q_NTH, *joined, window=window, num_empty=num_empty)
+    return (out_NTH, lse.reshape(q_NTH.shape[:2])) if with_lse else out_NTH
+
+
+def _by_passes(q_NTH, k_GSH, v_GSH, cached, num_empty, recorded, **params):
+    """Output [N, T, H] and lse [G, R, T], by the primitive whose derivatives are a backend's passes."""
+    if cached[0] is None:  # an empty cache; JAX knows that its tangent is zero
         cached = (jnp.zeros((a.shape[0], 0, a.shape[2]), a.dtype) for a in (k_GSH, v_GSH))
     (N, T, _), G = q_NTH.shape, k_GSH.shape[0]
 
     def grouped(a_NT):  # [N, T, ...] -> [G, R, T, ...]
         return a_NT.reshape(G, N // G, *a_NT.shape[1:])
 
-    out_GRTH, lse_GRT = primitives.attend(
-        grouped(q_NTH),
-        *cached,
-        k_GSH,
-        v_GSH,
-        jnp.asarray(num_empty, jnp.int32),
-        *(map(grouped, known) if known else ()),
-        window=window,
-        backend=backend,
-        fused=derivatives == "reverse_of_tangent",
-    )
-    out_NTH = out_GRTH.reshape(N, T, -1)
-    return (out_NTH, lse_GRT.reshape(N, T)) if with_lse else out_NTH
+    operands = grouped(q_NTH), *cached, k_GSH, v_GSH, jnp.asarray(num_empty, jnp.int32), *map(grouped, recorded or ())
+    out_GRTH, lse_GRT = primitives.forward_p.bind(*operands, **params)
+    return out_GRTH.reshape(N, T, -1), lse_GRT
 
 
-def _problem(q_NTH, k_GSH, v_GSH, cached, window, num_empty, derivatives, with_lse, is_known) -> Problem:
+def _problem(q_NTH, k_GSH, v_GSH, cached, num_empty, **asked) -> Problem:
+    """The call as a `Problem`; `asked` are fields of it."""
     (N, T, H), (G, S, value_width) = q_NTH.shape, v_GSH.shape
     return Problem(
         kind=targets.current().kind,
@@ -108,12 +101,18 @@ def _problem(q_NTH, k_GSH, v_GSH, cached, window, num_empty, derivatives, with_l
         width=H,
         value_width=value_width,
         dtypes=tuple(sorted({str(a.dtype) for a in (q_NTH, k_GSH, v_GSH, *cached) if a is not None})),
-        window=window,
         may_be_empty=not isinstance(num_empty, int) or num_empty > 0,
-        derivatives=derivatives,
-        with_lse=with_lse,
-        is_known=is_known,
+        **asked,
     )
+
+
+def _resolve(backend: str, problem: Problem) -> str:
+    """The backend that computes the call, where `backend` was asked for. Raises a `UserError` where it cannot."""
+    if backend == "auto" or not problems.serves(backend, problem):
+        return problems.choose(problem)
+    if obstacle := problems.obstacle(backend, problem):
+        raise UserError(f"backend = {backend!r} of window_attention {obstacle}: use auto, xla or reference")
+    return backend
 
 
 def _check_one_of(name: str, value: str, legal: tuple[str, ...]) -> None:
@@ -122,7 +121,7 @@ def _check_one_of(name: str, value: str, legal: tuple[str, ...]) -> None:
 
 
 def _check_shapes(q_NTH, k_GSH, v_GSH, cached, window) -> None:
-    """Raises a `UserError` where shapes do not fit."""
+    """Raises a `UserError` where the arrays' shapes do not fit each other, or the window is negative."""
     (N, T, H), (G, S, _) = q_NTH.shape, k_GSH.shape
     if v_GSH.shape[:2] != (G, S) or k_GSH.shape[2] != H or N % G or S < T or window < 0:
         raise UserError(
@@ -132,7 +131,8 @@ def _check_shapes(q_NTH, k_GSH, v_GSH, cached, window) -> None:
     if (cached[0] is None) != (cached[1] is None):
         raise UserError("window_attention: give cached_k and cached_v, or neither")
     if cached[0] is not None and (
-        S != T or any(c.shape[::2] != a.shape[::2] for c, a in zip(cached, (k_GSH, v_GSH)))  # but for the positions
+        S != T
+        or any(c.shape[::2] != a.shape[::2] for c, a in zip(cached, (k_GSH, v_GSH)))  # but for the number of positions
     ):
         raise UserError(
             f"window_attention: cached keys {cached[0].shape} and values {cached[1].shape} with {T} queries and new "

@@ -1,7 +1,6 @@
-"""Window attention over the dense score matrix: what every other backend is tested against.
+"""Window attention over the dense score matrix: the reference that the backend "xla" is tested against.
 
-Shapes: `T` queries, `S` keys, `N` query heads, `G` key/value heads, `R` = N / G,
-`H` head width.
+Shapes: `T` queries, `S` keys, `N` query heads, `G` key/value heads, `R` = N / G, `H` head width.
 """
 
 import jax

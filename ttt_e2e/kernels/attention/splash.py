@@ -1,15 +1,24 @@
-"""JAX's splash attention, for first-order callers on TPUs. Run by the tests in interpret mode, not yet on hardware.
+"""JAX's splash attention, for callers on TPUs that differentiate once. Tests interpret it; no hardware has run it.
 
-Shapes: `T` positions, `N` query heads, `G` key/value heads, `R` = N / G, `H` head width.
+Shapes: `T` queries, `S` keys in view, `N` query heads, `G` key/value heads, `R` = N / G, `H` head width.
 """
 
 import jax
 import jax.numpy as jnp
 
+from ttt_e2e.kernels.attention import fused
+
 TILE = 128  # the kernel takes multiples of it, in positions and in head width
 
+obstacle = fused.obstacle
 
-def attend(q_NTH, k_GTH, v_GTH, *, window: int, interpret: bool = False):
+
+def attend(q_NTH, k_GSH, v_GSH, *, window: int, num_empty=0):
+    """Attention [N, T, H] of the last T of S positions, and no lse."""
+    return fused.attend(attend_square, q_NTH, k_GSH, v_GSH, window=window, num_empty=num_empty)
+
+
+def attend_square(q_NTH, k_GTH, v_GTH, *, window: int, interpret: bool = False):
     """Attention [N, T, H] of a whole sequence to itself; `interpret` runs it on any platform, slowly."""
     from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import, and only TPUs want it
 
@@ -26,10 +35,13 @@ def attend(q_NTH, k_GTH, v_GTH, *, window: int, interpret: bool = False):
 
 
 def _lowered(a):
-    """TPU kernels have no float16; float32 holds all of it."""
+    """The array in float32 where it is float16, a dtype that TPU kernels lack."""
     return a.astype(jnp.float32) if a.dtype == jnp.float16 else a
 
 
 def _pad(a):
-    """Positions and head width, with zeros: keys after the last query are seen by none, zero channels add nothing."""
+    """Pads positions and head width to multiples of `TILE` with zeros, which change no result.
+
+    Padded keys come after the last query, so that none sees them; padded channels add nothing to a score.
+    """
     return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, -size % TILE) for size in a.shape[-2:]])

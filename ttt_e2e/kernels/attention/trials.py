@@ -1,4 +1,4 @@
-"""Trying backends of window attention on a problem: whether they are right, and how long they take.
+"""Tries backends of window attention on a problem: checks their results, and times them.
 
 Shapes: `T` queries, `K` cached keys, `N` query heads, `G` key/value heads, `H` head width.
 """
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_e2e.kernels.problems import Problem
-from ttt_e2e.kernels.window_attention import window_attention
+from ttt_e2e.kernels.attention.problems import Problem
+from ttt_e2e.kernels.attention.window_attention import window_attention
 
 MAX_RATIO = 3  # of an error to that of `xla`, whose products are rounded likewise; more is a defect
 SMALLEST = 1e-5  # relative errors below it are none: statistics are float32
@@ -22,7 +22,7 @@ ORACLE = partial(window_attention, backend="xla")
 
 
 class Trial(NamedTuple):
-    """What came of a candidate."""
+    """The result of trying one candidate."""
 
     seconds: float = float("inf")
     rejected: str = ""  # why, in one line
@@ -33,19 +33,24 @@ class Trial(NamedTuple):
 
 
 def run(problem: Problem, candidates: dict[str, Callable]) -> dict[str, Trial]:
-    """A trial of each: functions of the arguments of `window_attention`."""
+    """A trial of each candidate, a function of the arguments of `window_attention`.
+
+    All get the same random numbers, rounded to the problem's dtype. Results are compared with those of `ORACLE` in
+    float32, and the error with that of `ORACLE` in the problem's dtype.
+    """
     exact = _numbers(problem)
     narrow = {name: a.astype(problem.dtypes[0]) for name, a in exact.items()}
     wide = {name: a.astype(np.float32) for name, a in narrow.items()}
     with jax.default_matmul_precision("highest"):
-        known_wide = _known(problem, wide)
-        expected = _results(problem, ORACLE, wide | known_wide)[0]
-    known = _known(problem, narrow)
-    usual = _errors(_results(problem, ORACLE, narrow | known)[0], expected)
-    return {name: _try(problem, attend, narrow | known, expected, usual) for name, attend in candidates.items()}
+        wide |= _recorded(problem, wide)
+        expected = _results(problem, ORACLE, wide)[0]
+    narrow |= _recorded(problem, narrow)
+    usual = _errors(_results(problem, ORACLE, narrow)[0], expected)
+    return {name: _try(problem, attend, narrow, expected, usual) for name, attend in candidates.items()}
 
 
 def _try(problem: Problem, attend: Callable, arrays: dict, expected, usual: list[float]) -> Trial:
+    """Runs and times one candidate; `usual` are the errors of the oracle's results in the same dtype."""
     try:
         results, seconds = _results(problem, attend, arrays, repeats=REPEATS)
     except Exception as error:  # compilers raise what they like, and whatever it is, there are other candidates
@@ -66,11 +71,11 @@ def _numbers(problem: Problem) -> dict[str, np.ndarray]:
     return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def _known(problem: Problem, arrays: dict) -> dict:
-    """The output and lse, where the caller has them."""
-    if not problem.is_known:
+def _recorded(problem: Problem, arrays: dict) -> dict:
+    """The output and lse of an earlier call, where the caller gives them."""
+    if not problem.is_recorded:
         return {}
-    call = _call(problem._replace(is_known=False, with_lse=True), ORACLE, problem.num_cached // 3)
+    call = _call(problem._replace(is_recorded=False, with_lse=True), ORACLE, problem.num_cached // 3)
     out_NTH, lse_NT = jax.jit(call)(arrays)
     return {"out": out_NTH, "lse": lse_NT}
 
@@ -84,15 +89,15 @@ def _call(problem: Problem, attend: Callable, num_empty):
             options |= {"cached_k": x["cached_k"], "cached_v": x["cached_v"]}
         if problem.may_be_empty:
             options["num_empty"] = num_empty
-        if problem.is_known:
-            options["known"] = (x["out"], x["lse"])
+        if problem.is_recorded:
+            options["recorded"] = (x["out"], x["lse"])
         return attend(x["q"], x["k"], x["v"], **options)
 
     return call
 
 
 def _results(problem: Problem, attend: Callable, arrays: dict, repeats: int = 0):
-    """Results and gradients of the passes that such a caller takes, and the least time of all passes together."""
+    """Results and gradients of the passes that such a caller takes, and their seconds: the least of the repeats."""
     passes = {"first_order": (_reverse,), "reverse_of_tangent": (_reverse_of_tangent,)}
     results, total = [], 0.0
     for function in passes.get(problem.derivatives, (_reverse, _reverse_of_tangent)):
@@ -118,7 +123,7 @@ def _reverse(call, x: dict):
 
 
 def _reverse_of_tangent(call, x: dict):
-    """The output, its tangent as the new ones move, and gradients of both."""
+    """The output, its tangent along `y_*` of queries, new keys and values, and the gradients of both."""
     new = ("q", "k", "v")
 
     def with_tangent(x):
@@ -130,15 +135,18 @@ def _reverse_of_tangent(call, x: dict):
 
 
 def _bars(out, x: dict):
-    """Cotangents of an output, or of it and lse."""
+    """Cotangents in the shapes of `out`: an output [N, T, H], or that and lse [N, T]."""
     return jax.tree.map(lambda a: (x["bar"] if a.ndim == 3 else x["bar"][..., 0]).astype(a.dtype), out)
 
 
 def _errors(actual, expected) -> list[float]:
-    """Relative error of each result, by Euclidean norm; infinite where it is not a number."""
-    errors = []
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-100) if a.size else 0.0
-        errors.append(float(error) if np.isfinite(error) else float("inf"))
-    return errors
+    """The relative error of each result."""
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    return [relative_error(*pair) for pair in pairs]
+
+
+def relative_error(actual, expected) -> float:
+    """The error of an array by Euclidean norm, relative to the expected one; infinite where it is not a number."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    error = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-100)
+    return float(error) if np.isfinite(error) else float("inf")

@@ -1,15 +1,15 @@
 """The passes as Pallas kernels for TPUs (Mosaic); on other platforms they are interpreted. Not yet run on hardware.
 
-A kernel computes one tile of scores at a time. Tiles are visited row by row where queries are summed over their keys,
-and column by column where keys are summed over the queries that see them; the sums stay in scratch memory meanwhile.
-Where a tile's keys are constant, or need no gradient, their products are left out.
+A kernel computes one tile of scores at a time. Results of queries are sums over keys: their tiles are visited row by
+row. Results of keys are sums over the queries that see them: column by column. The sums stay in scratch memory in
+between. Products that only tangents or gradients of a tile's keys need are left out where it has none.
 
 Statistics of a row go in and out side by side in one array [..., n]: on a TPU the last axis of any takes 128 lanes.
 
 Precision: as in tiles.py, what rounding takes from a row's total is given back at one key, here at the row's own. The
-means that a reverse pass subtracts are dot products with the rounded o and o_dot; the true ones are found while summing
-by rows, which corrects for them, and are used from then on. The tangent is taken relative to that of the row's own
-score, so that it does not cancel where all scores move alike.
+means that a reverse pass subtracts are dot products with the rounded o and o_dot. The kernels by rows compute how far
+these are from the true means, correct their sums for it, and give the true ones to the kernels by keys. Tangents of
+scores are taken relative to that of the row's own key, so that nothing cancels where all scores move alike.
 
 Shapes: of the functions, those of xla.py. In kernels, references to one block of t positions: rows and keys [t, H], row
 statistics [t, 1]; scores [t, t].
@@ -20,8 +20,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_e2e.kernels import bands, score_tiles
-from ttt_e2e.kernels.pallas_tpu_sweep import WIDE, by_keys, by_rows, last
+from ttt_e2e.kernels.attention import bands, score_tiles
+from ttt_e2e.kernels.attention.tpu.sweep import WIDE, by_keys, by_rows, last
 
 LANES = 128  # blocks are multiples of it
 MAX_BLOCK = 512  # positions
@@ -30,13 +30,13 @@ DTYPES = ("bfloat16", "float16", "float32")
 MAX_WIDTH = 256  # of heads, for blocks to fit into a TPU's memory
 
 
-def obstacle(q, k, v) -> str:
-    """Why the kernels cannot take these arrays [..., H]; empty where they can."""
-    dtypes = {a.dtype for a in (q, k, v)}
-    if dtypes not in [{jnp.dtype(name)} for name in DTYPES]:
-        return f"takes {', '.join(DTYPES)}, all arrays alike, not {', '.join(sorted(map(str, dtypes)))}"
-    if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
-        return f"takes head widths up to {MAX_WIDTH}, not {max(q.shape[-1], v.shape[-1])}"
+def obstacle(problem) -> str:
+    """Why the kernels cannot compute a problem whose arrays are all of one dtype; empty where they can."""
+    [dtype], width = problem.dtypes, max(problem.width, problem.value_width)
+    if dtype not in DTYPES:
+        return f"takes {', '.join(DTYPES)}, all arrays alike, not {dtype}"
+    if width > MAX_WIDTH:
+        return f"takes head widths up to {MAX_WIDTH}, not {width}"
     return ""
 
 
@@ -115,7 +115,7 @@ def second_reverse(q, k, v, num_empty, o, lse, q_dot, k_dot, v_dot, o_dot, lse_d
 
 
 def _dot(a, b):
-    """Of rows."""
+    """Dot products of rows [..., R, T, H] with rows: [..., R, T], float32."""
     return jnp.sum(a.astype(WIDE) * b.astype(WIDE), axis=-1)
 
 
@@ -188,8 +188,8 @@ def _dual(step, rows, keys, outputs, scratch):
 
 
 def _tangent(step, rows, keys, outputs, scratch):
-    (q, q_dot, o, known), (k, v, k_dot, v_dot), (o_dot, stats) = rows, keys, outputs
-    lse, reference = _columns(known)
+    (q, q_dot, o, row_stats), (k, v, k_dot, v_dot), (o_dot, stats) = rows, keys, outputs
+    lse, reference = _columns(row_stats)
     centred_total, *key_sums = scratch
     centred_sum, v_dot_sum = _KeySum.of(key_sums)
     step.start(lambda: _clear(scratch))
@@ -212,9 +212,9 @@ def _tangent(step, rows, keys, outputs, scratch):
 
 
 def _reverse_by_rows(step, rows, keys, outputs, scratch):
-    """Of q; and the exact mean, less lse_bar."""
-    (q, o_bar, known), (k, v), (q_bar, exact_mean) = rows, keys, outputs
-    lse, mean, lse_bar = _columns(known)
+    """Gradient of q; and the exact means to subtract, less lse_bar."""
+    (q, o_bar, stats), (k, v), (q_bar, exact_mean) = rows, keys, outputs
+    lse, mean, lse_bar = _columns(stats)
     total, q_sum = scratch[0], _KeySum(*scratch[1:])
     step.start(lambda: _clear(scratch))
 
@@ -233,8 +233,8 @@ def _reverse_by_rows(step, rows, keys, outputs, scratch):
 
 
 def _reverse_by_keys(step, rows, keys, outputs, scratch):
-    (q, o_bar, known), (k, v), (k_sum, v_sum) = rows, keys, scratch
-    lse, mean = _columns(known)
+    (q, o_bar, stats), (k, v), (k_sum, v_sum) = rows, keys, scratch
+    lse, mean = _columns(stats)
     step.start(lambda: _clear(scratch))
 
     @step.visit
@@ -247,9 +247,9 @@ def _reverse_by_keys(step, rows, keys, outputs, scratch):
 
 
 def _second_reverse_by_rows(step, rows, keys, outputs, scratch):
-    """Of q and q_dot; and the exact means of B and A of docs/kernels.md, less lse_dot_bar and lse_bar."""
-    (known, q, *_), (k, _, k_dot, _), (q_bar, q_dot_bar, exact_means) = rows, keys, outputs
-    _, _, dot_mean, mean, lse_dot_bar, lse_bar = _columns(known)
+    """Gradients of q and q_dot; and the exact means of B and A of docs/kernels.md, less lse_dot_bar and lse_bar."""
+    (stats, q, *_), (k, _, k_dot, _), (q_bar, q_dot_bar, exact_means) = rows, keys, outputs
+    _, _, dot_mean, mean, lse_dot_bar, lse_bar = _columns(stats)
     dot_total, total, new_p, p_sum, *key_sums = scratch
     q_sum, new_sum, q_dot_sum = _KeySum.of(key_sums)
     step.start(lambda: _clear(scratch))
@@ -296,9 +296,9 @@ def _second_reverse_by_keys(step, rows, keys, outputs, scratch):
 
 
 def _second_reverse_scores(rows, keys, visible, is_new):
-    """P, C, R and Z of docs/kernels.md."""
-    (known, q, q_dot, o_dot_bar, *o_bar), (k, v, k_dot, v_dot) = rows, keys
-    lse, lse_dot, dot_mean, mean, *_ = _columns(known)
+    """The matrices P, C, R and Z of docs/kernels.md, for one tile."""
+    (stats, q, q_dot, o_dot_bar, *o_bar), (k, v, k_dot, v_dot) = rows, keys
+    lse, lse_dot, dot_mean, mean, *_ = _columns(stats)
     p = _probabilities(q, k, lse, visible)
     centred = _scores_dot(q, k, q_dot, k_dot, is_new) - lse_dot[...]
     centred_bar = score_tiles.deviation(_products(o_dot_bar, v), dot_mean[...])
@@ -311,30 +311,30 @@ def _second_reverse_scores(rows, keys, visible, is_new):
 
 
 class _KeySum(NamedTuple):
-    """Keys summed with weights over a row's tiles, in scratch memory; see "Precision" above."""
+    """Sums of keys, weighted, over a row's tiles, in scratch memory; see "Precision" above."""
 
     total: jax.Array  # reference [t, H]
     lost: jax.Array  # reference [t, 1]: what rounding took from the weights' total
 
     @classmethod
     def of(cls, scratch):
-        """Several."""
+        """The sums whose references follow one another in `scratch`: total, lost, total, lost, ..."""
         return [cls(*pair) for pair in zip(scratch[::2], scratch[1::2], strict=True)]
 
     def decay(self, factor):
-        """Multiplies what is summed so far."""
+        """Multiplies the sum so far, when the scale of weights changes."""
         self.total[...] *= factor
         self.lost[...] *= factor
 
     def add(self, weights, keys):
-        """Adds a tile."""
+        """Adds the keys of one tile, weighted."""
         rounded, lost = score_tiles.narrow(weights, keys.dtype)
         self.total[...] += _sum_keys(rounded, keys)
         if lost is not None:
             self.lost[...] += lost
 
     def read(self, own_keys):
-        """The sum; `own_keys` are at the rows' own positions, as they are in a row's last tile."""
+        """The sum, corrected. `own_keys`: those at the rows' own positions, as a row's last tile has them."""
         return self.total[...] + self.lost[...] * own_keys[...].astype(WIDE)
 
 
@@ -348,9 +348,9 @@ def _write(outputs, sums, scales):
         output[...] = (total[...] * scale).astype(output.dtype)
 
 
-def _columns(known):
-    """References to the statistics that stand side by side in one."""
-    return [known.at[:, i : i + 1] for i in range(known.shape[-1])]
+def _columns(stats):
+    """References [t, 1] to the statistics that stand side by side in one reference [t, n]."""
+    return [stats.at[:, i : i + 1] for i in range(stats.shape[-1])]
 
 
 def _product(a, b, contracted):

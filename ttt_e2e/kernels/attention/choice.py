@@ -1,6 +1,7 @@
-"""What `auto` takes for a run: backends of window attention, checked and timed on the device at the run's own shapes.
+"""Decides which backend `auto` takes for a run: checks and times them on the device, at the run's own shapes.
 
-Whatever is wrong, does not compile or is slower is rejected. Verdicts are kept in a file, for the runs that follow.
+A backend that is wrong, does not compile or is slower is rejected. Verdicts, the names of the backends that were
+chosen, are stored in a file for the runs that follow.
 """
 
 import hashlib
@@ -19,15 +20,18 @@ from jax.experimental import multihost_utils
 
 from ttt_e2e import targets
 from ttt_e2e.errors import UserError
-from ttt_e2e.kernels import problems, trials
-from ttt_e2e.kernels.problems import Problem
-from ttt_e2e.kernels.window_attention import window_attention
+from ttt_e2e.kernels.attention import problems, trials
+from ttt_e2e.kernels.attention.backends import REGISTRY
+from ttt_e2e.kernels.attention.problems import Problem
+from ttt_e2e.kernels.attention.window_attention import window_attention
 
 logger = logging.getLogger(__name__)
 
 
 def check(model) -> None:
-    """Raises a `UserError` where `config.model.attention_backend` cannot compute such a model here."""
+    """Raises a `UserError` where the backend named in `config.model`, `model`, cannot compute such a model here."""
+    if model.attention_backend == "auto":
+        return
     problem = Problem(
         kind=targets.current().kind,
         num_queries=1,
@@ -41,10 +45,10 @@ def check(model) -> None:
         may_be_empty=False,
         derivatives="first_order",
         with_lse=False,
-        is_known=False,
+        is_recorded=False,
     )
     if obstacle := problems.obstacle(model.attention_backend, problem):
-        legal = [name for name in problems.BACKENDS if not problems.obstacle(name, problem)]
+        legal = [name for name in REGISTRY if not problems.obstacle(name, problem)]
         raise UserError(
             f"config.model.attention_backend is {model.attention_backend!r}, which {obstacle}: "
             f"legal here are auto, {', '.join(legal)}"
@@ -54,24 +58,25 @@ def check(model) -> None:
 def measure(
     trace: Callable[[], Any], candidates: dict[str, Callable] | None = None, file: Path | None = None
 ) -> dict[Problem, str]:
-    """Decides what `auto` takes for each call of window attention in a program, and returns it; on CPUs nothing.
+    """Decides what `auto` takes for each call of window attention in a program; returns the verdicts. On CPUs: none.
 
-    All processes of a run call this together: the first one measures, or finds it in the file, and tells the others.
+    All processes of a run call this together: the first one measures, or reads the file, and tells the others.
 
     Args:
-      trace: traces the program, and runs nothing. What it traced is forgotten, so as to be traced with the verdicts.
+      trace: traces the program, and runs nothing. JAX's caches are cleared after it, so that the program is traced
+        again, with the verdicts.
       candidates: name -> function of the arguments of `window_attention`; by default the backends that can do it.
       file: of verdicts; by default in the user's cache directory.
     """
     if candidates is None and targets.current().platform == "cpu":
         return {}
-    jax.clear_caches()  # what JAX remembers of a function is not traced, and would not be noted
+    jax.clear_caches()  # JAX does not trace again what it has cached, and `noting` would miss it
     with problems.noting() as noted:
         trace()
     names = {p: tuple(candidates or backends) for p, backends in noted.items() if problems.is_at_hand(p.kind)}
     if not names:
         return {}
-    chosen = np.zeros(len(names), np.int32)  # of each problem, the number of the candidate
+    chosen = np.zeros(len(names), np.int32)  # for each problem, the index of its backend among the candidates
     if jax.process_index() == 0:
         decided = _decide(names, candidates, file or default_file())
         chosen[:] = [backends.index(decided[problem]) for problem, backends in names.items()]
@@ -84,16 +89,16 @@ def measure(
 
 
 def default_file() -> Path:
-    """Where verdicts are kept: `$XDG_CACHE_HOME/ttt_e2e/attention.json`."""
+    """The file of verdicts: `$XDG_CACHE_HOME/ttt_e2e/attention.json`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ttt_e2e" / "attention.json"
 
 
 def _decide(names: dict[Problem, tuple[str, ...]], candidates, file: Path) -> dict[Problem, str]:
-    """The fastest right candidate of each problem, from the file where it is there."""
-    known = _read(file)
+    """The fastest correct candidate for each problem: as the file says, or else by trial, which then goes into it."""
+    stored = _read(file)
     decided, new = {}, {}
     for problem, backends in names.items():
-        backend = known.get(_key(problem))
+        backend = stored.get(_key(problem))
         if len(backends) == 1:
             backend = backends[0]
         elif backend not in backends:
@@ -106,6 +111,7 @@ def _decide(names: dict[Problem, tuple[str, ...]], candidates, file: Path) -> di
 
 
 def _fastest(problem: Problem, table: dict[str, Callable]) -> str:
+    """The fastest correct candidate, by trial; logs what each trial gave."""
     try:
         tried = trials.run(problem, table)
     except jax.errors.JaxRuntimeError as error:  # such as too little memory for the oracle
@@ -122,7 +128,7 @@ def _line(tried: dict[str, trials.Trial]) -> str:
     return ", ".join(f"{name} {trial}" for name, trial in tried.items())
 
 
-# ---- the file: {"versions": of what verdicts depend on, "verdicts": {problem: backend}}
+# ---- the file: {"versions": {"jax": ..., "kernels": ...}, "verdicts": {problem: backend}}
 
 
 def _key(problem: Problem) -> str:
@@ -130,15 +136,15 @@ def _key(problem: Problem) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Of JAX, and of the kernels: a digest of their code."""
+    """The versions that verdicts depend on: JAX's, and a digest of the source files of `ttt_e2e/kernels`."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return {"jax": jax.__version__, "kernels": digest.hexdigest()[:16]}
 
 
 def _read(file: Path) -> dict[str, str]:
-    """Verdicts; none where the file is missing, damaged or of another version."""
+    """The file's verdicts; none where it is missing, damaged or of other versions."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         versions, verdicts = content["versions"], dict(content["verdicts"])

@@ -1,4 +1,4 @@
-"""Window attention as JAX primitives: what becomes of it under jvp, transposition and vmap.
+"""Window attention as JAX primitives, with rules for jvp, transposition and vmap.
 
 JAX's custom_jvp and custom_vjp allow some nestings and break in others; primitives with rules of their own allow all.
 The family is closed. In the notation of docs/kernels.md, with x = (q, k, v) and directions y, z of x:
@@ -15,85 +15,68 @@ The family is closed. In the notation of docs/kernels.md, with x = (q, k, v) and
     dual            (o, lse, D(o, lse) y)(x)                      its jvp is dual_tangent
     dual_tangent    derivative of dual along (z, z_dot)           linear in these       transposes to second_reverse
 
-Only x, (o, lse) and tangents of them are ever saved. The derivatives of the last three, which are third derivatives of
-attention, come from autodiff of their passes, and may save more.
+Residuals are only x, (o, lse) and tangents of these. Third derivatives of attention, those of hessian, second_tangent,
+second_reverse and dual_tangent, come from autodiff of these passes, and may save more.
 
 The passes themselves are a backend's, and arrays have the shapes of xla.py. The operands of all but `forward` and
 `dual` begin with a point: q, k, v, num_empty, o, lse. `forward` takes keys and values in two parts, cached (of length 0
-if none) and new: where the cached ones are constant, tangents and gradients are of the new ones alone. Those two may
-end with (o, lse), where these are known from an earlier pass.
-Parameter `num_keys`: how many of the last keys gradients are wanted of.
+if none) and new: where the cached ones are constant, tangents and gradients are computed for the new ones alone. Those
+two may end with (o, lse) recorded by an earlier pass, which they then return.
+Parameters: `backend`, the name of whose passes compute it; `num_keys`, how many of the last keys need gradients;
+`fused`, see above.
 """
 
-from functools import lru_cache, partial
-from importlib import import_module
-from types import ModuleType
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from ttt_e2e.kernels import tiles, xla
+from ttt_e2e.kernels.attention import tiles, xla
+from ttt_e2e.kernels.attention.backends import load
 from ttt_e2e.kernels.precision import matmul_precision
 
-# Modules beside this one with the functions forward, tangent, dual, reverse and second_reverse of xla.py.
-BACKENDS = ("xla", "pallas_tpu", "mosaic_gpu")
-POINT = 6  # operands
-
-
-@lru_cache
-def passes(backend: str) -> ModuleType:
-    """The module; imported when first wanted, as those for accelerators are slow to import and not everywhere there."""
-    return import_module(f"{__package__}.{backend}")
-
-
-def attend(q, k_cached, v_cached, k, v, num_empty, *known, window: int, backend: str, fused: bool):
-    """Output [..., R, T, H] and lse [..., R, T] of attention to cached and new keys [..., S, H] together.
-
-    `known` is both of them, or nothing. `fused`: differentiated by jvp, with tangents of q, k and v, then in reverse.
-    """
-    operands = (q, k_cached, v_cached, k, v, num_empty, *known)
-    return forward_p.bind(*operands, window=window, backend=backend, fused=fused)
+POINT = 6  # operands q, k, v, num_empty, o, lse: where a derivative is taken
 
 
 # ---- the passes
 
 
-def _forward(q, k_cached, v_cached, k, v, num_empty, *known, window, backend, fused):
-    if known:
-        return known
-    return passes(backend).forward(q, _join(k_cached, k), _join(v_cached, v), num_empty, window=window)
+def _forward(q, k_cached, v_cached, k, v, num_empty, *recorded, window, backend, fused):
+    if recorded:
+        return recorded
+    return load(backend).forward(q, _join(k_cached, k), _join(v_cached, v), num_empty, window=window)
 
 
 def _dual(q, k, v, num_empty, *operands, window, backend):
-    """(operands: point without (o, lse), y, known) -> (o, lse, their tangents)."""
-    y, known = _split(operands, 3)
-    if known:
-        return *known, *_tangent(q, k, v, num_empty, *known, *y, window=window, backend=backend)
-    return passes(backend).dual(q, k, v, num_empty, *y, window=window)
+    """(operands: point without (o, lse), y, recorded) -> (o, lse, their tangents)."""
+    y, recorded = _split(operands, 3)
+    if recorded:
+        return *recorded, *_tangent(q, k, v, num_empty, *recorded, *y, window=window, backend=backend)
+    return load(backend).dual(q, k, v, num_empty, *y, window=window)
 
 
 def _tangent(*operands, window, backend):
-    return passes(backend).tangent(*operands, window=window)
+    return load(backend).tangent(*operands, window=window)
 
 
 def _reverse(*operands, window, backend, num_keys):
-    return passes(backend).reverse(*operands, window=window, num_keys=num_keys)
+    return load(backend).reverse(*operands, window=window, num_keys=num_keys)
 
 
 def _hessian(*operands, window, backend, num_keys):
     """(operands: point, bars, y, bars_dot) -> tangents of `reverse`, tangents of (o, lse)."""
     point, bars, y, bars_dot = _split(operands, POINT, 2, 3)
     out_dot = _tangent(*point, *y, window=window, backend=backend)
-    second_reverse = passes(backend).second_reverse
+    second_reverse = load(backend).second_reverse
     x_bar = second_reverse(*point, *y, *out_dot, *bars, *bars_dot, window=window, num_keys=num_keys)[:3]
     return *x_bar, *out_dot
 
 
 def _second_reverse(*operands, window, backend, num_keys):
     """(operands: point, y, tangents of (o, lse), their cotangents) -> cotangents of x, y."""
-    return passes(backend).second_reverse(*operands, window=window, num_keys=num_keys)
+    return load(backend).second_reverse(*operands, window=window, num_keys=num_keys)
 
 
 def _dual_tangent(*operands, window, backend):
@@ -153,11 +136,12 @@ def _second_reverse_avals(q, k, v, *operands, num_keys, **__):
     return [*_x_avals(q, k, v, num_keys), *_x_avals(q, k, v, operands[4].shape[-2])]
 
 
-# ---- derivatives. (In a linear program the operands that it is linear in are UndefinedPrimal, and `ct` may be Zero.)
+# ---- derivatives. (In a rule of transposition, the operands to transpose by are UndefinedPrimal; `ct`, the cotangents
+# of the results, may be Zero.)
 
 
 def _forward_jvp(primals, tangents, *, fused, **params):
-    q, k_cached, v_cached, k_new, v_new, num_empty, *known = primals
+    q, k_cached, v_cached, k_new, v_new, num_empty, *recorded = primals
     q_dot, k_cached_dot, v_cached_dot, k_dot, v_dot, *_ = tangents
     k, v = _join(k_cached, k_new), _join(v_cached, v_new)
     k_dot, v_dot = ad.instantiate_zeros(k_dot), ad.instantiate_zeros(v_dot)
@@ -166,7 +150,7 @@ def _forward_jvp(primals, tangents, *, fused, **params):
         v_dot = _join(ad.instantiate_zeros(v_cached_dot), v_dot)
     y = (ad.instantiate_zeros(q_dot), k_dot, v_dot)
     if fused:
-        out = dual_p.bind(q, k, v, num_empty, *y, *known, **params)
+        out = dual_p.bind(q, k, v, num_empty, *y, *recorded, **params)
         return out[:2], out[2:]
     out = forward_p.bind(*primals, fused=fused, **params)
     return out, tangent_p.bind(q, k, v, num_empty, *out, *y, **params)
@@ -240,7 +224,7 @@ def _any(*tangents):
 
 
 def _num_keys(direction):
-    """Of the linear operands (q, k, v)."""
+    """How many keys a direction (q, k, v) moves, where it is an operand that a program is linear in."""
     return direction[1].aval.shape[-2]
 
 
@@ -260,7 +244,11 @@ def _split(operands, *sizes):
 
 
 def _high_jvp(primitive, implementation, linear_from, primals, tangents, **params):
-    """JVP of a linear primitive: itself where nothing else moves, else autodiff of its implementation, by XLA."""
+    """JVP of a primitive that is linear in its operands from number `linear_from` on.
+
+    Where the other operands have no tangents, the primitive itself, of the tangents; else autodiff of its
+    implementation by the backend "xla".
+    """
     if not _any(*tangents[:linear_from]):
         linear = map(ad.instantiate_zeros, tangents[linear_from:])
         return primitive.bind(*primals, **params), primitive.bind(*primals[:linear_from], *linear, **params)
@@ -274,7 +262,7 @@ def _high_jvp(primitive, implementation, linear_from, primals, tangents, **param
 
 
 def _batch(primitive, num_empty_at, operands, axes, **params):
-    """vmap: one more leading axis; the passes map over all of them."""
+    """The vmap rule: adds one leading axis to all operands; the passes map over all leading axes."""
     [size] = {a.shape[axis] for a, axis in zip(operands, axes) if axis is not None}
 
     def lead(i, a, axis):
@@ -288,7 +276,7 @@ def _batch(primitive, num_empty_at, operands, axes, **params):
 
 def _primitive(implementation, avals, num_empty_at=3) -> Primitive:
     def run(*operands, **params):
-        # Traced when the program around it is lowered, where a context that the program was traced in is no more.
+        # Traced when the program around it is lowered: contexts that the program was traced in are closed by then.
         with matmul_precision(operands[0].dtype):
             return list(implementation(*operands, **params))
 

@@ -1,0 +1,1 @@
+"""The passes of window attention as kernels for NVIDIA GPUs of the Hopper generation."""

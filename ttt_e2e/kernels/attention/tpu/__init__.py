@@ -1,0 +1,1 @@
+"""The passes of window attention as kernels for TPUs."""
