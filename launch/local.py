@@ -2,11 +2,11 @@
 
     python launch/local.py --num_processes=2 [--devices=2] [--restarts=3] -- train --config=... --workdir=...
 
-What follows `--` is a command line of ttt-e2e. Every process's output is prefixed with its number. When one ends with
-the code that asks for another start (75: preempted, a checkpoint is saved), or dies, the others are stopped and all are
-started again, `--restarts` times at most. SIGTERM, SIGUSR1 and SIGINT are passed on, and end the restarts.
+What follows `--` is a command line of ttt-e2e. Every process's output is prefixed with its number. When a process exits
+with code 75 (preempted, a checkpoint is saved) or dies, the others are stopped and all are started again, `--restarts`
+times at most. SIGTERM, SIGUSR1 and SIGINT are passed on to the processes, and end the restarts.
 
-Exits with the first failing process's code: 0 where all succeed, 75 where all may be started again.
+The exit code is that of the first process that failed (75: all may be started again), or 0.
 """
 
 import argparse
@@ -20,11 +20,11 @@ import time
 
 from ttt_e2e.errors import EXIT_REQUEUE
 
-NEVER_RESTARTED = (0, 2)  # done; the user's mistake, which stays one
+NEVER_RESTARTED = (0, 2)  # exit codes: done; bad input, which another start does not change
 
 
 def main() -> int:
-    """Starts, and starts again, until all is done or it is no use."""
+    """Starts the processes, and restarts them until they are done or may not be restarted; returns the exit code."""
     options = parse_arguments()
     stopping: list[int] = []
     group: list[subprocess.Popen] = []
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The launcher's options, and the command line of ttt-e2e after `--`."""
+    """Parses the launcher's options, and the command line of ttt-e2e after `--`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage="%(prog)s [options] -- COMMAND ...")
     parser.add_argument("--num_processes", type=int, default=2)
     parser.add_argument("--devices", type=int, default=0, help="virtual CPU devices of each process; 0 = what is there")
@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def start(options: argparse.Namespace) -> list[subprocess.Popen]:
-    """Starts all processes, at a port that is free."""
+    """Starts all processes, with a free port for their coordinator."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -89,14 +89,17 @@ def start(options: argparse.Namespace) -> list[subprocess.Popen]:
 
 
 def copy_output(number: int, stream) -> None:
-    """Copies a process's output, line by line, with its number before it."""
+    """Copies a process's output to stdout, line by line, each prefixed with the process's number."""
     for line in stream:
         sys.stdout.write(f"[{number}] {line.decode(errors='replace')}")
         sys.stdout.flush()
 
 
 def wait(group: list[subprocess.Popen], grace: float, stopping: list[int]) -> int:
-    """Waits until all have ended, and returns the code; once one has failed, the others get `grace` seconds."""
+    """Waits until all processes have ended: the exit code of the first that failed, or 0.
+
+    grace: seconds from the first failure, or from a signal, until the others are killed. stopping: signals received.
+    """
     first, deadline = 0, float("inf")
     reported: set[int] = set()
     while len(reported) < len(group):
@@ -120,7 +123,7 @@ def wait(group: list[subprocess.Popen], grace: float, stopping: list[int]) -> in
 
 
 def describe(code: int) -> str:
-    """What an exit code says."""
+    """An exit code as text: the signal that killed the process, or the number."""
     if code < 0:
         return f"by {signal.Signals(-code).name}"
     return f"with code {code}" + (" (start again)" if code == EXIT_REQUEUE else "")

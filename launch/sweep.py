@@ -1,4 +1,4 @@
-"""Runs every point of a sweep, here or through a scheduler; run again, it runs what is missing or failed.
+"""Runs every point of a sweep, here or through a scheduler. Started again, it runs the points missing or failed.
 
     python launch/sweep.py --config=configs/quickstart.py --output=runs/sweep --parallel=2
     python launch/sweep.py --config=configs/quickstart.py --output=runs/sweep --submit='sbatch launch/slurm.sbatch'
@@ -6,10 +6,10 @@
 docs/sweeps.md has the rest. What the sweep directory holds:
 
     sweep.json          the points: name and overrides
-    NAME/               the run directory of a point; `config.json` is there before the run starts
-    NAME/sweep.lock     held (flock) by what runs here: this launcher, and the run that it started
-    NAME/submitted.json the job that a scheduler has
-    NAME/logs/sweep.log what a run that was started here printed
+    NAME/               the run directory of a point; its `config.json` is written before the run starts
+    NAME/sweep.lock     locked (flock) while the point runs here, by this launcher and by the run that it started
+    NAME/submitted.json the scheduler's job for the point
+    NAME/logs/sweep.log output of the runs that were started here
 """
 
 import fcntl
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
+    """Runs or submits the sweep that the flags describe; returns the exit code. Raises `UserError` for bad input."""
     values, overrides = parse(argv, _define, "launch/sweep.py: run every point of a sweep.")
     for name in ("config", "output"):
         if not values[name].value:
@@ -96,14 +97,14 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _write(spec: str, overrides: list[str], points: list[Point], output: Path) -> None:
-    """The manifest, and a run directory for each point; points of before stay listed."""
+    """Writes `sweep.json`, which keeps the points of earlier sweeps, and the `config.json` of each new point."""
     output.mkdir(parents=True, exist_ok=True)
-    listed = [{"name": point.name, "overrides": point.overrides} for point in points]
-    manifest, names = output / "sweep.json", {point.name for point in points}
-    before = json.loads(manifest.read_text())["points"] if manifest.exists() else []
-    listed = [point for point in before if point["name"] not in names] + listed
-    about = {"config": spec, "overrides": [redact(override) for override in overrides], "points": listed}
-    replace_text(manifest, json.dumps(about, indent=2) + "\n")
+    path, names = output / "sweep.json", {point.name for point in points}
+    before = json.loads(path.read_text())["points"] if path.exists() else []
+    entries = [entry for entry in before if entry["name"] not in names]
+    entries += [{"name": point.name, "overrides": point.overrides} for point in points]
+    manifest = {"config": spec, "overrides": [redact(override) for override in overrides], "points": entries}
+    replace_text(path, json.dumps(manifest, indent=2) + "\n")
     for point in points:
         if not (point.workdir / "config.json").exists():
             write_config(point.workdir, point.config)
@@ -113,10 +114,10 @@ def _write(spec: str, overrides: list[str], points: list[Point], output: Path) -
 
 
 def state_of(point: Point, active: set[str] | None) -> str:
-    """`finished`, `submitted`, `running` (here), `unfinished` (it has a checkpoint) or `missing`.
+    """The state of a point: `finished`, `submitted`, `running` (here), `unfinished` (it has a checkpoint) or `missing`.
 
-    `active` are the ids of the scheduler's jobs that are not yet over; None = not known, and then a submitted job is
-    taken to be among them.
+    active: ids of the scheduler's jobs that are not yet over; None = not known, and then every submitted job counts as
+      one of them.
     """
     step = last_step(point.workdir)
     if _is_finished(point):
@@ -131,34 +132,38 @@ def state_of(point: Point, active: set[str] | None) -> str:
 
 
 def last_step(workdir: Path) -> int | None:
-    """Newest checkpoint of a run, or None."""
+    """Step of a run's newest checkpoint, or None."""
     return max(saved_steps(workdir / "checkpoints"), default=None)
 
 
 def _is_finished(point: Point) -> bool:
-    """Whether the last step is saved, as far as is seen without reading arrays."""
+    """Whether the checkpoint of the last step is whole, as far as can be told without reading its arrays."""
     step = last_step(point.workdir)
     return step is not None and step >= point.config.train.num_steps and seems_whole(point.workdir, step)
 
 
 def _active_jobs(points: list[Point], values: flags.FlagValues) -> set[str] | None:
-    """Ids of the jobs that are not yet over; None where no command lists them, or nothing has been submitted."""
+    """Ids of the scheduler's jobs that are not yet over; None if no command lists them, or no point is submitted.
+
+    Raises:
+      UserError: the command failed.
+    """
     if not any((point.workdir / "submitted.json").exists() for point in points):
         return None
     command = values.active or (SLURM_JOBS if re.search(r"\bsbatch\b", values.submit) else "")
     if not command:
         return None
-    asked = subprocess.run(command, shell=True, capture_output=True, text=True)
-    if asked.returncode:  # not: no job is active. Submitted jobs would be submitted twice.
-        raise UserError(f"--active: {command!r} failed with exit code {asked.returncode}: {_last_line(asked.stderr)}")
-    return set(asked.stdout.split())
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    if result.returncode:  # does not mean that no job is active: jobs would be submitted twice
+        raise UserError(f"--active: {command!r} failed with exit code {result.returncode}: {_last_line(result.stderr)}")
+    return set(result.stdout.split())
 
 
 def acquire(point: Point):
-    """The lock of a run directory, as an open file, or None where another process has it.
+    """Locks a run directory: returns the locked open file, or None if another process holds the lock.
 
-    The kernel holds the lock for every process that has the file open, so it ends with the last of them, however that
-    ends. Where machines share a file system but no locks, what the file says decides.
+    The kernel keeps the lock as long as any process has the file open, so that it ends with the last of them, even if
+    that is killed. Machines may share a file system but not its locks; for these, the file names the holder's host.
     """
     point.workdir.mkdir(parents=True, exist_ok=True)
     file = (point.workdir / "sweep.lock").open("a+")
@@ -175,27 +180,29 @@ def acquire(point: Point):
 
 
 def release(lock) -> None:
-    """Says in the file that nobody has it, and lets go. (Removing the file would let two processes lock two files.)"""
+    """Empties and unlocks the file of a lock. (If it were removed, two processes could lock two different files.)"""
     _fill(lock, "")
     lock.close()
 
 
 def _fill(file, text: str) -> None:
+    """Replaces the contents of an open file."""
     file.truncate(0)
     file.write(text)
     file.flush()
 
 
 def _holder(point: Point) -> dict:
+    """{"pid", "host"} of the launcher that locked a point; {} if none is recorded."""
     path = point.workdir / "sweep.lock"
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # free, or killed while it was written
+    except (FileNotFoundError, json.JSONDecodeError):  # not locked, or cut short by a kill
         return {}
 
 
 def _is_locked(point: Point) -> bool:
-    """Whether `acquire` would give None; writes nothing."""
+    """Whether another process holds a point's lock: `acquire` would return None. Writes nothing."""
     if not (point.workdir / "sweep.lock").exists():
         return False
     if _holder(point).get("host", socket.gethostname()) != socket.gethostname():
@@ -213,33 +220,35 @@ def _is_locked(point: Point) -> bool:
 
 @dataclass
 class _Child:
+    """A run that was started here."""
+
     point: Point
     process: subprocess.Popen
-    lock: object
+    lock: object  # as of `acquire`
     slot: int
-    first_step: int | None
+    first_step: int | None  # newest checkpoint when it was started
 
 
 def run_here(points: list[Point], launcher: str, parallel: int) -> tuple[dict[str, str], signal.Signals | None]:
     """Runs points on this machine, `parallel` at a time.
 
-    A point that another process works on is waited for. The first SIGINT, SIGTERM or SIGHUP makes the runs save and
-    end, the second end at once, the third kills them.
+    It waits for points that another process runs. The first SIGINT, SIGTERM or SIGHUP makes the runs save and end, the
+    second makes them end at once, the third kills them.
 
     Returns:
-      What became of each point, by name, and the signal that stopped it all.
+      ({name of a point: its outcome}, the first signal received, or None).
     """
     waiting, children, outcomes, signals = list(points), [], {}, []
-    before = {number: signal.signal(number, lambda got, _: signals.append(got)) for number in _STOPPING}
-    told = 0
+    before = {number: signal.signal(number, lambda received, _: signals.append(received)) for number in _STOPPING}
+    num_handled = 0  # signals
     bar = tqdm(total=len(points), desc="sweep", unit="run", disable=not points)
     try:
         while children or (waiting and not signals):
             if not signals:
                 _start_some(waiting, children, outcomes, launcher, parallel)
-            for number in range(told, len(signals)):
+            for number in range(num_handled, len(signals)):
                 _stop(children, number)
-            told = len(signals)
+            num_handled = len(signals)
             for child in [child for child in children if child.process.poll() is not None]:
                 children.remove(child)
                 outcome = _finish(child)
@@ -261,11 +270,11 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _start_some(waiting: list[Point], children: list[_Child], outcomes: dict, launcher: str, parallel: int) -> None:
-    """Starts points until `parallel` run; those that another process holds stay waiting."""
+    """Starts waiting points until `parallel` run; those that another process has locked stay waiting."""
     for point in list(waiting):
         if len(children) == parallel:
             return
-        if state_of(point, set()) == "finished":  # by the process that was waited for
+        if state_of(point, set()) == "finished":  # by another process
             waiting.remove(point)
             outcomes[point.name] = "finished"
         elif lock := acquire(point):
@@ -282,11 +291,12 @@ def _start_some(waiting: list[Point], children: list[_Child], outcomes: dict, la
 
 
 def _start(point: Point, lock, launcher: str, slot: int) -> _Child:
+    """Starts the run of a point, which inherits the lock. Raises `OSError` if the launcher cannot be run."""
     command = [*shlex.split(launcher.replace("{slot}", str(slot))), *_arguments(point)]
     write_config(point.workdir, point.config)
     (point.workdir / "logs").mkdir(exist_ok=True)
     with (point.workdir / "logs" / "sweep.log").open("ab") as log:
-        # A session of its own: Ctrl-C in the terminal is for the launcher, which tells the run once.
+        # In a session of its own, the run gets no Ctrl-C from the terminal, but one signal from this launcher.
         output = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
         process = subprocess.Popen(command, **output, start_new_session=True, pass_fds=[lock.fileno()])
     logger.info("%s: started, process %d", point.name, process.pid)
@@ -294,7 +304,10 @@ def _start(point: Point, lock, launcher: str, slot: int) -> _Child:
 
 
 def _stop(children: list[_Child], number_before: int) -> None:
-    """Tells the runs to save and end; when told before, to end at once; then kills them."""
+    """Signals the runs: the first time to save and end, the second time to end at once; the third time it kills them.
+
+    number_before: signals handled before this one.
+    """
     for child in children:
         if child.process.poll() is not None:
             continue
@@ -306,13 +319,13 @@ def _stop(children: list[_Child], number_before: int) -> None:
 
 
 def _finish(child: _Child) -> str:
-    """What became of a run that has ended."""
+    """Releases the lock of a run that has ended, and returns its outcome: finished, preempted, or failed and why."""
     point, code = child.point, child.process.returncode
     step = last_step(point.workdir)
     release(child.lock)
     if _is_finished(point):
         return "finished"
-    if code == EXIT_REQUEUE and step != child.first_step:  # no step was made: it would go on like this for ever
+    if code == EXIT_REQUEUE and step != child.first_step:  # without a new step, it would be restarted for ever
         return "preempted"
     log = point.workdir / "logs" / "sweep.log"
     return f"failed with exit code {code}: {_last_line(log.read_text(errors='replace'))} (all of it: {log})"
@@ -322,7 +335,7 @@ def _finish(child: _Child) -> str:
 
 
 def submit(point: Point, template: str) -> str:
-    """Submits a run; says what became of it. `submitted.json` is there before the job is: a kill loses no job."""
+    """Submits a point to the scheduler; returns the outcome. `submitted.json` comes first: a kill loses no job."""
     lock = acquire(point)
     if not lock:
         return "running"
@@ -330,12 +343,12 @@ def submit(point: Point, template: str) -> str:
     try:
         write_config(point.workdir, point.config)
         replace_text(record, json.dumps({"job": "", "time": time.time()}) + "\n")
-        asked = subprocess.run(_submission(point, template), shell=True, capture_output=True, text=True)
+        result = subprocess.run(_submission(point, template), shell=True, capture_output=True, text=True)
         # sbatch: "Submitted batch job 7", with --parsable "7;cluster"; kubectl -o name: "jobset.jobset.x-k8s.io/NAME".
-        job = (asked.stdout.split() or [""])[-1].partition(";")[0].rpartition("/")[2]
-        if asked.returncode or not job:
+        job = (result.stdout.split() or [""])[-1].partition(";")[0].rpartition("/")[2]
+        if result.returncode or not job:
             record.unlink()
-            return f"failed to submit with exit code {asked.returncode}: {_last_line(asked.stderr)}"
+            return f"failed to submit with exit code {result.returncode}: {_last_line(result.stderr)}"
         replace_text(record, json.dumps({"job": job, "time": time.time()}) + "\n")
         logger.info("%s: submitted, job %s", point.name, job)
         return "submitted"
@@ -344,6 +357,7 @@ def submit(point: Point, template: str) -> str:
 
 
 def _submission(point: Point, template: str) -> str:
+    """The shell command that submits a point, from `--submit`."""
     arguments = shlex.join(_arguments(point))
     label = re.sub(r"[^a-z0-9]+", "-", f"{point.workdir.parent.name}-{point.name}".lower()).strip("-")
     label = f"ttt-{label[:30].strip('-')}-{hashlib.sha256(point.name.encode()).hexdigest()[:6]}"  # legal in Kubernetes
@@ -354,14 +368,15 @@ def _submission(point: Point, template: str) -> str:
 
 
 def _arguments(point: Point) -> list[str]:
-    """Of ttt-e2e. The run directory alone: its config.json says the rest, and needs no quoting on the way there."""
+    """Arguments of ttt-e2e: only the run directory, since its config.json has the rest and needs no quoting."""
     return ["train", f"--workdir={point.workdir}"]
 
 
-# --------------------------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------------------------ what is printed
 
 
 def _dry_run(points: list[Point], values: flags.FlagValues) -> int:
+    """Prints the state, the overrides and the command of every point; returns the exit code."""
     active = _active_jobs(points, values)
     print(f"sweep: {len(points)} points in {values.output}, nothing is written")
     for point in points:
@@ -376,12 +391,13 @@ def _dry_run(points: list[Point], values: flags.FlagValues) -> int:
 
 
 def _summary(points: list[Point], outcomes: dict[str, str], active: set[str] | None, done: tuple[str, ...]) -> int:
-    said = {point.name: outcomes.get(point.name) or state_of(point, active) for point in points}
+    """Prints the outcome or state of every point; returns 0 if all are `done`, else 1."""
+    states = {point.name: outcomes.get(point.name) or state_of(point, active) for point in points}
     for point in points:
-        doubt = said[point.name] == "submitted" and point.name not in outcomes and active is None
+        doubt = states[point.name] == "submitted" and point.name not in outcomes and active is None
         remove = f"; if its job is over, remove {point.workdir}/submitted.json" if doubt else ""
-        print(f"{point.name}: {redact(said[point.name])}{remove}")
-    num_done = sum(outcome in done for outcome in said.values())
+        print(f"{point.name}: {redact(states[point.name])}{remove}")
+    num_done = sum(outcome in done for outcome in states.values())
     print(f"{num_done} of {len(points)} points {' or '.join(done)}")
     return 0 if num_done == len(points) else 1
 

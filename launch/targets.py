@@ -4,11 +4,11 @@
     python launch/targets.py --output=runs/targets --match='v5p|v6e'        (with the extra targets-tpu)
     python launch/targets.py --output=runs/targets --tables                 (with the extra plot)
 
-One configuration at a time, each in a process of its own, from the smallest slice up until one fits. Run again, it
-leaves out what has a result. What the output directory holds:
+It compiles one configuration at a time, each in a process of its own, for larger and larger slices until one fits.
+Started again, it leaves out those that have a result. What the output directory holds:
 
-    CONFIG@TARGET@MESH/     what `ttt-e2e bench target` wrote, and log.txt: what it printed
-    tables.md, *.png        of all results there (docs/targets.md)
+    CONFIG@TARGET@MESH/     results of `ttt-e2e bench target`, and its output in log.txt
+    tables.md, *.png        tables and plot of all results there (docs/targets.md)
 """
 
 import json
@@ -34,13 +34,13 @@ SIZES, KINDS, CONTEXTS = ("125m", "350m", "760m", "1b", "3b"), ("e2e", "full", "
 H100 = tuple(f"h100:{n}" for n in (1, 8, 16, 32, 64, 128))
 V5P = ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4")
 V6E = ("v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8", "v6e:8x16")
-# Sequences that a device reads at a time. One where they are long.
+# Sequences that a device reads at a time, by (context, size). One for all others, which are longer or larger.
 AT_ONCE = {("8k", "125m"): 4, ("8k", "350m"): 4, ("8k", "760m"): 2, ("8k", "1b"): 2}
-REPRODUCED = ("125m-e2e-8k", "125m-full-8k")  # publicly, on 8 H200s
+REPRODUCED = ("125m-e2e-8k", "125m-full-8k")  # publicly reproduced, on 8 H200s
 
 
 class Case(NamedTuple):
-    """A configuration, compiled for a slice."""
+    """A configuration to compile for a slice, with its mesh."""
 
     config: str  # argument of configs/paper.py
     target: str
@@ -50,12 +50,12 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its directory."""
+        """Name of the case's directory: CONFIG@TARGET@MESH."""
         return f"{self.config}@{self.target.replace(':', '-')}@{self.data}x{self.model}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 when all that was asked has a result, 1 otherwise, 2 after bad input."""
+    """Returns the exit code: 0 if every case that matches has a result, 1 otherwise, 2 after bad input."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("ttt_e2e").setLevel(logging.INFO)
     try:
@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
+    """Compiles the cases or makes the tables, as the flags say; returns 0 or 1. Raises `UserError` for bad input."""
     values, _ = parse(argv, _define, "launch/targets.py: compile the paper's configurations for absent accelerators.")
     if not values.output:
         raise UserError("--output is missing: a directory for the results")
@@ -86,7 +87,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def ladders() -> list[list[Case]]:
-    """For every configuration and accelerator the cases to try, from the smallest slice up."""
+    """For every configuration and accelerator, the list of cases to try, smallest slice first."""
     names = [f"{size}-{kind}-{context}" for size in SIZES for context in CONTEXTS for kind in KINDS]
     rungs = [(name, H100) for name in names]
     rungs += [(name, ("h200:8",)) for name in REPRODUCED]
@@ -95,9 +96,9 @@ def ladders() -> list[list[Case]]:
 
 
 def make_case(name: str, target: str) -> Case | None:
-    """The recipe's batch on a slice: sequences over all devices, and where there are more devices, `model` takes them.
+    """The case of a configuration on a slice, with the recipe's batch; None if there are over 8 devices to a sequence.
 
-    None where there are more devices than a host has for each sequence.
+    The mesh axis `data` divides the sequences as far as they go; `model` takes the devices that are left.
     """
     size = 1
     for factor in re.findall(r"\d+", target.partition(":")[2]):
@@ -113,12 +114,12 @@ def make_case(name: str, target: str) -> Case | None:
 
 @cache
 def batch_of(name: str) -> int:
-    """Sequences a step of a configuration."""
+    """Global batch size of a configuration, in sequences."""
     return load_config_file(f"{PAPER}:{name}").train.global_batch_size
 
 
 def climb(ladder: list[Case], output: Path, match: str = "") -> str:
-    """Compiles the cases of a ladder until one fits. Returns the name of one that gave no result, or ""."""
+    """Compiles a ladder's cases that match until one fits. Returns the name of a case without a result, or ""."""
     for case in ladder:
         if not re.search(match, case.name):
             continue
@@ -131,7 +132,7 @@ def climb(ladder: list[Case], output: Path, match: str = "") -> str:
 
 
 def compile_case(case: Case, directory: Path) -> bool:
-    """Runs `bench target` for a case; whether it gave a result."""
+    """Runs `bench target` for a case; returns whether it gave a result."""
     directory.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with (directory / "log.txt").open("w") as log:
@@ -141,7 +142,7 @@ def compile_case(case: Case, directory: Path) -> bool:
 
 
 def command(case: Case, directory: Path) -> list[str]:
-    """What compiles a case."""
+    """The command line of `bench target` for a case."""
     overrides = {
         "mesh.data": case.data,
         "mesh.model": case.model,

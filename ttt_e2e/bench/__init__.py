@@ -1,1 +1,1 @@
-"""Benchmarks: `ttt-e2e bench NAME`. One module each; `compiled` and `table` are what they share."""
+"""Benchmarks, `ttt-e2e bench NAME`, in a module each; they share `compiled`, `flags` and `table`."""

@@ -9,22 +9,23 @@ from ttt_e2e.errors import UserError
 
 
 def define(values: flags.FlagValues, run: Callable) -> None:
-    """Defines them, with the parameters' defaults."""
+    """Defines a flag for each keyword-only parameter of `run`, with its default."""
     for option in _options(run):
         _flag(values, option.name, option.default)
 
 
 def arguments(values: flags.FlagValues, run: Callable) -> dict:
-    """What the flags say, as keyword arguments. Raises `UserError` where one lists anything but integers."""
+    """The flags' values as keyword arguments of `run`. Raises `UserError` if a list of integers holds anything else."""
     return {option.name: _value(values, option) for option in _options(run)}
 
 
 def _options(run: Callable) -> list[inspect.Parameter]:
+    """The keyword-only parameters of a benchmark's function."""
     return [p for p in inspect.signature(run).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
 def _flag(values: flags.FlagValues, name: str, default) -> None:
-    """A flag for an option of a benchmark: a list of values where its default is one."""
+    """Defines a flag of the default's type; for a tuple, a flag that takes a list."""
     kinds = {int: flags.DEFINE_integer, str: flags.DEFINE_string, bool: flags.DEFINE_boolean, tuple: flags.DEFINE_list}
     define = kinds[type(default)]
     text = "Several may be given, separated by commas." if isinstance(default, tuple) else "Size of the case."
@@ -32,6 +33,7 @@ def _flag(values: flags.FlagValues, name: str, default) -> None:
 
 
 def _value(values: flags.FlagValues, option: inspect.Parameter):
+    """A flag's value, in the type of the option's default; for a tuple, of its first element."""
     value = values[option.name].value
     if not isinstance(option.default, tuple):
         return value

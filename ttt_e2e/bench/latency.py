@@ -1,4 +1,7 @@
-"""`ttt-e2e bench latency`: what a token costs to read and to generate, against the length of the context before it."""
+"""`ttt-e2e bench latency`: seconds of prefill and of decoding per token, against the length of the context.
+
+Shapes: `B` batch, `V` vocabulary, `b` mini-batch.
+"""
 
 import itertools
 import time
@@ -18,7 +21,7 @@ from ttt_e2e.model import abstract_model
 from ttt_e2e.train.steps import init_state
 
 WINDOW = 256
-# The models measured where no config is named: about equal parameters, and mini-batches that suit each.
+# The models that are measured by default, (fields of the model, mini-batch): of about equally many parameters.
 _SHAPE = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 BUILT_IN = {
     "e2e": ({"intermediate_size": 256, "num_fast_blocks": 1, "sliding_window": WINDOW}, 64),
@@ -30,7 +33,7 @@ COSTS = {"prefill": "prefill_seconds_per_1k_tokens", "decode": "decode_milliseco
 
 @dataclass(frozen=True)
 class Variant:
-    """A model that is measured."""
+    """A model to measure, with its reader."""
 
     name: str
     config: Config
@@ -49,18 +52,22 @@ def run(
 ) -> list[dict]:
     """Measures models with random weights at every context length; writes the results to `output`, returns the rows.
 
-    `configs` are config files, FILE.py[:ARG], or the small built-in models e2e, window and full. Context lengths are
-    multiples of the models' mini-batches; at least `new_tokens` are generated after each, and whole mini-batches of
-    them, so that each bears its share of an inner step. Every part of the text is read and continued `repeats` times,
-    models in turn, and of every piece and token the least time counts: of long spells the least would be greater than
-    of short ones, wherever the machine is not quiet. The device is waited for after every token, as where text streams.
+    Every part of the text is read and continued `repeats` times, models in turn. The shortest time of each piece and of
+    each token counts; the shortest time of a long run as a whole would grow with its length on a machine that is not
+    quiet. Each generated token is waited for, as when text is streamed.
 
-    Figures of a row: `prefill_seconds_per_1k_tokens` of reading the whole context, over its length;
-    `decode_milliseconds_per_token`; `prefill_tokens_per_second` and `decode_tokens_per_second`, of all sequences
-    together; `state_bytes` after the context; `peak_bytes`, counted: parameters, state, and the most that a program
-    takes besides, its results included; `prefill_flops_per_token` and `decode_flops_per_token` of matrix products, at
-    the context's end (a generated token bears its share of running its mini-batch); `compile_seconds` of the programs
-    in use there.
+    Args:
+      output: directory for the results.
+      configs: config files, FILE.py[:ARG], or the small built-in models e2e, window and full.
+      context_lengths: in tokens, multiples of the models' mini-batches.
+      new_tokens: to generate after each context, rounded up to whole mini-batches: each bears its share of inner steps.
+      batch: sequences at once.
+      repeats: how often each part is measured.
+
+    Returns:
+      A row for each model and context length: `prefill_seconds_per_1k_tokens`, the mean over the whole context;
+      `decode_milliseconds_per_token`; `prefill_tokens_per_second` and `decode_tokens_per_second` of the batch;
+      `state_bytes` after the context; and what `program_figures` counts at the end of the context.
     """
     for name, value in {"--new_tokens": new_tokens, "--batch": batch, "--repeats": repeats}.items():
         if value < 1:
@@ -94,12 +101,17 @@ def run(
 
 
 def state_bytes(state: ReaderState) -> int:
-    """Of all arrays of a state."""
+    """Total bytes of all arrays of a state."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
 def program_figures(reader: Reader, state: ReaderState) -> dict:
-    """What the programs that continue a state are counted to do and to take."""
+    """Figures of the compiled programs that continue a state, none of which is run.
+
+    They are `peak_bytes`: parameters, state, and the most that any program needs besides, its results included;
+    `prefill_flops_per_token` and `decode_flops_per_token` of matrix products (decoding includes a token's share of
+    running its mini-batch when it is full); `compile_seconds` of all programs.
+    """
     B, b = state.tokens.shape
     programs = {name: compiled.measure(function, *a) for name, (function, a) in reader.programs(state).items()}
     resident = sum(leaf.nbytes for leaf in jax.tree.leaves((reader.params, state)))
@@ -114,9 +126,9 @@ def program_figures(reader: Reader, state: ReaderState) -> dict:
 
 
 def crossover(lengths: list[int], costs: list[float], others: list[float]) -> float | None:
-    """The context length from which on `costs` stay below `others`, interpolated linearly between those measured.
+    """The context length beyond which `costs` stay below `others`, interpolated linearly between `lengths`.
 
-    The first length where they are below at every one, None where they are not at the last.
+    It is the first length if they are below at all of them, and None if they are not below at the last.
     """
     differences = [cost - other for cost, other in zip(costs, others)]
     dearer = [i for i, difference in enumerate(differences) if difference >= 0]
@@ -130,7 +142,7 @@ def crossover(lengths: list[int], costs: list[float], others: list[float]) -> fl
 
 
 def notes(variants: list[Variant], rows: list[dict]) -> str:
-    """How each model's costs change over the context lengths, and from where on learning models beat full attention."""
+    """Markdown: each model's spread of costs over lengths, and where learning becomes cheaper than full attention."""
     costs = {
         (variant.name, kind): [row[figure] for row in rows if row["variant"] == variant.name]
         for variant in variants
@@ -155,6 +167,7 @@ def notes(variants: list[Variant], rows: list[dict]) -> str:
 
 
 def _variant(spec: str, lengths: list[int], new_tokens: int) -> Variant:
+    """The model of a config file or of a built-in name, with random weights. Raises `UserError` for any other name."""
     if spec in BUILT_IN:
         model, b = BUILT_IN[spec]
         config = from_config_dict({"model": _SHAPE | model, "inner": {"mini_batch_size": b}, "train": {"seq_len": b}})
@@ -173,9 +186,10 @@ def _variant(spec: str, lengths: list[int], new_tokens: int) -> Variant:
 
 
 def _measure(variants: list[Variant], lengths: list[int], batch: int, repeats: int):
-    """Least seconds {"prefill", "decode"} of each (variant, length), step by step, and the state after each context.
+    """Measures all (variant, length): ({pair: {"prefill", "decode"} in seconds}, {pair: state after the context}).
 
-    Prefill is of the part between the length before and this one, in pieces of equally many tokens.
+    Both are sums of the shortest times: "decode" of every token, "prefill" of every piece of the part between the
+    previous length and this one. All pieces are equally long.
     """
     seconds, states, random = {}, {}, np.random.default_rng(0)
     piece = int(np.gcd.reduce(lengths))
@@ -195,7 +209,7 @@ def _measure(variants: list[Variant], lengths: list[int], batch: int, repeats: i
 
 
 def _read(reader: Reader, state: ReaderState, tokens: np.ndarray, piece: int):
-    """The state after the tokens, and the seconds of each piece."""
+    """Reads tokens [B, n] in pieces: (the state after them, seconds of each piece)."""
     seconds = []
     for begin in range(0, tokens.shape[1], piece):
         start = time.perf_counter()
@@ -205,7 +219,7 @@ def _read(reader: Reader, state: ReaderState, tokens: np.ndarray, piece: int):
 
 
 def _generate(reader: Reader, state: ReaderState, count: int) -> np.ndarray:
-    """The seconds of each token. They wait for the token only: of a full mini-batch, the next one does the rest."""
+    """Generates tokens: seconds of each. When a mini-batch is full, its inner step is timed with the next token."""
     seconds = []
     for _ in range(count):
         start = time.perf_counter()

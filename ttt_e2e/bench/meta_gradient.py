@@ -1,4 +1,7 @@
-"""`ttt-e2e bench meta_gradient`: FLOPs, memory and time of one loss and meta-gradient, however it is computed."""
+"""`ttt-e2e bench meta_gradient`: FLOPs, memory and time of a loss and its meta-gradient, by several ways to compute it.
+
+Shapes: `B` batch, `T` sequence, `M` mini-batches, `b` mini-batch.
+"""
 
 import contextlib
 import dataclasses
@@ -55,13 +58,14 @@ def run(  # noqa: PLR0913 -- each is a flag
 ) -> list[dict]:
     """Measures every variant on the same network and tokens; writes the results to `output`, returns the rows.
 
-    The network is that of `config`, where one is given, over its mesh and with its batch unless `batch` says otherwise;
-    else the other sizes describe it. `attention` is `model.attention_backend`, where it is not "auto". `abstract`
-    compiles it for as many virtual CPU devices as the mesh has, and runs nothing.
+    The network is that of `config`, if there is one, over its mesh, and with its batch unless `batch` is not 0;
+    otherwise the other sizes describe it. `attention` replaces its `model.attention_backend` unless it is "auto".
+    `abstract` compiles for as many virtual CPU devices as the mesh has, and runs nothing.
 
-    Figures of a row, per device: `flops` of the compiled program's matrix products, `temp_bytes` besides arguments and
-    results, `trace_seconds`, `compile_seconds`, `step_seconds`; and the first two and the last also as a ratio to the
-    row of the variant "plain", where that is measured.
+    Returns:
+      A row for each variant, with figures per device: `flops` of the compiled program's matrix products, `temp_bytes`
+      without arguments and results, `trace_seconds`, `compile_seconds`, `step_seconds`; and if "plain" is among the
+      variants, `flops`, `temp_bytes` and `step_seconds` as a ratio to those of "plain".
     """
     for variant in variants:
         if variant not in VARIANTS:
@@ -94,7 +98,7 @@ def run(  # noqa: PLR0913 -- each is a flag
 
 
 def _as_measured(config: Config, batch: int, attention: str) -> Config:
-    """The configuration with what the flags replace, and its batch in one part: "auto" is for what is measured here."""
+    """The config with the flags' batch and attention, and no gradient accumulation: "auto" chooses for this step."""
     batch = batch or config.train.global_batch_size
     train = dataclasses.replace(config.train, global_batch_size=batch, accumulation_steps=1)
     attention = config.model.attention_backend if attention == "auto" else attention
@@ -103,7 +107,7 @@ def _as_measured(config: Config, batch: int, attention: str) -> Config:
 
 
 def _case(config: Config, mesh: Mesh) -> dict:
-    """The sizes that stand in every row."""
+    """The case's sizes, which are in every row."""
     return {
         "seq_len": config.train.seq_len,
         "mini_batch": config.inner.mini_batch_size,
@@ -120,14 +124,14 @@ def _case(config: Config, mesh: Mesh) -> dict:
 
 
 def _pretend_devices(count: int) -> None:
-    """As many CPU devices, unless JAX has started with some already: then the mesh must fit those."""
+    """Makes JAX show `count` virtual CPU devices; if it has already started, it keeps those it has."""
     jax.config.update("jax_platforms", "cpu")
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
 
 
 def _measure(variant: str, config: Config, mesh: Mesh, repeats: int) -> dict:
-    """Figures of one variant; it is not run where `repeats` is 0."""
+    """Compiles a variant, and times it unless `repeats` is 0: the figures of its row."""
     _, params = abstract_model(config.model)
     tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.train.seq_len + 1), jnp.int32)
     placed = (shardings(params, mesh, config.model), NamedSharding(mesh, BATCH))
@@ -148,22 +152,22 @@ def _measure(variant: str, config: Config, mesh: Mesh, repeats: int) -> dict:
 
 
 def _loss_and_gradient(variant: str, config: Config, mesh: Mesh):
-    """({"fast", "slow"}, tokens [B, T + 1], inner learning rate) -> mean loss of the batch, and its gradient."""
+    """A variant's function: ({"fast", "slow"}, tokens [B, T + 1], inner learning rate) -> (mean loss, its gradient)."""
     if variant in ("plain", "nested_remat"):
         adapt = _without_inner_loop if variant == "plain" else _nested_remat
         graphdef, params = abstract_model(config.model)
         division = divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
         mean_loss = partial(_loss_of_suffix, graphdef, config, division, partial(adapt, config))
         return make_gradient(config, mesh, division, mean_loss)
-    gradient, *chosen = variant.split("/")
-    rebuilt, remat = chosen or ("store", "mini_batch")
+    gradient, *pair = variant.split("/")
+    rebuilt, remat = pair or ("store", "mini_batch")
     inner = dataclasses.replace(config.inner, gradient=gradient, trajectory=rebuilt, remat=remat)
-    taken = take_policies(dataclasses.replace(config, inner=inner), mesh)
-    return make_gradient(taken.config, mesh, taken.division)
+    chosen = take_policies(dataclasses.replace(config, inner=inner), mesh)
+    return make_gradient(chosen.config, mesh, chosen.division)
 
 
 def _loss_of_suffix(graphdef, config: Config, division: Division, adapt, params, tokens, inner_rate):
-    """The loss where `adapt`, (suffix_def, fast, slow, mini_batches) -> losses, is none of the package's own."""
+    """The mean loss of a batch by this benchmark's `adapt`: (suffix_def, fast, slow, mini_batches) -> losses [M]."""
     model = merge(graphdef, fetch(division.fast, params["fast"]), params["slow"])
     suffix_def, fast, slow = split(model.make_suffix())
     slow = fetch(suffix_weights(division, slow), slow)
@@ -173,7 +177,7 @@ def _loss_of_suffix(graphdef, config: Config, division: Division, adapt, params,
 
 
 def _without_inner_loop(config: Config, suffix_def, fast, slow, mini_batches: MiniBatch):
-    """The same network read mini-batch by mini-batch, each rematerialised, its fast MLPs as static as the others."""
+    """Losses [M] of the same network with static fast MLPs, read mini-batch by mini-batch, each rematerialised."""
     suffix = structure_of(suffix_def, fast, slow).module
     M, b, _ = mini_batches.hidden.shape
 
@@ -187,7 +191,7 @@ def _without_inner_loop(config: Config, suffix_def, fast, slow, mini_batches: Mi
 
 
 def _nested_remat(config: Config, suffix_def, fast, slow, mini_batches: MiniBatch):
-    """Plain autodiff with groups of mini-batches rematerialised, and within them each mini-batch again."""
+    """Losses [M] for plain autodiff with nested remat: of groups of mini-batches, and of each mini-batch in them."""
     carry, steps, inner_step = reference.inner_loop(
         suffix_def, config.inner, fast, slow, mini_batches, config.inner.learning_rate
     )

@@ -1,4 +1,4 @@
-"""What every benchmark writes: its rows as JSON and as a Markdown table, and the environment it ran in."""
+"""Writes a benchmark's results: its rows as JSON and as a Markdown table, and the environment it ran in."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from etils import epath
 def write(output, rows: list[dict], title: str, notes: str = "", shown: list[dict] | None = None) -> str:
     """Writes `results.json`, `environment.json` and `results.md` into a directory; returns the Markdown.
 
-    notes: what the rows say together, below their table. shown: the table's rows, where they are others.
+    notes: text below the table. shown: the rows of the table, if not `rows`.
     """
     directory = epath.Path(output)
     directory.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def write(output, rows: list[dict], title: str, notes: str = "", shown: list[dic
 
 
 def environment() -> dict:
-    """The machine and the software that the figures belong to."""
+    """Describes the machine and the software that the figures were measured with."""
     return {
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
@@ -38,7 +38,7 @@ def environment() -> dict:
 
 
 def markdown(rows: list[dict]) -> str:
-    """A table with a column for every key of any row, in the order of first appearance."""
+    """A Markdown table with a column for every key of any row, in the order of first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [columns, ["---"] * len(columns)] + [[_text(row.get(column)) for column in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

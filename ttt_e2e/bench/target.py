@@ -1,4 +1,4 @@
-"""`ttt-e2e bench target`: the programs of a run, compiled for accelerators that need not be here, and what they say."""
+"""`ttt-e2e bench target`: memory, FLOPs and collectives of a run's programs, compiled for accelerators not present."""
 
 import gzip
 import logging
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class Task(NamedTuple):
-    """A program to compile: a jitted function, the shapes of its arguments, and the tokens that one run takes."""
+    """A program to compile: a jitted function, the shapes of its arguments, and the tokens that one run processes."""
 
     function: jax.stages.Wrapped
     arguments: tuple
@@ -45,20 +45,26 @@ class Task(NamedTuple):
 
 
 def run(output, config: Config | None = None, *, target: str = "", programs=("train",)) -> list[dict]:
-    """Compiles the programs of a run for a target, which need not be at hand; says what they hold, do and exchange.
+    """Compiles the programs of a run for a target, which need not be present, and reads memory, FLOPs and traffic off.
 
-    `target` is h100:N, or a100, h200, b200, or v5e:AxB, v6e:AxB, v5p:AxBxC; `config.mesh` must take all of its devices.
-    `programs`, of train (the training step), read (the evaluation step) and decode (one generated token, after
-    `train.seq_len` others, on one device). The compilers come with the extras targets-cuda and targets-tpu.
+    Args:
+      output: directory for the results.
+      config: of the run; its mesh must take all devices of the target.
+      target: h100:N, or a100, h200, b200, or v5e:AxB, v6e:AxB, v5p:AxBxC. The compilers come with the extras
+        targets-cuda and targets-tpu.
+      programs: "train" (the training step), "read" (the evaluation step), "decode" (one generated token, after
+        `train.seq_len` others, on one device).
 
-    Figures of a row, of one device: `fits`, or what the compiler `refused`; `needed_bytes` of its memory, and of these
-    `state_bytes` (parameters, optimizer, batch), `temp_bytes`, `code_bytes`; `flops` of matrix products, loops
-    multiplied out, and the share `useless_share` of all that several devices compute alike; `received_bytes` by all
-    collectives, over each axis of the mesh, and by each kind over each axis; `kernels` that are no code of XLA's, with
-    how often each runs, and those of them whose FLOPs the program does not say, `uncounted_kernels`; `model_flops` that
-    the method itself needs, which stand in for those counted where kernels are not; `bound_seconds`, which
-    no run of the program can be faster than, the seconds of products, memory and links that it is the greatest of,
-    and which `binds`; `tokens_per_second` and `device_hours` of the recipe at the bound and at a share of it.
+    Returns:
+      A row for each program, with figures of one device: `fits`, or the compiler's message where it `refused`;
+      `needed_bytes` of memory, and their parts `state_bytes` (parameters, optimizer, batch), `temp_bytes`,
+      `code_bytes`; `flops` of matrix products, loops multiplied out; `useless_share`, the share that several devices
+      compute alike; `received_bytes` by all collectives, over each axis of the mesh, and by each kind over each axis;
+      `kernels` that XLA did not generate, with how often each runs, and `uncounted_kernels`, those whose FLOPs the
+      program does not state; `model_flops` that the method itself needs, which the bound uses where kernels are
+      uncounted; `bound_seconds`, a lower bound of the run time, the seconds of products, memory and links of which it
+      is the greatest, and the one that `binds`; `tokens_per_second` and `device_hours` of the recipe, at the bound and
+      at a share of its speed.
     """
     if not target:
         raise UserError("--target is missing: h100:8, v5p:2x2x2, ...")
@@ -89,11 +95,11 @@ def run(output, config: Config | None = None, *, target: str = "", programs=("tr
 
 
 def _examine(name: str, target: str, config: Config, mesh: Mesh, directory: epath.Path) -> tuple[dict, str]:
-    """The row of a program, and what its table does not hold."""
+    """Compiles a program: (its row of figures, a note in Markdown on its kernels and its largest collectives)."""
     mesh = _alone(mesh) if name == "decode" else mesh
-    taken = take_policies(config, mesh) if name == "train" else None
-    resolved = taken.config if taken else config
-    row = _case(name, target, config, mesh) | (taken.record() if taken else {})
+    policies_of_step = take_policies(config, mesh) if name == "train" else None
+    resolved = policies_of_step.config if policies_of_step else config
+    row = _case(name, target, config, mesh) | (policies_of_step.record() if policies_of_step else {})
     logger.info("%s: tracing", name)
     start = time.perf_counter()
     task, lowered = _lower(PROGRAMS[name], resolved, mesh)
@@ -117,16 +123,16 @@ def _examine(name: str, target: str, config: Config, mesh: Mesh, directory: epat
     row |= {"flops": flops, "useless_share": _useless_share(flops, PROGRAMS[name], resolved, mesh)}
     row |= _received(moved, mesh)
     row |= {"kernels": used, "uncounted_kernels": uncounted(program), "unknown_trips": program.unknown_trips}
-    if taken:
+    if name == "train":
         row["model_flops"] = model_flops_per_token(config) * task.num_tokens / mesh.size
         flops = max(flops, row["model_flops"]) if row["uncounted_kernels"] else flops
     least = bound(facts, flops, _touched(compiled), moved, mesh.shape)
-    row |= _times(least, task.num_tokens, mesh.size, config if taken else None)
+    row |= _times(least, task.num_tokens, mesh.size, config if name == "train" else None)
     return row, _note(name, moved, used)
 
 
 def _case(name: str, target: str, config: Config, mesh: Mesh) -> dict:
-    """What a row is of."""
+    """The part of a row that identifies it: program, target, mesh, batch, device."""
     facts = of_device(mesh.devices.flat[0])
     batch = {"train": config.train.global_batch_size, "read": config.eval.batch_size, "decode": 1}[name]
     return {
@@ -142,7 +148,7 @@ def _case(name: str, target: str, config: Config, mesh: Mesh) -> dict:
 
 
 def _lower(make, config: Config, mesh: Mesh) -> tuple[Task, jax.stages.Lowered]:
-    """A program, traced as where the mesh's devices are at hand: what asks for the target finds them."""
+    """Makes a program and traces it under the mesh, so that code which asks for the target gets the mesh's devices."""
     with jax.set_mesh(mesh):
         task = make(config, mesh)
         return task, task.function.lower(*task.arguments)
@@ -162,7 +168,7 @@ def _train(config: Config, mesh: Mesh) -> Task:
 
 
 def _read(config: Config, mesh: Mesh) -> Task:
-    """The evaluation step: as many sequences read as are evaluated at once."""
+    """The evaluation step, on `eval.batch_size` sequences."""
     batch = config.eval.batch_size
     check_batch("config.eval.batch_size", batch, mesh)
     params = abstract_model(config.model)[1]
@@ -178,7 +184,7 @@ def _read(config: Config, mesh: Mesh) -> Task:
 
 
 def _decode(config: Config, mesh: Mesh) -> Task:
-    """One token after a context of `train.seq_len`, on one device."""
+    """The prediction of one token after a context of `train.seq_len` tokens, on one device."""
     graphdef, params = abstract_model(config.model)
     T = config.train.seq_len
 
@@ -200,18 +206,18 @@ PROGRAMS = {"train": _train, "read": _read, "decode": _decode}
 
 
 def _alone(mesh: Mesh) -> Mesh:
-    """The first of a mesh's devices as a mesh."""
+    """The mesh of the first device of a mesh."""
     return Mesh(mesh.devices[:1, :1], mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def _useless_share(flops: int, make, config: Config, mesh: Mesh) -> float:
-    """Of the FLOPs of all devices together, what several compute alike.
+    """The share of the FLOPs of all devices together that several devices compute alike.
 
-    It is what they compute more than one device would need for the same program, undivided. That program is counted as
-    JAX hands it to the compiler: a TPU's would refuse what one device does not hold, and a GPU's recompute where memory
-    lacks. JAX leaves no dead products, and XLA drops and adds none (a test compares; products of vectors excepted, of
-    which it makes sums, and what is recomputed in loops of one trip, which it finds), so that the counts before and
-    after it are one. Policies are those of the divided program: both recompute alike.
+    It is the FLOPs of all devices beyond those of the same program for a single device. The latter is counted before it
+    is compiled: the TPU compiler would refuse a program that needs more memory than a device has, and the GPU compiler
+    would recompute to save memory. The two counts are comparable, as a test shows: JAX leaves no unused products, and
+    XLA neither drops nor adds any, except that it turns products of vectors into sums and drops what is recomputed in
+    loops of one trip. Both programs have the same policies, and so recompute the same.
     """
     if mesh.size == 1:
         return 0.0
@@ -221,7 +227,7 @@ def _useless_share(flops: int, make, config: Config, mesh: Mesh) -> float:
 
 
 def _memory(compiled, platform: str, device_bytes: int) -> dict:
-    """What a program needs of each device's memory, and whether that is there."""
+    """Bytes of each device's memory that a program needs, and whether it `fits`."""
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     parts = {
@@ -235,13 +241,13 @@ def _memory(compiled, platform: str, device_bytes: int) -> dict:
 
 
 def _touched(compiled) -> int:
-    """Bytes that a run reads or writes once at least."""
+    """Bytes of memory that a run reads or writes at least once: arguments, results and temporaries."""
     memory = compiled.memory_analysis()
     return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 
 def _received(moved: list[Collective], mesh: Mesh) -> dict:
-    """Bytes by all, by axis, and by kind and axis."""
+    """Bytes that a device receives: in all, by mesh axis, and by kind of collective and axis."""
     axes, kinds = Counter(dict.fromkeys(mesh.axis_names, 0)), Counter()
     for collective in moved:
         axes[collective.axis] += collective.received_bytes
@@ -254,7 +260,7 @@ def _received(moved: list[Collective], mesh: Mesh) -> dict:
 
 
 def _times(least: Bound, num_tokens: int, num_devices: int, recipe: Config | None) -> dict:
-    """Seconds, tokens a second, and for the training step what its recipe takes of devices' time."""
+    """The bound's seconds and tokens a second, and for a training step the device-hours of its recipe."""
     times = {f"{name}_seconds": getattr(least, name) for name in least._fields}
     times |= {"bound_seconds": least.seconds, "binds": least.binds}
     if not least.seconds:
@@ -267,7 +273,7 @@ def _times(least: Bound, num_tokens: int, num_devices: int, recipe: Config | Non
 
 
 def _note(name: str, moved: list[Collective], used: dict) -> str:
-    """Kernels by name, and the collectives that move most."""
+    """Markdown: the kernels by name, and a table of the collectives that move most."""
     lines = [
         f"Kernels of {name}: " + (", ".join(f"{kernel} ({n} times)" for kernel, n in used.items()) or "none") + "."
     ]
@@ -282,25 +288,25 @@ def _note(name: str, moved: list[Collective], used: dict) -> str:
 
 
 def _shown(rows: list[dict]) -> list[dict]:
-    """The rows as people read them: figures downwards, in units that suit them."""
+    """The rows transposed for reading: a line for each figure, in readable units, and a column for each program."""
     flat = [_flat(row) for row in rows]
     names = dict.fromkeys(name for row in flat for name in row if name != "variant")
     return [{"": name} | {row["variant"]: row.get(name) for row in flat} for name in names]
 
 
 def _flat(row: dict) -> dict:
-    """Bytes as GiB, FLOPs as TFLOP, and what is a table itself a line for each of its entries."""
-    shown = {}
+    """A row with bytes in GiB and FLOPs in TFLOP, and nested dicts as one figure for each entry."""
+    figures = {}
     for name, value in row.items():
         if name.endswith("_bytes"):
-            shown[name.removesuffix("_bytes").replace("_", " ") + ", GiB"] = value / GIB
+            figures[name.removesuffix("_bytes").replace("_", " ") + ", GiB"] = value / GIB
         elif name.endswith("flops"):
-            shown[name.removesuffix("flops").replace("_", " ") + "TFLOP"] = value / 1e12
+            figures[name.removesuffix("flops").replace("_", " ") + "TFLOP"] = value / 1e12
         elif "_bytes_by_" in name:
-            shown |= {
+            figures |= {
                 f"received, {key}, GiB" if "kind" in name else f"received over {key}, GiB": v / GIB
                 for key, v in value.items()
             }
         elif name not in ("kernels", "uncounted_kernels"):
-            shown[name.replace("_", " ")] = value
-    return shown
+            figures[name.replace("_", " ")] = value
+    return figures

@@ -1,6 +1,6 @@
-"""Tables and a plot of many results of `bench target`: configurations on slices, and models beside each other.
+"""Tables and a plot from many results of `bench target`: configurations on slices, and comparisons of models.
 
-The results lie in directories CONFIG@TARGET@MESH (launch/targets.py), CONFIG being SIZE-KIND-CONTEXT.
+The results are in directories CONFIG@TARGET@MESH (launch/targets.py); CONFIG is SIZE-KIND-CONTEXT.
 """
 
 import json
@@ -13,17 +13,17 @@ from ttt_e2e.targets.bound import SHARE
 
 GIB = 2**30
 HOURS = f"device_hours_at_{SHARE:.0%}_of_bound"
-# A public reproduction of two configurations on 8 H200s, in GPU-hours.
+# GPU-hours of a public reproduction of two configurations on 8 H200s.
 REPRODUCED = {"125m-e2e-8k": 24.2, "125m-full-8k": 19.1}
 CONTEXTS = {"8k": 8_192, "32k": 32_768, "128k": 131_072}
 LINES = {"e2e": "-", "full": "--"}
 
 
 def write(directory) -> str:
-    """Writes `tables.md` and `targets.png` of all results in a directory; returns the former.
+    """Writes `tables.md` and `targets.png` of all results in a directory; returns the tables as Markdown.
 
     Raises:
-      UserError: there are none, or matplotlib is not installed.
+      UserError: there are no results, or matplotlib is not installed.
     """
     require_matplotlib()
     directory = Path(directory)
@@ -35,27 +35,30 @@ def write(directory) -> str:
 
 
 def read(directory: Path) -> list[dict]:
-    """The training steps of all results, each with its `config`: the first that fits of each accelerator's slices.
+    """Reads the training-step rows of all results, one for each config and accelerator, with `config` added.
 
-    Where none fits, the largest slice that was tried.
+    It is the row of the smallest slice that fits; if none fits, of the largest slice tried.
+
+    Raises:
+      UserError: the directory holds no results.
     """
-    found = {}
+    candidates = {}
     for path in sorted(directory.glob("*@*@*/results.json")):
         row = json.loads(path.read_text())[0] | {"config": path.parent.name.partition("@")[0]}
         row["num_devices"] = _product(row["mesh"])
-        found.setdefault((row["config"], row["target"].partition(":")[0]), []).append(row)
-    if not found:
+        candidates.setdefault((row["config"], row["target"].partition(":")[0]), []).append(row)
+    if not candidates:
         raise UserError(f"{directory} holds no results of bench target: directories CONFIG@TARGET@MESH")
 
     def best(rows):
         fitting = [row for row in rows if row["fits"]]
         return min(fitting, key=_size) if fitting else max(rows, key=_size)
 
-    return sorted(map(best, found.values()), key=lambda row: (row["target"][:2], *_order(row["config"])))
+    return sorted(map(best, candidates.values()), key=lambda row: (row["target"][:2], *_order(row["config"])))
 
 
 def tables(rows: list[dict]) -> str:
-    """All rows; models that learn while they read beside full attention; and what others measured beside the bound."""
+    """Markdown tables: all rows; learning models against full attention; the bound against a public reproduction."""
     parts = [table.markdown([_line(row) for row in rows])]
     if pairs := [line for row in rows if (line := _pair(row, rows))]:
         parts += ["Learning beside full attention:", table.markdown(pairs)]
@@ -65,7 +68,7 @@ def tables(rows: list[dict]) -> str:
 
 
 def figure(rows: list[dict]):
-    """Tokens a second of a device at the bound, and device-hours of the recipe, against the context length."""
+    """A plot of tokens a second of a device at the bound, and of device-hours of the recipe, by context length."""
     import matplotlib
 
     rows = [row for row in rows if row["fits"] and row["target"].startswith("h100")]
@@ -74,11 +77,11 @@ def figure(rows: list[dict]):
         speed, hours = drawn.subplots(1, 2)
         sizes = list(dict.fromkeys(row["config"].split("-")[0] for row in rows))
         for (size, color), (kind, style) in ((s, k) for s in zip(sizes, COLORS) for k in LINES.items()):
-            of = [row for row in rows if row["config"].startswith(f"{size}-{kind}-")]
-            contexts = [CONTEXTS[row["config"].split("-")[2]] for row in of]
+            curve = [row for row in rows if row["config"].startswith(f"{size}-{kind}-")]
+            contexts = [CONTEXTS[row["config"].split("-")[2]] for row in curve]
             look = {"color": color, "linestyle": style, "marker": "o", "markersize": 4, "label": f"{size} {kind}"}
-            speed.plot(contexts, [row["tokens_per_second_at_bound"] / row["num_devices"] for row in of], **look)
-            hours.plot(contexts, [row[HOURS] for row in of], **look)
+            speed.plot(contexts, [row["tokens_per_second_at_bound"] / row["num_devices"] for row in curve], **look)
+            hours.plot(contexts, [row[HOURS] for row in curve], **look)
         speed.set(title="Tokens per second and H100, at the bound", xlabel="context (tokens)", yscale="log")
         hours.set(
             title=f"H100-hours of the recipe, at {SHARE:.0%} of the bound", xlabel="context (tokens)", yscale="log"
@@ -92,6 +95,7 @@ def figure(rows: list[dict]):
 
 
 def _line(row: dict) -> dict:
+    """A row's line in the table of all rows, bytes in GiB and FLOPs in TFLOP."""
     line = {"config": row["config"], "target": row["target"], "mesh": row["mesh"], "batch": row["batch"]}
     line |= {"accumulation": row["accumulation_steps"], "fits": "yes" if row["fits"] else "no"}
     if "refused" in row:
@@ -115,7 +119,7 @@ def _line(row: dict) -> dict:
 
 
 def _pair(row: dict, rows: list[dict]) -> dict | None:
-    """A learning model and full attention of the same size, context and accelerator; None where one is missing."""
+    """Compares a learning model to full attention of the same size, context and accelerator; None if one is missing."""
     size, kind, context = row["config"].split("-")
     same = (f"{size}-full-{context}", row["target"].partition(":")[0])
     others = [r for r in rows if (r["config"], r["target"].partition(":")[0]) == same]
@@ -138,6 +142,7 @@ def _is_reproduced(row: dict) -> bool:
 
 
 def _reproduced(row: dict) -> dict:
+    """Compares a row's device-hours to those of the public reproduction."""
     measured = REPRODUCED[row["config"]]
     return {
         "config": row["config"],
@@ -149,6 +154,7 @@ def _reproduced(row: dict) -> dict:
 
 
 def _order(config: str) -> tuple:
+    """Sort key of a config's name: by size, context, kind."""
     size, kind, context = config.split("-")
     return float(size.rstrip("mb")) * (1000 if size.endswith("b") else 1), CONTEXTS[context], kind
 
@@ -158,5 +164,6 @@ def _size(row: dict) -> int:
 
 
 def _product(mesh: str) -> int:
+    """Number of devices of a mesh such as "8x2"."""
     data, model = mesh.split("x")
     return int(data) * int(model)

@@ -1,1 +1,1 @@
-"""Checkpoints: saved, found, restored, and checked by digests."""
+"""Saves, finds and restores checkpoints, and checks them by digests."""

@@ -1,7 +1,8 @@
-"""Digests of arrays, by which a checkpoint is found damaged. They do not depend on the sharding.
+"""Digests (checksums) of arrays, which reveal a damaged checkpoint. They do not depend on the sharding.
 
-Zarr and OCDBT, in which Orbax stores arrays, check their metadata, but not the data: a flipped byte may decompress.
-A digest of the arrays themselves costs one pass on the device, no second read of the files, and sees what is restored.
+Zarr and OCDBT, in which Orbax stores arrays, check their metadata but not the data: a file with a flipped byte may
+still decompress. Digests of the arrays themselves cost one pass on the device and no second read of the files, and
+cover what is restored.
 """
 
 import math
@@ -18,15 +19,16 @@ from ttt_e2e.model.parameters import parameter_name
 
 
 def digests(tree, spread: int = 2654435761) -> dict[str, list]:
-    """{dotted name: [shape, digest]} of a tree of arrays; every process of a run must call it, and gets the same.
+    """{dotted name: [shape, digest]} of a tree of arrays; all processes of a run must call it, and get the same.
 
-    A digest is the sum, modulo 2^32, of the elements' bits, each times an odd number that its position gives. Integer
-    sums are exact in any order; and since odd numbers have inverses, a change of any one element always shows.
+    A digest is the sum, modulo 2^32, of the elements' bits as integers, each times an odd number that depends on its
+    position. Integer sums are exact in any order; and since odd numbers have inverses modulo 2^32, a change of any one
+    element changes the digest.
 
     Args:
       tree: of arrays, of JAX or NumPy.
-      spread: odd; element i is multiplied by 2 * spread * i + 1. Large, so that neighbours' weights are far apart. What
-        is stored was computed with some spread, and has to be compared with the same one.
+      spread: element i is multiplied by 2 * spread * i + 1. Odd, and large, so that neighbours' factors are far apart.
+        Stored digests can only be compared with those of the same `spread`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     arrays = {parameter_name(path): leaf for path, leaf in leaves}
@@ -38,9 +40,12 @@ def digests(tree, spread: int = 2654435761) -> dict[str, list]:
 
 
 def check_digests(path, items: dict, progress: dict) -> None:
-    """Raises `DamagedError` where arrays are not those that were saved; old checkpoints have no digests.
+    """Raises `DamagedError` if a restored array's digest is not the recorded one; old checkpoints have no digests.
 
-    items: trees of arrays restored from the step `path`, by item, as `digests` were taken of.
+    Args:
+      path: the step directory, for the message.
+      items: {"params": ..., "optimizer": ...}, the restored trees of arrays, or one of them.
+      progress: the step's record of progress, which holds the digests.
     """
     recorded = progress.get("arrays", {})
     restored = digests(items) if recorded else {}
@@ -50,7 +55,7 @@ def check_digests(path, items: dict, progress: dict) -> None:
 
 @lru_cache
 def _program(out_sharding, spread: int):
-    """What digests the arrays of a tree: the same function every time, so that a process compiles it once."""
+    """The jitted digest of a dict of arrays; cached, so that a process compiles it once for each set of shapes."""
 
     def digest_arrays(arrays):
         return {name: _digest(x, spread) for name, x in arrays.items()}
@@ -59,6 +64,7 @@ def _program(out_sharding, spread: int):
 
 
 def _digest(x, spread: int):
+    """Digest of one array, a uint32 scalar."""
     words_per_element = max(x.dtype.itemsize // 4, 1)
     word = jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
     words = jax.lax.bitcast_convert_type(x.astype(word) if x.dtype == bool else x, word).astype(jnp.uint32)

@@ -1,7 +1,7 @@
 """The checkpoints of a run: a directory of steps, each with `params`, `optimizer` and `progress`.
 
-Orbax writes a step under a temporary name and renames it when it is whole, so a step that is listed is complete. What
-has happened to it since, the digests of `progress` tell.
+Orbax writes a step under a temporary name and renames it when it is whole, so a step that is listed is complete. The
+digests in `progress` reveal damage after that.
 """
 
 import logging
@@ -23,33 +23,33 @@ from ttt_e2e.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-# Seconds before a save that failed is tried again; after as many failures and one more, it is reported.
+# Seconds to wait before each new attempt at a save that failed. If the last one fails, too, the run ends.
 RETRY_AFTER_SECONDS = (1.0, 10.0)
-# What Orbax raises where a save fails.
+# The exceptions that Orbax raises when a save fails.
 SAVE_FAILURES = (OSError, ValueError, RuntimeError)
 
 
 class _SaveError(Exception):
-    """A save failed; the text is one line that says why."""
+    """A save failed; its message is one line with the reason."""
 
 
 class Checkpoints:
-    """The checkpoints of a run, saved asynchronously. With many processes, each calls the same methods."""
+    """Saves, asynchronously, and restores the checkpoints of a run. All its processes must call the same methods."""
 
     def __init__(self, directory, config: CheckpointConfig):
         self.directory = epath.Path(directory).resolve()
         self._config = config
         self._manager = self._open()
-        self._failures = 0  # since a save was last finished
+        self._failures = 0  # in a row, since the last save that succeeded
 
     def save(self, state, progress: dict, *, wait: bool = False) -> None:
-        """Begins to save; returns once the state is copied and may be donated, or with `wait` when all is on disk.
+        """Begins to save a state and its progress; returns when the state is copied and its buffers may be donated.
 
-        A save that cannot begin is tried again. Where the one before turns out to have failed, that is logged, and this
-        one is to make up for it.
+        With `wait`, it returns when all is on disk. A save that cannot begin is tried again. If the previous save turns
+        out to have failed, that is logged, and this save replaces it.
 
         Raises:
-          UserError: it failed, and so did those before (disk full, say). Steps saved earlier are whole.
+          UserError: too many saves in a row have failed, on a full disk, for example. Earlier steps are intact.
         """
         step = progress["step"]
         try:
@@ -73,18 +73,18 @@ class Checkpoints:
                 time.sleep(RETRY_AFTER_SECONDS[self._failures - 1])
 
     def wait(self) -> None:
-        """Returns when the save under way is on disk. Raises `UserError` where it failed."""
+        """Returns when the save under way is on disk. Raises `UserError` if it failed."""
         try:
             self._finish()
         except _SaveError as failure:
             raise self._error(failure) from failure
 
     def restore(self, step: int, abstract_state):
-        """(state, progress) of a step; `abstract_state` gives the shapes and the shardings to restore to.
+        """Restores (state, progress) of a step, with the shapes and shardings of `abstract_state`.
 
         Raises:
-          DamagedError: it is not what was saved, or cannot be read; in all processes alike.
-          UserError: a parameter differs.
+          DamagedError: the step differs from what was saved, or cannot be read. All processes raise it.
+          UserError: a parameter has another shape than in `abstract_state`, or only one of the two has it.
         """
         path = self.directory / str(step)
         with fail_together(DamagedError, f"checkpoint {path} cannot be read by another process"):
@@ -96,16 +96,16 @@ class Checkpoints:
         check_digests(path, {"params": params, "optimizer": optimizer}, progress)
         params, optimizer = as_wanted((params, optimizer), (abstract_state.params, abstract_state.optimizer))
         scalar = abstract_state.step
-        restored = jax.device_put(jax.numpy.asarray(progress["step"], scalar.dtype), scalar.sharding)
-        return type(abstract_state)(params, optimizer, restored), progress
+        step_array = jax.device_put(jax.numpy.asarray(progress["step"], scalar.dtype), scalar.sharding)
+        return type(abstract_state)(params, optimizer, step_array), progress
 
     def restore_newest(self, abstract_state):
-        """(state, progress) of the newest step that is not damaged, or None where there is no step.
+        """Restores (state, progress) of the newest undamaged step; None if there is no step.
 
-        Damaged ones that are newer are renamed to `STEP.damaged`, and a line is logged for each.
+        Newer steps, which are damaged, are renamed to `STEP.damaged`, with a line in the log for each.
 
         Raises:
-          UserError: every step is damaged; then, none is renamed. Or as `restore`.
+          UserError: every step is damaged, and then none is renamed; or a parameter differs, as in `restore`.
         """
         damaged: dict[int, DamagedError] = {}
         for step in reversed(saved_steps(self.directory)):
@@ -127,47 +127,52 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Finishes a save under way and releases the manager's threads. Unlike the others, asks no other process."""
+        """Finishes a save under way and ends the manager's threads. The only method that waits for no other process.
+
+        Raises:
+          UserError: the save failed.
+        """
         try:
             self._manager.close()
         except SAVE_FAILURES as error:
             raise self._error(first_line(error)) from error
 
     def _open(self) -> ocp.CheckpointManager:
+        """A new Orbax manager of the directory. Raises `UserError` if a step's metadata is damaged."""
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._config.keep,
             keep_period=self._config.keep_every or None,
             cleanup_tmp_directories=True,
-            # Made in the background, a directory that cannot be made leaves Orbax's other threads waiting for it.
+            # If creating a directory fails in the background, Orbax's other threads wait for it for ever.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         try:
             return ocp.CheckpointManager(self.directory, options=options)
-        except ValueError as error:  # it reads when each step was saved
+        except ValueError as error:  # the manager reads from this file when each step was saved
             raise UserError(
                 f"{self.directory}: _CHECKPOINT_METADATA of a step is damaged ({first_line(error)}): remove it"
             ) from None
 
     def _reopen(self) -> None:
-        """A manager that knows what is on disk now, and nothing of failures before."""
+        """Replaces the manager by a new one, which reads the directory again and has no earlier failure to report."""
         with suppress(*SAVE_FAILURES):
             self._manager.close()
         self._manager = self._open()
 
     def _begin(self, step: int, items) -> None:
-        """Begins to save. Raises `_SaveError` in all processes where it fails in one."""
+        """Begins to save a step. Raises `_SaveError` in all processes if it fails in one."""
         with _save_errors_of_all():
             if not self._manager.save(step, args=items):
                 raise ValueError(f"a step from {step} on is there already")
 
     def _finish(self) -> None:
-        """Waits for a save under way. Raises `_SaveError` in all processes where it failed in one."""
+        """Waits for a save under way. Raises `_SaveError` in all processes if it failed in one."""
         with _save_errors_of_all():
             self._manager.wait_until_finished()
         self._failures = 0
 
     def _give_up_or_reopen(self, what: str, failure: _SaveError) -> None:
-        """Raises `UserError` after too many failures; otherwise makes ready for the next attempt."""
+        """Raises `UserError` after too many failures in a row; otherwise logs this one and reopens the manager."""
         self._failures += 1
         if self._failures > len(RETRY_AFTER_SECONDS):
             raise self._error(failure) from failure
@@ -175,11 +180,13 @@ class Checkpoints:
         self._reopen()
 
     def _error(self, reason) -> UserError:
+        """The error for a save that failed for good, naming the newest step that is intact."""
         steps = saved_steps(self.directory)
         still = f"step {steps[-1]} is whole" if steps else "there is none before it"
         return UserError(f"could not save a checkpoint in {self.directory} ({reason}); {still}")
 
     def _set_aside(self, step: int) -> epath.Path:
+        """Renames a damaged step's directory and returns its new path. Every process must call it."""
         path = self.directory / str(step)
         names = [f"{step}.damaged", *(f"{step}.damaged-{n}" for n in range(2, 1000))]
         target = next(self.directory / name for name in names if not (self.directory / name).exists())
@@ -191,7 +198,7 @@ class Checkpoints:
 
 @contextmanager
 def _save_errors_of_all():
-    """A block whose failure to save, in any process, is a `_SaveError` in every one."""
+    """Runs a `with` block that saves; if it fails in any process, every process raises `_SaveError`."""
     with fail_together(_SaveError, "another process could not"):
         try:
             yield

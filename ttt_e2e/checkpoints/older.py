@@ -1,7 +1,7 @@
-"""Layouts of before each mixer of a pattern had its own stack of blocks: one stack for each part of the model.
+"""Reads checkpoints of an older layout, in which the blocks of all mixers of a pattern were in one stack.
 
-Block i of "prefix" and of "suffix" was then of mixer i modulo their number. Patterns of one mixer have that layout
-still.
+Prefix and suffix had one stack each, "prefix" and "suffix", whose block i had mixer i modulo the number of mixers. Now
+each mixer of a pattern has its own stacks, "prefix_0", "prefix_1", ...; patterns of a single mixer keep the old layout.
 
 Shapes: `L` blocks of a stack.
 """
@@ -20,14 +20,14 @@ STACK = re.compile(r"\b(prefix|suffix)_(\d+)\b")  # model/stacks.py
 
 
 def as_saved(path, abstract):
-    """Shapes of an item at `path`: those of `abstract`, or where it is older, of one stack for each part."""
+    """Shapes to restore the item at `path` with: `abstract`, or if the item is older, the same in its layout."""
     if not _count_mixers(abstract) or any(STACK.search(name) for name in stored_shapes(path)):
         return abstract
     return one_stack(abstract, interleaved_shape)
 
 
 def as_wanted(arrays, abstract):
-    """What `as_saved` had restored, with the stacks and shardings of `abstract`."""
+    """Converts arrays that were restored with the shapes of `as_saved` to the stacks and shardings of `abstract`."""
     if jax.tree.structure(arrays) == jax.tree.structure(abstract):
         return arrays
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -35,9 +35,9 @@ def as_wanted(arrays, abstract):
 
 
 def one_stack(tree, combine: Callable):
-    """A tree in which the stacks of a part are one: "prefix_0", "prefix_1" -> "prefix".
+    """Merges the stacks of prefix and of suffix into one each: "prefix_0", "prefix_1" -> "prefix".
 
-    combine: leaves of those stacks -> a leaf; for example `interleave`, or `interleaved_shape`.
+    combine: (one leaf of each stack) -> merged leaf: `interleave`, or `interleaved_shape`.
     """
 
     def join(node):
@@ -55,19 +55,21 @@ def one_stack(tree, combine: Callable):
 
 
 def interleave(*stacks_L):
-    """Blocks of stacks that took turns, in the order in which they ran."""
+    """Merges stacks whose blocks run in turns, each [L, ...], into one in the order in which the blocks run."""
     return jnp.stack(stacks_L, axis=1).reshape(-1, *stacks_L[0].shape[1:])
 
 
 def interleaved_shape(*stacks_L) -> jax.ShapeDtypeStruct:
-    """The shape that `interleave` gives, of shapes; with their sharding."""
+    """The shape, with its sharding, of what `interleave` makes of arrays of these shapes."""
     first, count = stacks_L[0], sum(stack.shape[0] for stack in stacks_L)
     return jax.ShapeDtypeStruct((count, *first.shape[1:]), first.dtype, sharding=getattr(first, "sharding", None))
 
 
 def by_mixer(tree, count: int, axis: int = 0):
-    """The inverse of `one_stack` by `interleave`, for arrays: the stacks of `count` mixers, whose blocks lie along
-    `axis`."""
+    """Divides "prefix" and "suffix" into the stacks of `count` mixers: the inverse of `one_stack` with `interleave`.
+
+    axis: of the arrays, along which the blocks are.
+    """
 
     def divide(node):
         if not isinstance(node, dict):
@@ -83,17 +85,18 @@ def by_mixer(tree, count: int, axis: int = 0):
 
 
 def _count_mixers(abstract) -> int:
-    """How many stacks a part has; 0 where they are not numbered."""
+    """Number of stacks of prefix or suffix; 0 if stacks are not numbered."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     numbers = [int(match[2]) for path, _ in leaves if (match := STACK.search(parameter_name(path)))]
     return max(numbers, default=-1) + 1
 
 
 def _has(is_stack: Callable):
+    """A predicate: is a node of a tree a dict with a name that `is_stack` accepts?"""
     return lambda node: isinstance(node, dict) and any(isinstance(name, str) and is_stack(name) for name in node)
 
 
 def _place(name: str):
-    """Sorts stacks by their number."""
+    """Sort key of a name: orders stacks by their number."""
     part, _, number = name.rpartition("_")
     return (part, int(number)) if STACK.fullmatch(name) else (name, 0)

@@ -1,4 +1,4 @@
-"""Checkpoints of parameters alone, or the parameters of a training run's."""
+"""Loads the parameters of any checkpoint, and saves checkpoints that hold nothing else."""
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -12,10 +12,12 @@ from ttt_e2e.errors import UserError
 
 
 def load_params(path, abstract_params):
-    """Parameters of the checkpoint that `path` means, in the shapes and shardings of `abstract_params`.
+    """Loads the parameters of a checkpoint, with the shapes and shardings of `abstract_params`.
+
+    path: a step directory, a directory of steps, or a run directory, as in `find_step`.
 
     Raises:
-      UserError: missing or damaged checkpoint, or a parameter that differs; the message names it and both shapes.
+      UserError: the checkpoint is missing or damaged, or a parameter differs; the message names it and both shapes.
     """
     step, progress = _find(path)
     params = restore_item(step, "params", as_saved(step / "params", abstract_params), progress)
@@ -24,13 +26,17 @@ def load_params(path, abstract_params):
 
 
 def check_params(path, abstract_params) -> None:
-    """Raises `UserError` where `load_params` would for a missing checkpoint or a parameter that differs."""
+    """Checks that a checkpoint has these parameters, without reading arrays. Raises `UserError` as `load_params`."""
     step, progress = _find(path)
     check_shapes(step, "params", as_saved(step / "params", abstract_params), progress)
 
 
 def save_params(directory, params, progress: dict) -> epath.Path:
-    """Writes a checkpoint of parameters alone, as step 0 of `directory`, for `--checkpoint` or `train.init_from`."""
+    """Writes a checkpoint of parameters alone, as step 0 of `directory`, and returns the path of the step.
+
+    Raises:
+      UserError: the directory is not empty.
+    """
     directory = epath.Path(directory).resolve()
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"output {directory} already exists and is not empty: remove it or choose another")
@@ -42,6 +48,6 @@ def save_params(directory, params, progress: dict) -> epath.Path:
 
 
 def _find(path) -> tuple[epath.Path, dict]:
-    """The step directory that a path means, and its progress, empty where it has none."""
+    """(The step directory that `path` refers to, its record of progress: {} if it has none)."""
     step = find_step(path)
     return step, load_progress(step) if (step / "progress").exists() else {}

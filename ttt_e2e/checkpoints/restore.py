@@ -1,4 +1,4 @@
-"""Restoring an item of a checkpoint: a tree of arrays, in the shapes and shardings that are asked for."""
+"""Restores an item of a checkpoint, a tree of arrays, with given shapes and shardings."""
 
 import contextlib
 import gc
@@ -13,22 +13,22 @@ from ttt_e2e.model.parameters import parameter_name
 
 
 def restore_item(step_directory, item: str, abstract, progress: dict):
-    """The arrays of an item, "params" or "optimizer", with the shapes, dtypes and shardings of `abstract`.
+    """Restores the arrays of an item, "params" or "optimizer", with the shapes, dtypes and shardings of `abstract`.
 
-    Shapes are compared first: where one is wrong, Orbax spills tracebacks from other threads, too.
+    Shapes are compared first: for a wrong one, Orbax would also print tracebacks from its other threads.
 
     Raises:
-      DamagedError: it is not what was saved, or cannot be read.
-      UserError: as `check_shapes`.
+      DamagedError: the item differs from what was saved, or cannot be read.
+      UserError: names or shapes differ from those of `abstract`, as `check_shapes` finds.
     """
     check_shapes(step_directory, item, abstract, progress)
     path = step_directory / item
     with _no_tracebacks_of_dropped_reads():
         try:
             return _checkpointer().restore(path, abstract)
-        except Exception as error:  # of a damaged file, anything may come
+        except Exception as error:  # a damaged file can raise anything
             reason = first_line(error)
-        gc.collect()  # the dropped reads, while nothing is printed of them
+        gc.collect()  # frees the dropped reads while their tracebacks are still suppressed
     raise DamagedError(f"checkpoint {path} is damaged: {reason}")
 
 
@@ -36,8 +36,8 @@ def check_shapes(step_directory, item: str, abstract, progress: dict) -> None:
     """Compares the names and shapes of an item with those of `abstract`.
 
     Raises:
-      DamagedError: the item has others than were saved, as `progress` recorded.
-      UserError: a parameter is missing, has another shape, or has no place; the message names it and both shapes.
+      DamagedError: its names or shapes are not those that `progress` recorded when it was saved.
+      UserError: a parameter is in only one of the two, or its shapes differ; the message names it and both shapes.
     """
     path = step_directory / item
     stored = stored_shapes(path)
@@ -59,17 +59,17 @@ def check_shapes(step_directory, item: str, abstract, progress: dict) -> None:
 
 
 def stored_shapes(path) -> dict:
-    """{dotted name: shape} of the arrays of an item. Raises `DamagedError` where there is none, or it is damaged."""
+    """{dotted name: shape} of the arrays of an item. Raises `DamagedError` if there is none, or it is damaged."""
     try:
         tree = _checkpointer().metadata(path).item_metadata.tree
-    except Exception as error:  # of a damaged file, anything may come
+    except Exception as error:  # a damaged file can raise anything
         raise DamagedError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {parameter_name(key): tuple(leaf.shape) for key, leaf in leaves if hasattr(leaf, "shape")}
 
 
 def _checkpointer() -> ocp.StandardCheckpointer:
-    """Orbax, in this process alone: processes otherwise wait for ever for one that finds the files damaged."""
+    """An Orbax checkpointer that waits for no other process: one that raises for damaged files would never come."""
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(me, {me}, f"process-{me}")
     return ocp.StandardCheckpointer(multiprocessing_options=alone)
@@ -77,7 +77,7 @@ def _checkpointer() -> ocp.StandardCheckpointer:
 
 @contextlib.contextmanager
 def _no_tracebacks_of_dropped_reads():
-    """When one array cannot be read, Orbax drops the reads of the others, of which Python prints tracebacks."""
+    """Suppresses Python's tracebacks of the reads that Orbax drops when one array cannot be read."""
     before = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     try:

@@ -1,4 +1,4 @@
-"""Which steps a directory holds checkpoints of."""
+"""Finds the steps of a directory of checkpoints."""
 
 from etils import epath
 
@@ -6,19 +6,19 @@ from ttt_e2e.errors import UserError
 
 
 def saved_steps(directory) -> list[int]:
-    """The steps of a directory of checkpoints that were saved whole, in their order; none where it does not exist.
+    """The steps in a directory of checkpoints that were saved whole, ascending; [] if it does not exist.
 
-    Orbax says which: on a local disk it renames a step when all is written, in a bucket it adds a file to it.
+    Orbax marks them: on a local disk it renames a step when all is written, in a bucket it adds a file to it.
     """
     if not epath.Path(directory).is_dir():
         return []
-    import orbax.checkpoint as ocp  # slow to import, which a launcher that finds no run need not wait for
+    import orbax.checkpoint as ocp  # slow to import, and a launcher without any run need not wait for it
 
     return sorted(step.step for step in ocp.path.step.standard_name_format().find_all(directory))
 
 
 def find_step(path) -> epath.Path:
-    """The step directory that a user's path means: itself, the newest step below it, or below its `checkpoints`.
+    """The step directory that a user's path refers to: itself, or the newest step in it, or in its `checkpoints`.
 
     Raises:
       UserError: there is no complete checkpoint.

@@ -1,1 +1,1 @@
-"""Processes that meet and agree; the mesh of their devices, and where arrays live on it."""
+"""The processes of a run: how they start, meet and agree; the mesh of their devices, and the sharding of arrays."""

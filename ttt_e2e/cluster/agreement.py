@@ -1,4 +1,4 @@
-"""What the processes of a run agree on: whether one has failed or is to stop, and numbers beside each training step."""
+"""What the processes of a run tell each other: failures, the wish to stop, and numbers beside each training step."""
 
 import logging
 import os
@@ -20,23 +20,23 @@ PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: Slurm's, ahead
 
 
 def any_process(mine: bool) -> bool:
-    """Whether it holds in any process. Every process must call it; it waits for all."""
+    """Whether `mine` is true in any process. Every process must call it; it waits for all."""
     if jax.process_count() == 1:
         return mine
     return bool(multihost_utils.process_allgather(np.asarray(mine)).any())
 
 
 def barrier(name: str) -> None:
-    """Waits until every process is here."""
+    """Waits until every process has called it with this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 @contextmanager
 def fail_together(kind: type[Exception], elsewhere: str):
-    """A block that raises in all processes where it raises `kind` in any of them.
+    """Runs a `with` block; where it raises `kind` in any process, an exception of that kind is raised in all.
 
-    A process in which it did not raises `kind(elsewhere)`. Every process must run the block; it waits for all.
+    A process whose own block succeeded raises `kind(elsewhere)`. Every process must run the block; it waits for all.
     """
     failure = None
     try:
@@ -48,9 +48,9 @@ def fail_together(kind: type[Exception], elsewhere: str):
 
 
 class Exchange:
-    """Numbers that every process states beside a training step, and all processes read.
+    """An all-gather of a few numbers of each process, beside a training step.
 
-    They are gathered over the devices, behind the step itself: nobody waits for them who does not read them.
+    It runs on the devices, after the step, and asynchronously: only who reads the result waits for it.
     """
 
     def __init__(self):
@@ -63,7 +63,7 @@ class Exchange:
             self._gather = jax.jit(lambda x: x[first], out_shardings=NamedSharding(mesh, P()))
 
     def __call__(self, mine: Sequence[float]) -> np.ndarray | jax.Array:
-        """Of k numbers, those of all P processes, float32 [P, k]. Every process must call it at the same step."""
+        """The k numbers of each of P processes, float32 [P, k]. Every process must call it at the same step."""
         mine = np.asarray(mine, np.float32)[None]
         if jax.process_count() == 1:
             return mine
@@ -72,22 +72,22 @@ class Exchange:
 
 
 class Preemption:
-    """Whether this process was asked to stop (`requested`), and whether any was (`poll`)."""
+    """Whether this process was asked to stop (`requested`), and whether any process was (`poll`)."""
 
     def __init__(self):
         self.requested = threading.Event()
 
     def poll(self) -> bool:
-        """Asks all processes, each of which must call it; waits for all."""
+        """Whether any process was asked to stop. Every process must call it; it waits for all."""
         return any_process(self.requested.is_set())
 
 
 @contextmanager
 def watch_for_preemption():
-    """A `Preemption` that SIGTERM or SIGUSR1 sets; a second signal ends the process at once, with code 128 + signal.
+    """Yields a `Preemption` that SIGTERM or SIGUSR1 sets; a second signal exits at once, with code 128 + signal.
 
-    A thread reads the signals' numbers, since Python's own handlers wait for as long as JAX keeps the main thread.
-    Off the main thread, where Python takes no signals, nothing is watched.
+    A thread reads the signals' numbers, because Python's own handlers do not run while JAX keeps the main thread busy.
+    In another thread than the main one, where Python allows no signal handlers, nothing is watched.
     """
     preemption = Preemption()
     if threading.current_thread() is not threading.main_thread():
@@ -111,6 +111,7 @@ def watch_for_preemption():
 
 
 def _watch(reader: socket.socket, preemption: Preemption) -> None:
+    """Sets `preemption` at the first signal and exits at the second; returns when the other end is closed."""
     while received := reader.recv(1):
         number = received[0]
         if number not in PREEMPTION_SIGNALS:

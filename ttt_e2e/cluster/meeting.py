@@ -1,7 +1,7 @@
 """The meeting of a run's processes, over plain sockets, before JAX starts.
 
-JAX ends a process with a C++ stack trace where a peer never comes, and does not say which. Here, each process connects
-to process 0 and says who it is: "ttt-e2e NUMBER COUNT". Process 0 answers "go" when all are there, or what is wrong.
+If a process never comes, JAX ends the others with a C++ stack trace that does not say which one is missing. Here, each
+process connects to process 0 and sends "ttt-e2e NUMBER COUNT". Process 0 answers "go" when all are there, or an error.
 """
 
 import re
@@ -12,7 +12,7 @@ from ttt_e2e.errors import UserError
 
 
 def meet(coordinator: str, num_processes: int, process_id: int, timeout: float) -> None:
-    """Returns once all processes have called.
+    """Returns when all processes have called it.
 
     Args:
       coordinator: HOST:PORT, at which process 0 listens.
@@ -21,7 +21,8 @@ def meet(coordinator: str, num_processes: int, process_id: int, timeout: float) 
       timeout: seconds to wait for all of them.
 
     Raises:
-      UserError: some have not come, or disagree; in all that have come, with the same message, naming them by number.
+      UserError: some processes have not come, or they disagree on the count. All that have come raise it, with the same
+        message, which names processes by their number.
     """
     if process_id == 0:
         _host(int(coordinator.rpartition(":")[2]), num_processes, timeout)
@@ -30,7 +31,7 @@ def meet(coordinator: str, num_processes: int, process_id: int, timeout: float) 
 
 
 def _host(port: int, num_processes: int, timeout: float) -> None:
-    """Waits for the other processes, and answers all that came."""
+    """Process 0's part: waits for the other processes, and answers all that came."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     try:
         listener = socket.create_server(
@@ -53,7 +54,11 @@ def _host(port: int, num_processes: int, timeout: float) -> None:
 
 
 def _wait_for_callers(listener: socket.socket, callers: list[socket.socket], num_processes: int, timeout: float):
-    """Accepts connections and appends those of processes of this run, until all have come."""
+    """Accepts connections until all processes have come, and appends their sockets to `callers`.
+
+    Raises:
+      UserError: some have not come within `timeout` seconds, or one's number or count does not fit.
+    """
     deadline = time.monotonic() + timeout
     missing = set(range(1, num_processes))
     while missing and (left := deadline - time.monotonic()) > 0:
@@ -64,7 +69,7 @@ def _wait_for_callers(listener: socket.socket, callers: list[socket.socket], num
             break
         caller.settimeout(min(left, 10))
         introduction = re.fullmatch(r"ttt-e2e (\d+) (\d+)\n", _receive_line(caller))
-        if not introduction:  # a stranger, or gone again
+        if not introduction:  # another program, or gone again
             caller.close()
             continue
         callers.append(caller)
@@ -80,7 +85,7 @@ def _wait_for_callers(listener: socket.socket, callers: list[socket.socket], num
 
 
 def _join(coordinator: str, introduction: str, timeout: float) -> None:
-    """Introduces this process to process 0, again and again until that answers."""
+    """The other processes' part: introduces this one to process 0, again and again until that answers."""
     host, _, port = coordinator.rpartition(":")
     address, deadline, reason = (host.strip("[]"), int(port)), time.monotonic() + timeout, ""
     while (left := deadline - time.monotonic()) > 0:
@@ -100,7 +105,7 @@ def _join(coordinator: str, introduction: str, timeout: float) -> None:
 
 
 def _receive_line(connection: socket.socket) -> str:
-    """The line that the other end sends; "" where it is gone."""
+    """The line that the other end sends; "" if it hung up."""
     received = b""
     try:
         while not received.endswith(b"\n") and len(received) < 1000 and (more := connection.recv(100)):
@@ -111,7 +116,7 @@ def _receive_line(connection: socket.socket) -> str:
 
 
 def _send_line(connection: socket.socket, line: str) -> None:
-    """Sends a line, to an end that may be gone."""
+    """Sends a line, and ignores that the other end may have hung up."""
     try:
         connection.sendall(f"{line}\n".encode())
         connection.settimeout(1)

@@ -1,8 +1,8 @@
-"""Where every array lives: one table of rules over a mesh of two axes.
+"""The sharding of every array over a mesh of two axes, `data` and `model`, by one table.
 
 Parameters and optimizer state are sharded over both axes (`data`: fully sharded data parallelism, `model`: tensor
-parallelism); sequences, and the fast weights that each of them changes, live along `data`. `divide` says what that
-means for the computation of a step (inner/division.py).
+parallelism). Sequences are sharded over `data`, and so are the fast weights that each of them adapts. `divide` says how
+a step's computation is divided accordingly (inner/division.py).
 """
 
 import math
@@ -19,16 +19,18 @@ from ttt_e2e.inner.division import DATA, MODEL, Division, Leaf, Weights
 from ttt_e2e.model import abstract_transformer
 from ttt_e2e.model.parameters import parameter_axes, parameter_name
 
-# What a dimension of a parameter is (model/parameters.py) -> the mesh axis that divides it.
+# Logical axis of a parameter (model/parameters.py) -> mesh axis that divides it.
 MESH_AXES = {"width": DATA, "vocabulary": MODEL, "heads": MODEL, "mlp": MODEL, "head_width": None, None: None}
 BATCH = P("data")
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """Mesh with axes (data, model) of the devices here, or others; `data=0` takes all that `model` leaves.
+    """The mesh, with axes (data, model), of `devices`; by default, of all that JAX has.
+
+    `config.data` 0 means the number of devices divided by `config.model`.
 
     Raises:
-      UserError: there are not as many devices as the mesh asks for, or some of several processes' would be left out.
+      UserError: the mesh needs more devices than there are, or leaves some out where several processes run.
     """
     devices = jax.devices() if devices is None else devices
     data = config.data or len(devices) // config.model
@@ -43,21 +45,21 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def shardings(tree, mesh: Mesh, model: ModelConfig):
-    """A NamedSharding for every leaf of a tree of a model's parameters, or of anything that contains such trees.
+    """A NamedSharding for every leaf of a tree of parameters, or of a tree that contains such trees (optimizer state).
 
-    A dimension that its axis does not divide stays whole; so do leaves that are no parameters.
+    A dimension whose size its mesh axis does not divide is replicated; so are leaves that are no parameters.
     """
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, mesh, model))
 
 
 def partition_specs(tree, mesh: Mesh, model: ModelConfig):
-    """As `shardings`: a PartitionSpec for every leaf."""
+    """A PartitionSpec for every leaf of such a tree, by the rules of `shardings`."""
     axes = _axes_of_parameters(model)
     return jax.tree_util.tree_map_with_path(lambda path, x: _spec(_axes_of(path, axes), x.shape, mesh), tree)
 
 
 def with_shardings(shapes, placed):
-    """A tree of shapes, or of arrays, as `jax.ShapeDtypeStruct`s that say where each is to live.
+    """A tree of `jax.ShapeDtypeStruct`s with shardings, from a tree of shapes or arrays.
 
     placed: a sharding for each leaf, or one for all leaves.
     """
@@ -69,9 +71,9 @@ def with_shardings(shapes, placed):
 
 
 def divide(config: Config, params, mesh: Mesh, *, by_sequence: bool) -> Division:
-    """What each device of the mesh stores of the weights {"fast", "slow"}, and what it computes with.
+    """The `Division` of the weights {"fast", "slow"}: which part of each a device stores, and which it computes with.
 
-    by_sequence: whether the prefix divides positions over `model`, and not matrices.
+    by_sequence: whether the axis `model` divides the prefix's positions, rather than its matrices.
     """
     model, num_parts = config.model, mesh.shape[MODEL]
     all_axes = _axes_of_parameters(model)
@@ -96,13 +98,13 @@ def divide(config: Config, params, mesh: Mesh, *, by_sequence: bool) -> Division
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a global batch this process feeds."""
+    """Indices of the rows of a global batch that this process's devices hold."""
     indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
 def _leaf(name: str, axes: tuple, spec: P, model: ModelConfig, num_parts: int, by_sequence: bool) -> Leaf:
-    """Of a weight with these dimensions that is stored as `spec` says."""
+    """The `Leaf` of a parameter: its name, its logical axes, and the PartitionSpec that it is stored by."""
     place = {axis: i - len(spec) for i, axis in enumerate(spec) if axis}
     data, divided = place.get(DATA, 0), place.get(MODEL, 0)
     leaf = Leaf(len(axes) > 1, data, unsummed=() if data else (DATA,))
@@ -120,17 +122,18 @@ def _leaf(name: str, axes: tuple, spec: P, model: ModelConfig, num_parts: int, b
 
 
 def _transposed(leaf: Leaf) -> Leaf:
-    """Of a matrix of two dimensions, of its transpose."""
+    """The `Leaf` of the transpose of a matrix, from that of the matrix."""
     return leaf._replace(data=-3 - leaf.data if leaf.data else 0)
 
 
 @lru_cache
 def _axes_of_parameters(model: ModelConfig) -> dict[str, tuple]:
+    """{dotted name: logical axes} of all parameters of a model."""
     return parameter_axes(abstract_transformer(model))
 
 
 def _axes_of(path, axes: dict[str, tuple]) -> tuple:
-    """The axes of the parameter whose name ends the path of a leaf; () where none does: an optimizer's own state."""
+    """Logical axes of the parameter whose name ends a leaf's path; () if none does: it is the optimizer's own state."""
     keys = parameter_name(path).split(".")
     begin = next((i for i, key in enumerate(keys) if key in ("fast", "slow")), len(keys))
     if begin == len(keys):
@@ -141,6 +144,7 @@ def _axes_of(path, axes: dict[str, tuple]) -> tuple:
 
 
 def _spec(axes: tuple, shape, mesh: Mesh) -> P:
+    """The PartitionSpec of an array with these logical axes; dimensions in front of them (blocks) are not divided."""
     mesh_axes = (None,) * (len(shape) - len(axes)) + tuple(MESH_AXES[axis] for axis in axes)
     if not axes or math.prod(shape) == 1 or len(mesh_axes) != len(shape):
         return P()

@@ -1,6 +1,5 @@
-"""Many processes as one run: which of them this one is, by its flags or its scheduler, and how it joins and leaves.
-
-JAX's multi-controller runtime does the work, once all processes have met (meeting.py).
+"""Joins the processes of a run: finds each one's number from its flags or its scheduler, starts JAX's multi-controller
+runtime once all have met (meeting.py), and ends it.
 """
 
 import importlib.util
@@ -20,12 +19,12 @@ DEFAULT_PORT = 8476
 
 
 class Processes(NamedTuple):
-    """Where this process stands among those of a run."""
+    """This process's number, and that of all processes of its run."""
 
     coordinator: str  # HOST:PORT, at which process 0 listens
     num_processes: int
     process_id: int
-    per_node: int  # of these processes, on this machine
+    per_node: int  # processes on this machine
 
 
 def initialize(
@@ -36,23 +35,24 @@ def initialize(
     initialization_timeout: int = 300,
     heartbeat_timeout: int = 100,
 ) -> bool:
-    """Joins the run's other processes; does nothing, and needs no network, where there are none.
+    """Joins the run's other processes; does nothing, and needs no network, if there are none.
 
-    Call it before anything uses a device. Without `coordinator`, `num_processes` and `process_id`, they are those of
-    the scheduler: SkyPilot, Slurm, Open MPI, or what JAX finds on TPU pods and in a Kubernetes job.
+    Call it before anything uses a device. Without `coordinator`, `num_processes` and `process_id`, these come from the
+    scheduler: SkyPilot, Slurm, Open MPI, or what JAX itself detects on TPU pods and in a Kubernetes job.
 
     Args:
       coordinator: HOST:PORT of process 0.
       num_processes: how many there are in all.
       process_id: which one this is, from 0.
       initialization_timeout: seconds to wait for all of them.
-      heartbeat_timeout: seconds after which one that no longer answers is taken for dead.
+      heartbeat_timeout: seconds after which a process that no longer answers counts as dead.
 
     Returns:
-      Whether this is process 0, which speaks for all.
+      Whether this is process 0, the one that prints and writes.
 
     Raises:
-      UserError: only some of the three are given, or they are not legal; processes did not come in time (by number).
+      UserError: only some of the three are given, or one is not legal; or some processes, which the message names by
+        number, did not come in time.
     """
     if jax.distributed.is_initialized():
         return jax.process_index() == 0
@@ -72,8 +72,8 @@ def initialize(
         processes.coordinator,
         processes.num_processes,
         processes.process_id,
-        # An empty list is every device of this machine. JAX's own choice under a scheduler, None, is one for each
-        # process: right where there are as many processes as devices, one GPU of eight where there is one a machine.
+        # [] takes every device of this machine. None, JAX's default, takes one device for each process under a
+        # scheduler: right for one process a device; a single process on a machine of 8 GPUs would get one of them.
         local_device_ids=None if several_per_node else [],
         **timeouts,
     )
@@ -81,10 +81,10 @@ def initialize(
 
 
 def leave(code: int) -> None:
-    """Ends this process's part in the run, before it exits with `code`.
+    """Leaves the run, before this process exits with `code`.
 
-    Where all processes end alike, each waits for the others, so that none takes it for dead. Otherwise it exits here
-    and now: JAX's own way out would wait for those that do not come.
+    If all processes end with this code (done, preempted), each waits for the others, so that none of these counts it as
+    dead. Otherwise it exits at once: JAX's shutdown would wait for processes that never come.
     """
     if not jax.distributed.is_initialized():
         return
@@ -94,26 +94,27 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:
-        # The others fail alike, mostly, and need process 0 for as long as it takes them to say so.
+        # The others mostly fail for the same reason, and need process 0 alive until they have printed it.
         time.sleep(2)
     os._exit(code)
 
 
 def is_of_a_peer(error: Exception) -> bool:
-    """Whether an exception says that another process of the run is gone, rather than what is wrong in this one."""
+    """Whether an exception means that another process of the run is gone, and not that this one has a defect."""
     if not (jax.distributed.is_initialized() and isinstance(error, jax.errors.JaxRuntimeError)):
         return False
     return re.search(r"Gloo|NCCL|UNAVAILABLE|[Hh]eartbeat|Connection (closed|reset)", str(error)) is not None
 
 
 def _from_flags(coordinator: str, num_processes: int, process_id: int) -> Processes | None:
+    """What the flags say; None if none is given. Raises `UserError` if only some are, or one is not legal."""
     given = {"coordinator": coordinator, "num_processes": num_processes or "", "process_id": process_id}
     missing = [name for name, value in given.items() if value in ("", -1)]
     if len(missing) == 3:
         return None
     if missing:
-        there = next(name for name in given if name not in missing)
-        raise UserError(f"--{there} is given, but --{missing[0]} is not: give all of --{', --'.join(given)}, or none")
+        present = next(name for name in given if name not in missing)
+        raise UserError(f"--{present} is given, but --{missing[0]} is not: give all of --{', --'.join(given)}, or none")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator={coordinator}: it takes HOST:PORT, the address of process 0")
@@ -123,6 +124,7 @@ def _from_flags(coordinator: str, num_processes: int, process_id: int) -> Proces
 
 
 def _from_skypilot(env) -> Processes | None:
+    """What SkyPilot's environment variables say, one process a node; None outside of it, and on one node."""
     if int(env.get("SKYPILOT_NUM_NODES", 1)) < 2:
         return None
     host = env["SKYPILOT_NODE_IPS"].split()[0]
@@ -130,7 +132,7 @@ def _from_skypilot(env) -> Processes | None:
 
 
 def _from_slurm(env) -> Processes | None:
-    """A step of `srun`: in a batch script itself, there is no step's node list."""
+    """What Slurm's variables say in a step of `srun`; None elsewhere: a batch script itself has no step's node list."""
     if "SLURM_STEP_NODELIST" not in env or int(env.get("SLURM_NTASKS", 1)) < 2:
         return None
     # Formats: node1 / node1,node2 / node[1-4],other / node[1,3-4]
@@ -142,6 +144,7 @@ def _from_slurm(env) -> Processes | None:
 
 
 def _from_open_mpi(env) -> Processes | None:
+    """What Open MPI's variables say; None outside of it. Raises `UserError` for version 5."""
     count = int(env.get("OMPI_COMM_WORLD_SIZE", 1))
     if count < 2:
         return None
@@ -158,12 +161,12 @@ def _from_open_mpi(env) -> Processes | None:
 
 
 def _address(host: str, env, port: int = DEFAULT_PORT) -> str:
-    """JAX's own variables have the last word."""
+    """HOST:PORT of process 0, unless JAX's own environment variables say otherwise."""
     host = f"[{host}]" if ":" in host else host
     return env.get("JAX_COORDINATOR_ADDRESS") or f"{host}:{env.get('JAX_COORDINATOR_PORT', port)}"
 
 
 def _jax_detects(env) -> bool:
-    """Whether JAX should look for a cluster of its own: on a TPU machine, and in an indexed Kubernetes job."""
+    """Whether to leave the detection of processes to JAX: on a TPU machine, and in an indexed Kubernetes job."""
     on_tpu = importlib.util.find_spec("libtpu") and (Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists())
     return bool(on_tpu) or ("KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env)

@@ -1,4 +1,4 @@
-"""What a run is made of: frozen dataclasses made from a ConfigDict, and the one place that knows what is legal."""
+"""The configuration of a run: frozen dataclasses, made from a ConfigDict after checking that every value is legal."""
 
 from ttt_e2e.config.fields import each_field, suggestion
 from ttt_e2e.config.sections import (

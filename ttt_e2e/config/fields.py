@@ -1,4 +1,4 @@
-"""A field of the config: what it says about itself, and the checks and the page that are made from that."""
+"""Config fields, whose metadata are help, legal values and resume rule, and the checks that go by these."""
 
 import dataclasses
 import difflib
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from ttt_e2e.errors import UserError
 
-# What a resumed run does where a field differs from that of its last start.
-REFUSED = "refused"  # it would be another run: another model, loss, optimizer or order of the data
-LOGGED = "logged"  # the run goes on under other settings: schedules, and what its evaluations are of
-FREE = "free"  # nothing but rounding depends on it, or another check knows better
+# What a resumed run does if a field differs from its value at the last start.
+REFUSED = "refused"  # the run ends with an error: another model, loss, optimizer or order of the data is another run
+LOGGED = "logged"  # the run continues, with a line in the log: schedules, and what is evaluated
+FREE = "free"  # the run continues: only rounding depends on the field, or another check is made of it
 
-# No size or number of steps is larger: JAX counts them in 32 bits, and products of two fit 64.
+# The largest size or number of steps: JAX counts in 32 bits, and a product of two must fit in 64.
 LARGEST = 2**31 - 1
 
 BOUNDS = {
@@ -28,13 +28,13 @@ BOUNDS = {
 def field(
     default, help: str, *, least=None, above=None, below=None, most=None, choices: Collection[str] = (), resume=REFUSED
 ):
-    """A dataclass field of a section, with what is legal for it.
+    """A dataclass field of a section, with its help, its legal values and its resume rule as metadata.
 
     Args:
       default: of the field's type; never None, which a flag cannot override.
       help: its entry in docs/configuration.md, which adds the range and the choices by itself.
-      least, above, below, most: bounds of a number. They hold once 0 has become what is derived for it.
-      choices: the legal strings. It may grow later: what it has counts when a config is validated.
+      least, above, below, most: bounds of a number. They are checked after a 0 is replaced by the derived value.
+      choices: the legal strings. The collection may grow later; it is read when a config is validated.
       resume: REFUSED, LOGGED or FREE.
     """
     bounds = {"least": least, "above": above, "below": below, "most": most}
@@ -51,6 +51,7 @@ def each_field(config) -> Iterator[tuple[str, dataclasses.Field, object]]:
 
 
 def _each_of_section(section: str, values) -> Iterator[tuple[str, dataclasses.Field, object]]:
+    """The same of one section, sections of mixers in it included."""
     for f in dataclasses.fields(values):
         if f.name != "mixer_sections":
             yield section, f, getattr(values, f.name)
@@ -59,24 +60,24 @@ def _each_of_section(section: str, values) -> Iterator[tuple[str, dataclasses.Fi
 
 
 def file_names(directory: str) -> list[str]:
-    """Names of the modules in a directory of the package, where each file is a legal value; imports none of them."""
+    """Names of the modules in a directory of the package, each of which is a legal value; imports none of them."""
     return sorted(file.stem for file in (Path(__file__).parents[1] / directory).glob("[a-z]*.py"))
 
 
 def suggestion(name: str, legal: Collection[str]) -> str:
-    """A hint for a mistyped name: the nearest legal one, else all of them."""
+    """A hint for a mistyped name: "did you mean" the most similar legal one, or a list of all."""
     near = difflib.get_close_matches(str(name), legal, n=1)
     return f"did you mean {near[0]!r}?" if near else f"legal: {', '.join(legal)}"
 
 
 def require(condition: bool, name: str, value, legal: str) -> None:
-    """Raises `UserError` unless the condition holds: `name` is `value`, but it must be `legal`."""
+    """Raises `UserError` unless the condition holds. The message says that `name` is `value` but must be `legal`."""
     if not condition:
         raise UserError(f"{name} is {value!r}, but it must be {legal}")
 
 
 def coerce(name: str, value, kind: type):
-    """`value` as `kind` where nothing is lost by it (1 is a legal float, 8.0 a legal int); otherwise `UserError`."""
+    """Converts `value` to `kind` without loss (1 is a legal float, 8.0 a legal int); else raises `UserError`."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
     if kind is bool and isinstance(value, bool):
         return value
@@ -96,7 +97,7 @@ def coerce(name: str, value, kind: type):
 
 
 def check(name: str, value, f: dataclasses.Field) -> None:
-    """Raises `UserError` where a value of the right type is out of the field's range, or none of its choices."""
+    """Raises `UserError` if a value, of the right type, is out of the field's range or not one of its choices."""
     bounds, choices = f.metadata["bounds"], f.metadata["choices"]
     if choices and value not in choices:
         raise UserError(f"{name} is {value!r}: {suggestion(value, choices)}")

@@ -11,7 +11,7 @@ from ttt_e2e.config.fields import FREE, LOGGED, field, file_names
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MIXERS = [name for name in file_names("model/mixers") if name != "base"]
-MIXER_SECTIONS: dict[str, type] = {}  # of mixers that have fields of their own
+MIXER_SECTIONS: dict[str, type] = {}  # name of a mixer -> its section, for mixers with fields of their own
 GRADIENTS = ("exact", "first_order", "reference")
 TRAJECTORIES = ("auto", "store", "delta", "segment")
 ATTENTION_BACKENDS = ("auto", "reference", "xla", "pallas_tpu", "mosaic_gpu", "cudnn", "splash")
@@ -83,18 +83,18 @@ class ModelConfig:
     )
     attention_backend: str = field(
         "auto",
-        'who computes attention. `"auto"`: on CPUs `xla`, on an accelerator [what is found right and fastest '
-        "there](kernels.md#backends). `cudnn` and `splash` serve what is differentiated once, as the prefix is; "
-        '`"auto"` takes the rest.',
+        'who computes attention. `"auto"`: on CPUs `xla`, on an accelerator [the fastest one that is found '
+        "correct there](kernels.md#backends). `cudnn` and `splash` serve passes that are differentiated once, such as "
+        'the prefix; for the others, `"auto"` chooses.',
         choices=ATTENTION_BACKENDS,
         resume=FREE,
     )
     mixer: str = field(
         "",
-        "which blocks have the window and which full attention, as a comma-separated pattern repeated over the blocks, "
-        'such as `"window,window,attention"`; empty = all alike, by `sliding_window`. Of `window` and `attention`; '
-        "`window` needs `sliding_window` above 0; the pattern's length must divide the number of prefix blocks and "
-        "that of suffix blocks.",
+        "the mixer of each block, as a comma-separated pattern that is repeated over the blocks, such as "
+        '`"window,window,attention"`; empty = the same in all, by `sliding_window`. `window` is window attention and '
+        "needs `sliding_window` above 0; `attention` is full attention. The pattern's length must divide the number of "
+        "prefix blocks and that of suffix blocks.",
     )
 
     # Fields of mixers that have some of their own, as (name of the mixer, its section): `config.model.NAME.FIELD`.
@@ -136,12 +136,12 @@ class InnerConfig:
     )
     warmup_steps: int = field(
         0,
-        "outer steps over which η rises linearly from `warmup_init` to `learning_rate`; 0 = off. Affects training "
+        "outer steps over which η rises linearly from `warmup_init` to `learning_rate`; 0 = off. It affects training "
         "only: evaluation, in the loop too, uses the full η.",
         least=0,
         resume=LOGGED,
     )
-    warmup_init: float = field(0.1, "where that rise begins.", least=0, resume=LOGGED)
+    warmup_init: float = field(0.1, "η at the beginning of that warm-up.", least=0, resume=LOGGED)
     gradient: str = field(
         "exact",
         'how the meta-gradient is computed. `"exact"`: through every inner step, by a reverse pass of its own that '
@@ -152,7 +152,7 @@ class InnerConfig:
     )
     trajectory: str = field(
         "auto",
-        'what rebuilds the fast weights W_i on the way back. `"store"`: all of them are kept, in float32. `"delta"`: '
+        'what the backward pass rebuilds the fast weights W_i from. `"store"`: all are kept, in float32. `"delta"`: '
         "every update is kept, rounded to bfloat16, at half the memory; reading applies the rounded update, in "
         'evaluation too. `"segment"`: every `segment_length`-th W_i is kept, and those in between are computed again. '
         '`"auto"`: see `memory_budget_bytes`.',
@@ -168,19 +168,19 @@ class InnerConfig:
     )
     remat: str = field(
         "auto",
-        'what the backward pass computes again. `"keep"`: nothing that a matrix product or attention gave, in the '
-        'prefix neither. `"mini_batch"`: the forward pass of a mini-batch; in the prefix, of a block. `"block"`: in '
-        'the mini-batch block by block as well, for less memory and more time. `"auto"`: see `memory_budget_bytes`.',
+        'what the backward pass computes again (rematerialisation). `"keep"`: no matrix product and no attention, in '
+        'suffix and prefix. `"mini_batch"`: the forward pass of a mini-batch; in the prefix, of a block. `"block"`: '
+        'also each block within the mini-batch, for less memory and more time. `"auto"`: see `memory_budget_bytes`.',
         choices=REMATS,
         resume=FREE,
     )
     memory_budget_bytes: int = field(
         0,
-        'what the temporaries of a training step may take of a device. With `"auto"`, the fastest pair of '
-        "`trajectory` and `remat` whose estimate fits is taken, and logged; where none fits, the smallest. The "
-        'estimate counts what JAX saves of a device\'s own parts for the backward pass. `"delta"` rounds, and is '
-        "taken by name only. 0 = what the device reports to have, on CPU half of the machine's memory, less "
-        "parameters, their gradients and AdamW's moments. What was taken is in `starts.jsonl`, too.",
+        'bytes of a device that the temporaries of a training step may take. With `"auto"`, the fastest pair of '
+        "`trajectory` and `remat` whose estimate fits is taken, and logged; if none fits, the smallest. The "
+        'estimate counts the residuals that a device saves for the backward pass. `"delta"` rounds, and so `"auto"` '
+        "never takes it. 0 = what the device reports to have, on CPU half of the machine's memory, less "
+        "parameters, their gradients and AdamW's moments. The choice is in `starts.jsonl`, too.",
         least=0,
         most=2**63 - 1,
         resume=FREE,
@@ -213,7 +213,7 @@ class TrainConfig:
         1, "parts that a batch is read in, one after the other, to save memory.", least=1, resume=FREE
     )
     num_steps: int = field(100, "outer steps in all, those before a resume included.", least=1, resume=FREE)
-    seed: int = field(0, "of the initial parameters.", least=0, most=2**32 - 1)
+    seed: int = field(0, "random seed of the initial parameters.", least=0, most=2**32 - 1)
     init_from: str = field(
         "",
         "checkpoint to take the initial parameters from, with a fresh optimizer, at step 0 and the beginning of the "
@@ -232,22 +232,24 @@ class OptimizerConfig:
 
     name: str = field(
         "adamw",
-        'which one. `"adamw"`: AdamW with epsilon 1e-8. `"muon"`: Muon for the matrices of the '
+        'the optimizer. `"adamw"`: AdamW with epsilon 1e-8. `"muon"`: Muon for the matrices of the '
         "blocks, fast MLPs included. The momentum of each block's matrix (decay 0.95, Nesterov) is orthogonalized by "
         "five Newton-Schulz steps, and scaled to a root mean square of 0.2, about that of AdamW's updates, so that the "
         "same `learning_rate` and `weight_decay` serve. Embedding, head and norms are left to AdamW.",
         choices=OPTIMIZERS,
     )
-    learning_rate: float = field(1e-3, "the peak.", least=0, resume=LOGGED)
-    end_learning_rate: float = field(1e-5, "after the decay.", least=0, resume=LOGGED)
+    learning_rate: float = field(1e-3, "peak of the learning rate.", least=0, resume=LOGGED)
+    end_learning_rate: float = field(1e-5, "learning rate after the decay.", least=0, resume=LOGGED)
     warmup_steps: int = field(10, "steps from rate 0 to the peak. Below `decay_steps`.", least=0, resume=LOGGED)
     decay_steps: int = field(
         0, "length of the schedule, warm-up included; 0 = `train.num_steps`.", least=1, resume=LOGGED
     )
     b1: float = field(0.9, 'decay of AdamW\'s first moment. Under `"muon"` of what is left to AdamW.', least=0, below=1)
     b2: float = field(0.95, "decay of its second moment, likewise.", least=0, below=1)
-    weight_decay: float = field(0.1, "decoupled, times the learning rate.", least=0)
-    clip_norm: float = field(1.0, "of the meta-gradient over all trained parameters; 0 = off.", least=0)
+    weight_decay: float = field(0.1, "decoupled weight decay; it is multiplied by the learning rate.", least=0)
+    clip_norm: float = field(
+        1.0, "largest global norm of the meta-gradient, over all trained parameters; 0 = off.", least=0
+    )
     train_only: str = field(
         "",
         "regular expression, searched for in the names of the parameters, such as `slow.prefix.attention.wq`; what "
@@ -272,14 +274,14 @@ class DataConfig:
     )
     bos_id: int = field(
         0,
-        "targets equal to it are masked: they count in no loss; 0 = mask none. Below `model.vocab_size`, and the one "
-        "that the token store records, if it records one.",
+        "the BOS token. Targets equal to it are masked: they count in no loss; 0 = mask none. Below "
+        "`model.vocab_size`, and the one that the token store records, if it records one.",
         least=0,
     )
     shuffle: bool = field(
         True, "read the sequences in a random order, another one each epoch. Otherwise in the store's order."
     )
-    seed: int = field(0, "of that order.", least=0, most=2**32 - 1)
+    seed: int = field(0, "random seed of that order.", least=0, most=2**32 - 1)
     num_workers: int = field(0, "processes that read ahead; 0 = threads only.", least=0, resume=FREE)
 
 
@@ -307,7 +309,7 @@ class MeshConfig:
     )
     prefix: str = field(
         "auto",
-        'what `model` divides in the prefix. `"matrices"`: the heads and the width of MLPs, and every device has all '
+        'what the axis `model` divides in the prefix. `"matrices"`: heads and MLP width; every device has all '
         'positions. `"sequence"`: the positions, and every device fetches the matrices of one block at a time; '
         '`train.seq_len` must be a multiple of `model`. `"auto"`: what makes devices receive less, which is logged; '
         "matrices where `model` does not divide `train.seq_len`.",
@@ -318,21 +320,23 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and what to keep. Saving runs in the background; a step that is listed is complete."""
+    """When to save checkpoints, and which to keep. Saving runs in the background; a step that is listed is complete."""
 
     every_steps: int = field(
         100,
-        "outer steps from one to the next; 0 = only at the end. The last step is always saved.",
+        "outer steps from one checkpoint to the next; 0 = only at the end. The last step is always saved.",
         least=0,
         resume=FREE,
     )
-    keep: int = field(2, "the newest ones are kept, this many.", least=1, resume=FREE)
-    keep_every: int = field(0, "checkpoints at multiples of it are kept for good; 0 = off.", least=0, resume=FREE)
+    keep: int = field(2, "number of the newest checkpoints that are kept.", least=1, resume=FREE)
+    keep_every: int = field(
+        0, "checkpoints at steps that are multiples of it are never deleted; 0 = off.", least=0, resume=FREE
+    )
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """`metrics.jsonl` is always written, the others when asked."""
+    """Metrics and profiles. `metrics.jsonl` is always written, the others if they are asked for."""
 
     every_steps: int = field(
         10,
@@ -353,7 +357,9 @@ class LogConfig:
     tensorboard: bool = field(
         False, "copy the metrics into `logs/` for TensorBoard (extra `tensorboard`).", resume=FREE
     )
-    wandb: str = field("", "copy them to this Weights & Biases project (extra `wandb`); empty = off.", resume=FREE)
+    wandb: str = field(
+        "", "copy the metrics to this Weights & Biases project (extra `wandb`); empty = off.", resume=FREE
+    )
 
 
 @dataclass(frozen=True)
@@ -372,7 +378,7 @@ class EvalConfig:
         least=0,
         resume=LOGGED,
     )
-    batch_size: int = field(8, "sequences at once. A multiple of the mesh axis `data`.", least=1, resume=FREE)
+    batch_size: int = field(8, "sequences read at once. A multiple of the mesh axis `data`.", least=1, resume=FREE)
 
 
 @dataclass(frozen=True)

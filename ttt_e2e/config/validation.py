@@ -1,4 +1,4 @@
-"""From a ConfigDict, or the dict of a `config.json`, to a validated `Config`, and back."""
+"""Converts a ConfigDict, or the dict of a `config.json`, to a validated `Config`, and back."""
 
 import dataclasses
 
@@ -20,9 +20,9 @@ def default_config() -> ConfigDict:
 
 
 def to_dict(config: Config) -> dict:
-    """Plain nested dict of a config, as stored in a run directory's `config.json`.
+    """The nested dict of a config that is stored as a run directory's `config.json`.
 
-    Of the mixers with fields of their own, it has those that the model is made of.
+    It has the fields of those mixers only that the model uses.
     """
     values = dataclasses.asdict(config)
     sections = dict(values["model"].pop("mixer_sections"))
@@ -31,7 +31,7 @@ def to_dict(config: Config) -> dict:
 
 
 def differences(config: Config) -> dict:
-    """As `to_dict`, only the fields that differ from their defaults, and only the sections that have any."""
+    """{section: {field: value}} of the fields that differ from their defaults; golden tests of configs store it."""
     changed: dict = {}
     for section, f, value in each_field(config):
         if value != f.default:
@@ -40,10 +40,11 @@ def differences(config: Config) -> dict:
 
 
 def from_config_dict(values: ConfigDict | dict) -> Config:
-    """Validates a ConfigDict (or the dict of a `config.json`) and fills in what is derived.
+    """Validates a ConfigDict, or the dict of a `config.json`, and fills in defaults and derived values.
 
-    Missing fields take their defaults. Raises `UserError` for unknown fields, values of the wrong type, values out
-    of range and combinations that are not legal: one line with the field, the value and what would be legal.
+    Raises:
+      UserError: an unknown field, a value of the wrong type or out of range, or an illegal combination: one line with
+        the field, the value and what is legal.
     """
     values = values.to_dict() if isinstance(values, ConfigDict) else values
     if not isinstance(values, dict):
@@ -62,6 +63,7 @@ def from_config_dict(values: ConfigDict | dict) -> Config:
 
 
 def _section(cls, name: str, fields: dict):
+    """One section, an instance of `cls`, of checked names and types. Raises `UserError` for others."""
     if not isinstance(fields, dict):
         raise UserError(f"config.{name} is {fields!r}, but it is a section with the fields of {cls.__name__}")
     defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.name != "mixer_sections"}
@@ -80,6 +82,7 @@ def _section(cls, name: str, fields: dict):
 
 
 def _derive(config: Config) -> Config:
+    """Replaces the 0 of fields such as `head_dim` by the value that it stands for."""
     model, optimizer = config.model, config.optimizer
     heads = model.num_attention_heads
     if model.head_dim == 0 and heads > 0:

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its directory, what may change at resume, metrics, files, secrets; the watchdog."""
+"""A run's directory, metrics and files; what may change at resume; keeping secrets out; the watchdog for slow steps."""

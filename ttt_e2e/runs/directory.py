@@ -1,4 +1,4 @@
-"""The run directory: `config.json`, which ties it to one model, and `starts.jsonl` and `starts/`, how it came about."""
+"""The run directory: `config.json`, and the record of every start of the run, `starts.jsonl` and `starts/`."""
 
 import calendar
 import json
@@ -20,15 +20,16 @@ from ttt_e2e.runs.secrets import find_secrets, redact
 logger = logging.getLogger(__name__)
 
 MAX_DIFF_BYTES = 1_000_000
-MAX_UNTRACKED = 200  # names of files
+MAX_UNTRACKED = 200  # names of untracked files that are recorded
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def claim(workdir, config: Config) -> None:
-    """Writes `config.json` into the run directory, unless that holds a run which this config would make another one.
+    """Writes `config.json` into a run directory that is new, or whose run may be resumed with this config.
 
     Raises:
-      UserError: it does; the message names the first field that differs (resume.py). Or the config holds a secret.
+      UserError: it holds a run from which a field differs that may not (resume.py; the message names the field), or the
+        config holds a secret.
     """
     refuse_secrets(config)
     if (epath.Path(workdir) / "config.json").exists():
@@ -45,7 +46,7 @@ def write_config(workdir, config: Config) -> None:
 
 
 def refuse_secrets(config: Config) -> None:
-    """Raises `UserError` where a field holds a credential, which `config.json` would show to whoever reads it."""
+    """Raises `UserError` if a field holds a credential, which everyone who can read `config.json` would see."""
     if field := find_secrets(to_dict(config)):
         raise UserError(
             f"{field} holds a credential (a password in a URL, or the value of a secret environment variable), which "
@@ -54,10 +55,10 @@ def refuse_secrets(config: Config) -> None:
 
 
 def find_run(path) -> epath.Path:
-    """The run directory that a path means: itself, or that of the checkpoint that it is.
+    """The run directory that a path refers to: itself, or the one that holds this checkpoint.
 
     Raises:
-      UserError: there is none.
+      UserError: neither it nor the two directories above have a `config.json`.
     """
     path = epath.Path(path).resolve()
     for directory in (path, path.parent, path.parent.parent):  # WORKDIR/checkpoints/STEP
@@ -67,7 +68,7 @@ def find_run(path) -> epath.Path:
 
 
 def load_config(workdir) -> Config:
-    """The resolved config of a run. Raises `UserError` where the directory holds none, or it is damaged."""
+    """Loads the resolved config of a run. Raises `UserError` if it is missing or damaged."""
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"workdir {workdir} holds no run: it has no config.json")
@@ -79,11 +80,15 @@ def load_config(workdir) -> Config:
 
 
 def record_start(workdir, overrides: list[str], policies: dict[str, str]) -> None:
-    """Appends to `starts.jsonl`: when, with which overrides of the config, of which code, on what; and the policies
-    that it takes, where the config says "auto".
+    """Appends a line for this start of the run to `starts.jsonl`: time, overrides, code revision, devices, policies.
 
-    Start N, counted from 1, has the resolved config in `starts/N.json` and, where the checkout has uncommitted changes,
-    their difference in `starts/N.diff`, both named by its line.
+    For start N, counted from 1, the resolved config is in `starts/N.json` and, if the checkout has uncommitted changes,
+    their diff in `starts/N.diff`; the line names both files.
+
+    Args:
+      workdir: the run directory.
+      overrides: of the config, as given on the command line.
+      policies: what was chosen for the fields that are "auto".
     """
     devices = [device.device_kind for device in jax.devices()]
     if jax.process_index() != 0:
@@ -111,7 +116,7 @@ def record_start(workdir, overrides: list[str], policies: dict[str, str]) -> Non
 
 
 def first_start(workdir) -> float:
-    """When the run was first started, in seconds since 1970; now, where that is not recorded."""
+    """Time of the run's first start, in seconds since 1970; the present time if it is not recorded."""
     path = epath.Path(workdir) / "starts.jsonl"
     try:
         start = json.loads(read_text(path).split("\n", 1)[0])
@@ -121,54 +126,58 @@ def first_start(workdir) -> float:
 
 
 def _warn_of_other_code(directory, before: str, start: dict) -> None:
-    """Logs where the run goes on under another revision, difference or version of JAX than at its last start."""
+    """Logs a warning if the code revision, the uncommitted diff or the version of JAX differs from the last start's.
+
+    before: the text of `starts.jsonl`. start: the new line of it, as a dict.
+    """
     try:
         last = json.loads(before.splitlines()[-1])
-        what = {name: (last[name], start[name]) for name in ("revision", "jax")}
-        differences = [read_text(directory / of["diff"]) if of["diff"] else "" for of in (last, start)]
+        versions = {name: (last[name], start[name]) for name in ("revision", "jax")}
+        diffs = [read_text(directory / line["diff"]) if line["diff"] else "" for line in (last, start)]
     except (IndexError, KeyError, TypeError, ValueError, UserError):  # no start before, or its record is damaged
         return
-    for name, (theirs, ours) in what.items():
+    for name, (theirs, ours) in versions.items():
         if ours != theirs:
             logger.warning("%s is %s from here on; until now it was %s", name, ours or "unknown", theirs or "unknown")
-    if what["revision"][0] == what["revision"][1] and differences[0] != differences[1]:
+    if versions["revision"][0] == versions["revision"][1] and diffs[0] != diffs[1]:
         logger.warning(
             "uncommitted changes are %s from here on, not %s", start["diff"] or "none", last["diff"] or "none"
         )
 
 
 def _code(directory, name: str) -> dict:
-    """Which code runs; all empty outside of a checkout, or in one that does not track this package.
+    """Describes the code that runs, and writes its uncommitted changes to `NAME.diff`.
 
     Returns:
-      `revision` of the checkout, "+" after it if there are changes; `diff`, the file that has them; `untracked`, the
-      files that git neither tracks nor ignores: their names, as the difference does not have them.
+      `revision` of the git checkout, followed by "+" if there are changes; `diff`, the file with these; `untracked`,
+      names of the files that git neither tracks nor ignores, which are not in the diff. All are empty outside of a
+      checkout, and in one that does not track this package.
     """
     package = Path(__file__).parents[1]
     if not _git(package, "ls-files", "__init__.py"):
         return {"revision": "", "diff": "", "untracked": []}
     revision = _git(package, "describe", "--always", "--abbrev=40", "--dirty=+").strip()
     root = Path(_git(package, "rev-parse", "--show-toplevel").rstrip("\n"))
-    difference = redact(_git(root, "diff", "HEAD"))
-    if len(difference.encode()) > MAX_DIFF_BYTES:
-        kept = difference.encode()[:MAX_DIFF_BYTES].decode(errors="ignore")
-        difference = f"{kept}\n[cut here: {len(difference.encode())} bytes in all]\n"
-    if difference:
-        replace_text(directory / f"{name}.diff", difference)
+    diff = redact(_git(root, "diff", "HEAD"))
+    if len(diff.encode()) > MAX_DIFF_BYTES:
+        beginning = diff.encode()[:MAX_DIFF_BYTES].decode(errors="ignore")
+        diff = f"{beginning}\n[cut here: {len(diff.encode())} bytes in all]\n"
+    if diff:
+        replace_text(directory / f"{name}.diff", diff)
     untracked = _git(root, "ls-files", "--others", "--exclude-standard").splitlines()
     if len(untracked) > MAX_UNTRACKED:
         untracked = [*untracked[:MAX_UNTRACKED], f"[and {len(untracked) - MAX_UNTRACKED} more]"]
     return {
         "revision": revision,
-        "diff": f"{name}.diff" if difference else "",
+        "diff": f"{name}.diff" if diff else "",
         "untracked": [redact(path) for path in untracked],
     }
 
 
 def _git(directory: Path, *arguments: str) -> str:
-    """What a git command prints; "" where there is no git, no checkout, or no answer within a minute."""
+    """Output of a git command; "" if there is no git, no checkout, or no answer within a minute."""
     try:
-        done = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, check=True, timeout=60)
+        result = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.decode(errors="replace")
+    return result.stdout.decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Text files of a run directory: written whole, and read as what a disk, an editor or a kill may have damaged."""
+"""Writes files whole or not at all, and reads text and JSON that a disk, an editor or a kill may have damaged."""
 
 import json
 
@@ -8,7 +8,7 @@ from ttt_e2e.errors import UserError
 
 
 def read_text(path) -> str:
-    """The text of a file. Raises `UserError` where there is none, or it cannot be read."""
+    """Reads a text file. Raises `UserError` if it is missing or cannot be read."""
     try:
         return epath.Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -18,7 +18,7 @@ def read_text(path) -> str:
 
 
 def read_json(path) -> dict:
-    """The JSON object in a file. Raises `UserError` where there is no file, or anything else in it."""
+    """Reads the JSON object in a file. Raises `UserError` if the file is missing, or holds anything else."""
     values = parse_json(read_text(path), path)
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, but it takes a JSON object")
@@ -26,10 +26,10 @@ def read_json(path) -> dict:
 
 
 def parse_json(text: str, where):
-    """What JSON says. Raises `UserError`, which begins with `where`, for any other text."""
+    """Parses JSON. Raises `UserError` if it is not valid; the message begins with `where`, the place it is from."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # what `json` raises, also of numbers too long and nests too deep
+    except (ValueError, RecursionError) as error:  # `json` raises these, also for too long numbers and too deep nesting
         raise UserError(f"{where} is not readable JSON: {error}") from None
 
 

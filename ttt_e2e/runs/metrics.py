@@ -1,4 +1,4 @@
-"""Metrics of a run: written, and read again.
+"""Writes and reads the metrics of a run.
 
 `metrics.jsonl` is always written; TensorBoard and Weights & Biases are optional copies, never needed to resume.
 """
@@ -19,14 +19,14 @@ class MetricsWriter:
 
     def __init__(self, workdir, config: Config, resume_step: int):
         self.path = epath.Path(workdir) / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step] if self.path.exists() else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        lines = read_metrics(self.path) if self.path.exists() else []
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= resume_step))
         self._file = self.path.open("a")
         self._tensorboard = _tensorboard(workdir) if config.log.tensorboard else None
         self._wandb = _wandb(workdir, config) if config.log.wandb else None
 
     def write(self, step: int, values: dict) -> None:
-        """Writes the metrics of a step; what is not finite becomes null, which JSON knows."""
+        """Writes the metrics of a step. Values that are not finite, which JSON lacks, become null."""
         values = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
@@ -38,7 +38,7 @@ class MetricsWriter:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Closes every copy."""
+        """Closes the file, and the TensorBoard and W&B writers."""
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
@@ -47,12 +47,12 @@ class MetricsWriter:
 
 
 def read_metrics(path) -> list[dict]:
-    """The lines of a `metrics.jsonl`, each with its `step`.
+    """Reads the lines of a `metrics.jsonl`, each a dict with its `step`.
 
-    Only a last line without its end may be broken, and is left out: a kill cuts it short.
+    A broken last line without a line end is left out: a kill may cut it short.
 
     Raises:
-      UserError: another line is no object with a step, or the file cannot be read.
+      UserError: any other line is not an object with a step, or the file cannot be read.
     """
     *whole, rest = read_text(path).split("\n")
     objects = [_metrics_line(path, number, line) for number, line in enumerate(whole, start=1) if line.strip()]
@@ -62,6 +62,7 @@ def read_metrics(path) -> list[dict]:
 
 
 def _metrics_line(path, number: int, line: str) -> dict:
+    """Parses one line. Raises `UserError` unless it is an object with an integer `step`."""
     values = parse_json(line, f"{path}, line {number}")
     if not isinstance(values, dict) or type(values.get("step")) is not int:
         raise UserError(f"{path}, line {number} is {line[:80]!r}, but it takes a JSON object with an integer 'step'")
@@ -69,7 +70,7 @@ def _metrics_line(path, number: int, line: str) -> dict:
 
 
 def first_not_finite(metrics: dict) -> str | None:
-    """Name of the first metric that is NaN or infinite."""
+    """Name of the first metric that is NaN or infinite, or None."""
     return next((name for name, value in metrics.items() if not math.isfinite(value)), None)
 
 

@@ -1,4 +1,4 @@
-"""What may change when a run is resumed, as each field of the config says of itself (ttt_e2e/config/sections.py)."""
+"""Checks which fields of the config changed at a resume, by the rule of each field (ttt_e2e/config/sections.py)."""
 
 import logging
 
@@ -10,9 +10,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_resume(workdir, ours: Config, theirs: Config, has_steps: bool) -> None:
-    """Compares the config to resume a run with, `ours`, with that of its last start, as its fields say.
+    """Compares the config to resume a run with, `ours`, to that of its last start, `theirs`; logs what may change.
 
-    Where the run has saved no step, there is nothing to go on from, and only another model is refused.
+    has_steps: whether the run has saved a step. If not, it begins anew, and only changes of the model are refused.
 
     Raises:
       UserError: a field differs that may not.

@@ -1,4 +1,4 @@
-"""Accelerators, at hand or not: their facts, programs compiled for them, and what these say."""
+"""Accelerators, present or not: their facts, compiling programs for them, and reading FLOPs and bytes off these."""
 
 from ttt_e2e.targets.facts import Target, current, of_device
 

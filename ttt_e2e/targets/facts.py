@@ -1,4 +1,4 @@
-"""What a program is compiled for: the facts of one accelerator, which need not be at hand.
+"""Targets, which programs are compiled for: memory and speeds of one accelerator, which need not be present.
 
 Sources of the figures: docs/targets.md.
 """
@@ -10,14 +10,14 @@ import jax
 
 @dataclass(frozen=True)
 class Target:
-    """One device of an accelerator. A fact that is not known is 0."""
+    """One device of an accelerator. A figure that is not known is 0."""
 
     platform: str  # "cpu", "gpu" or "tpu"
     kind: str  # as JAX names the device
     memory_bytes: int = 0
-    peak_flops: float = 0.0  # dense bfloat16 matrix products, a second
+    peak_flops: float = 0.0  # a second, of dense bfloat16 matrix products
     memory_bandwidth: float = 0.0  # bytes a second
-    devices_per_host: int = 0  # that the fast links connect; 0 = all of a slice
+    devices_per_host: int = 0  # that are connected by fast links; 0 = all of a slice
     fast_link: float = 0.0  # bytes a second that a device receives from others of its host, or of its slice
     slow_link: float = 0.0  # bytes a second that a device receives from other hosts
 
@@ -37,11 +37,11 @@ FACTS = {target.kind: target for target in _FACTS}
 
 
 def of_device(device) -> Target:
-    """The target that a device is, or an abstract one of a mesh; of a kind without facts, its platform and kind."""
+    """The `Target` of a device, or of a mesh's abstract device; for a kind not in `FACTS`, only platform and kind."""
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
     return FACTS.get(device.device_kind, Target(platform, device.device_kind))
 
 
 def current() -> Target:
-    """What the program that is being traced is for: the device of its mesh, which need not be at hand, or the first."""
+    """The `Target` of the program being traced: its mesh's device, which need not be present, else the first device."""
     return of_device(jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0])

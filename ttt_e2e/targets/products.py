@@ -1,7 +1,7 @@
-"""FLOPs of a program's matrix products, by its text: as each platform's compiler writes them.
+"""Counts the FLOPs of a compiled program's matrix products, which each platform's compiler writes in its own way.
 
 CPU: `dot`. NVIDIA: `dot` in fusions, calls of cuBLAS, and cuDNN's attention. TPU: `convolution`, and Pallas kernels
-where they declare their cost. A multiplication and an addition are two.
+that declare their cost. A multiplication and an addition count as two.
 """
 
 import re
@@ -13,8 +13,8 @@ import numpy as np
 from ttt_e2e.targets import marks
 from ttt_e2e.targets.program import Array, Instruction, Program, sizes
 
-GEMM = "__cublas"  # how the names of cuBLAS's calls begin
-ATTENTION_PRODUCTS = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}  # of the size of all scores
+GEMM = "__cublas"  # beginning of the targets of cuBLAS's calls
+ATTENTION_PRODUCTS = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}  # products of queries by keys in size
 _KERNELS = re.compile(r"^__cu|mosaic|triton|tpu_custom_call")  # CUDA's libraries, Pallas
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _CONTRACTED = (
@@ -25,59 +25,62 @@ _DECLARED = re.compile(r'"cost_estimate":\s*\{"flops":\s*"?(\d+)')
 
 
 def matmul_flops(program: Program | str) -> int:
-    """Of all matrix products in one run, loops multiplied out; one whose trip count is not known counts once.
+    """FLOPs of all matrix products in one run of a program, or of its text; what a loop repeats counts every time.
 
-    Both branches of a condition count. Kernels that do not declare their cost count 0: `kernels` names them.
+    A loop whose trip count is not known counts once; both branches of a condition count. Kernels that do not declare
+    their cost count 0: `uncounted` names them.
     """
     program = Program(program) if isinstance(program, str) else program
-    types, of, total = {}, None, 0
+    arrays_of, current, total = {}, None, 0
     for computation, instruction, times in program.instructions():
-        if computation != of:  # they come one computation after the other, and operands before what takes them
-            types, of = {}, computation
-        types[instruction.name] = arrays = instruction.arrays
+        if computation != current:  # instructions come one computation after the other, operands before their users
+            arrays_of, current = {}, computation
+        arrays_of[instruction.name] = arrays = instruction.arrays
         if count := _COUNTS.get(instruction.op):
-            operands = [types[name][0] for name in instruction.operands if types.get(name)]
+            operands = [arrays_of[name][0] for name in instruction.operands if arrays_of.get(name)]
             total += times * count(instruction, arrays[0] if arrays else None, operands)
     return total
 
 
 def kernels(program: Program) -> dict[str, int]:
-    """How often each kernel runs that is no code of XLA's own: libraries' and Pallas', by name."""
-    found = {}
+    """{name: how often it runs} of the kernels that XLA did not generate: those of CUDA's libraries and of Pallas."""
+    runs = {}
     for _, instruction, times in program.instructions():
         target = call_target(instruction)
         if _KERNELS.search(target):
             name = _kernel_name(instruction, target)
-            found[name] = found.get(name, 0) + times
-    return dict(sorted(found.items()))
+            runs[name] = runs.get(name, 0) + times
+    return dict(sorted(runs.items()))
 
 
 def uncounted(program: Program) -> list[str]:
-    """Names of the kernels of which no text says what they compute: `matmul_flops` lacks their products."""
-    found = set()
+    """Names of the kernels whose cost is stated nowhere in the program, so that `matmul_flops` counts them as 0."""
+    names = set()
     for _, instruction, _ in program.instructions():
         target = call_target(instruction)
         declares = _DECLARED.search(instruction.rest) or marks.read(instruction.op_name)
         is_counted = target.startswith(GEMM) or target in ATTENTION_PRODUCTS or declares
         if _KERNELS.search(target) and not is_counted:
-            found.add(_kernel_name(instruction, target))
-    return sorted(found)
+            names.add(_kernel_name(instruction, target))
+    return sorted(names)
 
 
 def call_target(instruction: Instruction) -> str:
-    """What a call leads to outside the program; empty for other instructions."""
-    found = _TARGET.search(instruction.rest) if instruction.op == "custom-call" else None
-    return found[1] if found else ""
+    """The target of a custom call; "" for other instructions."""
+    match = _TARGET.search(instruction.rest) if instruction.op == "custom-call" else None
+    return match[1] if match else ""
 
 
 def _dot(instruction: Instruction, result: Array, operands: list[Array]) -> int:
+    """FLOPs of a `dot`, or of a call of cuBLAS."""
     left = operands[0].shape
-    found = next(found for pattern in _CONTRACTED if (found := pattern.search(instruction.rest)))
-    contracted = sizes(found[1].replace('"', "").replace(" ", ""))
+    dims = next(match[1] for pattern in _CONTRACTED if (match := pattern.search(instruction.rest)))
+    contracted = sizes(dims.replace('"', "").replace(" ", ""))
     return 2 * prod(result.shape) * prod(left[i] for i in contracted)
 
 
 def _call(instruction: Instruction, result: Array, operands: list[Array]) -> int:
+    """FLOPs of a custom call: of cuBLAS, of cuDNN's attention, or of a kernel that states its cost; else 0."""
     target = call_target(instruction)
     if target.startswith(GEMM):
         return _dot(instruction, result, operands)
@@ -95,7 +98,9 @@ def _call(instruction: Instruction, result: Array, operands: list[Array]) -> int
 
 
 def _visible(T: int, S: int, window: int, causal: bool) -> int:
-    """Scores that the last T of S positions see, each the `window` most recent ones (0 = all)."""
+    """Number of (query, key) pairs that are not masked: T queries, the last of S positions, each with the `window`
+    most recent keys (0 = all).
+    """
     if not causal:
         return T * S
     window = min(window or S, S)
@@ -105,7 +110,7 @@ def _visible(T: int, S: int, window: int, causal: bool) -> int:
 
 
 def _convolution(instruction: Instruction, result: Array, operands: list[Array]) -> int:
-    """As XLA counts: only the positions of the window that meet the input, which neither padding nor holes are."""
+    """FLOPs of a convolution, counted as XLA does: without products with padding or with the zeros of a dilation."""
     inputs, kernel, outputs = re.split("_|->", re.search(r"dim_labels=([\w>\-]+)", instruction.rest)[1])
     window = dict(re.findall(r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.rest) or ["", ""])[1]))
     spatial = [label for label in inputs if label.isdigit()]
@@ -128,7 +133,11 @@ def _convolution(instruction: Instruction, result: Array, operands: list[Array])
 
 @cache
 def _meetings(size: int, window: int, results: int, stride: int, pad: int, holes: int, step: int) -> int:
-    """Pairs of a result and a position of its window that meet an element of an input with `holes` - 1 between two."""
+    """Number of (result, position of its window) pairs, along one dimension, that read an element of the input.
+
+    `holes` - 1 zeros stand between two elements of the input (lhs_dilate), and positions of the window are `step` apart
+    (rhs_dilate).
+    """
     starts = np.arange(results) * stride - pad
     total = 0
     for k in range(window):
@@ -138,7 +147,7 @@ def _meetings(size: int, window: int, results: int, stride: int, pad: int, holes
 
 
 def _kernel_name(instruction: Instruction, target: str) -> str:
-    """The call's target; of Pallas kernels, with the name that the program gives them."""
+    """The custom call's target, followed by the name of the Pallas kernel, where there is one."""
     if marked := marks.read(instruction.op_name):
         return f"{target}:{marked[0]}"
     named = re.search(r'"?kernel_name"?\s*[:=]\s*"?([\w.\-]+)', instruction.rest)

@@ -1,4 +1,4 @@
-"""Slices of accelerators that are not here: "h100:64" or "v5p:2x2x2" -> devices to compile for.
+"""Devices to compile for that need not be present: reads "h100:64" or "v5p:2x2x2", and describes them to JAX.
 
 The compilers come with JAX's own packages for these platforms, which need no accelerator.
 """
@@ -18,15 +18,15 @@ from ttt_e2e.targets.facts import FACTS, Target
 
 
 class Gpu(NamedTuple):
-    """What XLA's compiler asks of a GPU besides a target's facts."""
+    """Facts of a GPU that XLA's compiler asks for, beyond those of `Target`."""
 
     kind: str
-    capability: int  # major; the minor one is 0 of all
-    cores: int
-    units: int  # of float32 in each core
-    core_shared: int  # bytes of shared memory in a core
-    block_shared: int  # bytes of it that one block may take
-    l2: int
+    capability: int  # CUDA compute capability, major; the minor one of all these is 0
+    cores: int  # streaming multiprocessors
+    units: int  # float32 units of each core
+    core_shared: int  # bytes of shared memory of a core
+    block_shared: int  # bytes of shared memory that one thread block may use
+    l2: int  # bytes of the L2 cache
     clock_ghz: float
 
 
@@ -36,14 +36,14 @@ _GPUS = {
     "h200": Gpu("NVIDIA H200", 9, 132, 128, 233_472, 232_448, 52_428_800, 1.98),
     "b200": Gpu("NVIDIA B200", 10, 148, 128, 233_472, 232_448, 132_644_864, 1.965),
 }
-_TPUS = {"v5e": 2, "v5p": 3, "v6e": 2}  # and the dimensions of their slices
+_TPUS = {"v5e": 2, "v5p": 3, "v6e": 2}  # number of dimensions of a slice
 _EXTRAS = {
     "gpu": (("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"), "targets-cuda"),
     "tpu": (("libtpu",), "targets-tpu"),
 }
 _MAX_DEVICES = 16_384
-# For libtpu: it asks no metadata server, which is not there, and takes no lock on TPUs, of which it needs none. Without
-# an accelerator's type and a host's name it complains of their lack; which ones, does not matter.
+# libtpu must not ask a metadata server, which does not exist here, nor lock TPUs, of which it needs none. It complains
+# where an accelerator's type and a host's name are missing; any will do.
 _NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -53,10 +53,10 @@ _NO_TPU_HERE = {
 
 
 class Slice(NamedTuple):
-    """As many devices of one kind, connected."""
+    """A number of connected devices of one kind."""
 
-    name: str  # of the accelerator, as in "h100"
-    shape: tuple[int, ...]  # (number,) of GPUs; of TPUs their grid
+    name: str  # of the accelerator, such as "h100"
+    shape: tuple[int, ...]  # GPUs: (number of devices,); TPUs: their grid
 
     @property
     def size(self) -> int:
@@ -65,10 +65,10 @@ class Slice(NamedTuple):
 
 
 def parse(text: str) -> Slice:
-    """Reads "h100:64" or "v5p:2x2x2".
+    """Reads a target, such as "h100:64" or "v5p:2x2x2".
 
     Raises:
-      UserError: an accelerator that is not known, or a size that it does not come in.
+      UserError: the accelerator is not known, or does not come in this size.
     """
     name, _, size = text.partition(":")
     if name not in _GPUS and name not in _TPUS:
@@ -84,9 +84,9 @@ def parse(text: str) -> Slice:
 
 
 def prepare(platform: str) -> None:
-    """Leaves accelerators that are at hand alone, and lets the compilers start without any.
+    """Makes this process use the CPU only, and the compilers start without an accelerator.
 
-    Before JAX has started; afterwards it changes nothing.
+    Call it before JAX starts; afterwards it has no effect.
 
     Raises:
       UserError: the compiler is not installed.
@@ -99,7 +99,7 @@ def prepare(platform: str) -> None:
 
 
 def devices(slice_: Slice) -> list:
-    """The devices of a slice, to make a mesh of.
+    """Descriptions of a slice's devices, of which a mesh can be made.
 
     Raises:
       UserError: the compiler is not installed, or knows no such slice.
@@ -123,12 +123,12 @@ def devices(slice_: Slice) -> list:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of its package
+    except ModuleNotFoundError:  # its package is missing
         return False
 
 
 def _target_config(gpu: Gpu, target: Target) -> str:
-    """What XLA's compiler for GPUs reads in place of a device (`GpuTargetConfigProto` as text)."""
+    """The description of a GPU that XLA compiles for in place of a device: a `GpuTargetConfigProto` as text."""
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
