@@ -196,10 +196,17 @@ def test_its_fields_are_a_section_of_the_config():
         from_config_dict({"model": {"ema": {"decay": 1}}})
 
 
-def test_what_a_mixer_cannot_do_is_said(token_store):
+def test_what_a_mixer_cannot_do_is_said(token_store, monkeypatch):
     config = tiny_run(token_store, model={"mixer": "ema"}, mesh={"data": 4, "model": 2, "prefix": "sequence"})
-    with pytest.raises(UserError, match="'ema' does not divide the positions of a sequence over devices"):
+    with pytest.raises(UserError, match=r"'ema', which does not divide the positions.*mesh.prefix must be 'matrices'"):
         take_policies(config, make_mesh(config.mesh))
+    monkeypatch.setattr(MovingAverage, "obstacle", lambda self, use: "is once" if use == "twice differentiable" else "")
+    with pytest.raises(UserError, match=r"'ema', which is once: config.inner.gradient must be 'first_order'"):
+        take_policies(tiny_run(token_store, model={"mixer": "ema"}), make_mesh(config.mesh))
+    monkeypatch.undo()
+    monkeypatch.delattr(MovingAverage, "decode")
+    with pytest.raises(UserError, match=r"config.model.mixer names 'ema', which predicts no single tokens"):
+        reader_of(learning_model(**ALONE))
 
 
 def test_the_documentation_shows_this_class():

@@ -77,7 +77,8 @@ class Reader:
         self.params, self.config = params, config
         self.model: Transformer = structure_of(graphdef, params["fast"], params["slow"]).module
         self.grows = self.model.grows
-        self.model.check_use("decode")
+        if obstacle := self.model.obstacle("decode"):
+            raise UserError(obstacle)
         if self.grows and max_length < 1:
             raise UserError(f"max_length is {max_length}, but a model with full attention takes one of at least 1")
         self.max_length = max_length

@@ -29,7 +29,8 @@ class Block(nnx.Module):
             setattr(self, f"{name}_norm", RMSNorm(config.hidden_size, config))
             if config.post_norm:
                 setattr(self, f"{name}_post_norm", RMSNorm(config.hidden_size, config))
-        self.label, self.fast, self.post_norm = mixer_layer.label, fast, config.post_norm
+        self.kind, self.label = mixer, mixer_layer.label
+        self.fast, self.post_norm = fast, config.post_norm
 
     @property
     def mixer(self) -> Mixer:

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ttt_e2e.errors import UserError
 from ttt_e2e.model.block import Block
 
 
@@ -64,12 +63,15 @@ class Stacks(nnx.Module):
         """Whether any mixer's State grows with the sequence, as a full KV cache does."""
         return any(stack.mixer.grows for stack in self.stacks.values())
 
-    def check_use(self, use: str) -> None:
-        """Raises `UserError` where some mixer cannot serve a use (`Mixer.obstacle`)."""
-        # The stacks of prefix and suffix go through the same pattern: it is repeated, and `zip` drops what is too much.
-        for mixer, stack in zip(self.config.mixers * len(self.names), self.stacks.values()):
+    def obstacle(self, use: str, stacks: dict[str, Block] | None = None) -> str:
+        """Says which mixer cannot serve a use (`Mixer.obstacle`) and why, or returns "" where all can.
+
+        stacks: those to ask; None = all.
+        """
+        for stack in (self.stacks if stacks is None else stacks).values():
             if obstacle := stack.mixer.obstacle(use):
-                raise UserError(f"config.model.mixer names {mixer!r}, which {obstacle}")
+                return f"config.model.mixer names {stack.kind!r}, which {obstacle}"
+        return ""
 
     def empty(self, seq_len: int) -> dict:
         """Makes the States before the first token (empty KV caches), with room for a sequence of `seq_len` tokens."""

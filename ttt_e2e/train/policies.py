@@ -80,14 +80,12 @@ def prefix_by_sequence(config: Config, mesh: Mesh) -> bool:
         return False
     if config.mesh.prefix == "matrices":
         return False
-    obstacles = {s.mixer.obstacle("sequence axis"): s for s in abstract_transformer(model).prefix_stacks.values()}
-    obstacle = next(filter(None, obstacles), "")
-    if config.mesh.prefix == "sequence":
-        if obstacle:
-            raise UserError(f"config.mesh.prefix is 'sequence', but a mixer of {model.mixer!r} {obstacle}")
-        return True
-    if obstacle:
-        return False
+    transformer = abstract_transformer(model)
+    obstacle = transformer.obstacle("sequence axis", transformer.prefix_stacks)
+    if config.mesh.prefix == "sequence" and obstacle:
+        raise UserError(f"{obstacle}: config.mesh.prefix must be 'matrices' or 'auto'")
+    if config.mesh.prefix == "sequence" or obstacle:
+        return config.mesh.prefix == "sequence"
     parts = config.train.accumulation_steps * mesh.shape["data"]
     sequences = max(1, config.train.global_batch_size // parts)
     received = {name: prefix_bytes(config, sequences, num_parts, name) for name in ("sequence", "matrices")}

@@ -20,10 +20,11 @@ from jax.sharding import PartitionSpec as P
 from ttt_e2e.cluster.mesh import BATCH, divide, partition_specs
 from ttt_e2e.config import Config
 from ttt_e2e.data.masking import is_target
+from ttt_e2e.errors import UserError
 from ttt_e2e.inner import Reading, inner_learning_rate, read_batch
 from ttt_e2e.inner.division import DATA, Division, complete, fetch
 from ttt_e2e.kernels.precision import matmul_precision
-from ttt_e2e.model import Transformer, abstract_model
+from ttt_e2e.model import Transformer, abstract_model, abstract_transformer
 from ttt_e2e.model.parameters import split
 from ttt_e2e.train import policies
 from ttt_e2e.train.optimizers import gradient_norm, learning_rate_schedule
@@ -58,7 +59,11 @@ class Policies(NamedTuple):
 
 
 def take_policies(config: Config, mesh: Mesh) -> Policies:
-    """Resolves "auto" for a training step on a mesh."""
+    """Resolves "auto" for a training step on a mesh. Raises `UserError` where a mixer cannot serve it."""
+    transformer = abstract_transformer(config.model)
+    differentiated_twice = transformer.suffix_stacks if config.inner.gradient != "first_order" else {}
+    if obstacle := transformer.obstacle("twice differentiable", differentiated_twice):
+        raise UserError(f"{obstacle}: config.inner.gradient must be 'first_order'")
     graphdef, params = abstract_model(config.model)
     division = divide(config, params, mesh, by_sequence=policies.prefix_by_sequence(config, mesh))
     return Policies(policies.for_training(config, graphdef, params, mesh, division), division)
