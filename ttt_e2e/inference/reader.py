@@ -68,7 +68,7 @@ class Reader:
           graphdef: static structure of the `Transformer`.
           params: its weights, {"fast": W_0, "slow": theta}.
           config: the run's configuration; inner steps take the full `inner.learning_rate`.
-          max_length: tokens that a state may hold where some block has full attention; without one, it is unlimited.
+          max_length: most tokens of a state where some block has full attention; unused where none has.
 
         Raises:
           UserError: full attention without a `max_length`, or a mixer that cannot decode token by token.
