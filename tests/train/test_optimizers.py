@@ -149,7 +149,7 @@ def test_muon_on_a_mesh_is_resumed_to_the_bit(token_store, tmp_path):
         optimizer={"name": "muon", "learning_rate": 3e-2},
         train={"num_steps": 8},
         inner={"gradient": "first_order"},  # compiles in less time; the update is the same program
-        mesh={"data": 4, "model": 2},
+        mesh={"data": 2, "model": 2},
         checkpoint={"every_steps": 4},
         eval={"every_steps": 0},
     )
