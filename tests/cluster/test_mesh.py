@@ -22,7 +22,7 @@ from ttt_e2e.train.steps import init_state, make_train_step
 MESHES = (
     (8, 1, 2, 1.01),
     pytest.param(4, 2, 2, 1.05, marks=pytest.mark.slow),
-    (2, 4, 8, 1.05),
+    pytest.param(2, 4, 8, 1.05, marks=pytest.mark.slow),
     pytest.param(1, 8, 8, 1.05, marks=pytest.mark.slow),
     (1, 8, 2, 2.1),
 )

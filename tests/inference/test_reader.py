@@ -92,7 +92,9 @@ def test_one_by_one_equals_one_shot(learning):
     "fields",
     [
         {"num_fast_blocks": 0, "sliding_window": 0},
-        {"num_fast_blocks": 3, "sliding_window": 0, "inner": {"trajectory": "delta"}},  # no prefix
+        pytest.param(  # no prefix
+            {"num_fast_blocks": 3, "sliding_window": 0, "inner": {"trajectory": "delta"}}, marks=pytest.mark.slow
+        ),
         {"sliding_window": 3, "mixer": "window,attention", "num_hidden_layers": 4},  # k < b
         pytest.param({"num_fast_blocks": 0}, marks=pytest.mark.slow),
         pytest.param({"sliding_window": 2 * T}, marks=pytest.mark.slow),

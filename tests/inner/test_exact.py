@@ -82,6 +82,7 @@ def test_exact_equals_the_reference(name, policy, reference):
     assert_equal(gradients(inner, **network["model"]), reference(name))
 
 
+@pytest.mark.slow  # tests/test_own_mixer.py has a period of two mixers, too
 def test_block_by_block_with_windows_that_alternate():
     """A period of two windows: the reverse under "block" walks back through periods, and in them through blocks."""
     model = {"mixer": "window,attention", "num_fast_blocks": 4, "num_hidden_layers": 4, "tie_word_embeddings": True}
@@ -120,6 +121,7 @@ def test_delta_is_the_gradient_at_rounded_updates():
     assert not np.array_equal(delta[0][0], exact[0][0])
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_is_as_near_to_float32_as_the_reference_is():
     """Both round every product to eight bits; the exact path rounds other ones, but no more of them."""
 

@@ -27,6 +27,11 @@ SECOND_ORDER = {
 }
 
 
+def some_slow(cases: dict[str, Case], *, but: str):
+    """Parameters of a test: all cases, of which all but one are slow."""
+    return [pytest.param(case, id=name, marks=() if name == but else pytest.mark.slow) for name, case in cases.items()]
+
+
 def compare(case: Case, make=nestings, bound=1e-12):
     """`make`'s derivatives by both backends. The bound is for float64: sums of some hundred terms."""
     with jax.enable_x64(True):
@@ -46,7 +51,7 @@ def some(*names):
     return make
 
 
-@pytest.mark.parametrize("case", ALL_NESTINGS.values(), ids=ALL_NESTINGS)
+@pytest.mark.parametrize("case", some_slow(ALL_NESTINGS, but="cache, several blocks, ragged"))
 def test_every_nesting_equals_dense_autodiff(case):
     compare(case)
 

@@ -146,6 +146,7 @@ def test_adamw_keeps_the_state_that_checkpoints_have():
 def test_muon_on_a_mesh_is_resumed_to_the_bit(token_store, tmp_path):
     config = tiny_run(
         token_store,
+        model={"num_hidden_layers": 1},
         optimizer={"name": "muon", "learning_rate": 3e-2},
         train={"num_steps": 8},
         inner={"gradient": "first_order"},  # compiles in less time; the update is the same program
