@@ -20,13 +20,14 @@ from tests.inner.conftest import b
 from tests.inner.test_exact import assert_equal, gradients
 from tests.tiny_run import tiny_run
 from ttt_e2e.cluster.mesh import BATCH, make_mesh, shardings
-from ttt_e2e.config import Config, default_config, from_config_dict, to_dict
+from ttt_e2e.config import MIXER_SECTIONS, MIXERS, Config, default_config, from_config_dict, to_dict, validation
 from ttt_e2e.config.fields import field
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.report import write_report
+from ttt_e2e.flags import override
 from ttt_e2e.inference.state import load_state, save_state
-from ttt_e2e.model import abstract_model
-from ttt_e2e.model.mixers import Mixer, register
+from ttt_e2e.model import abstract_model, mixers
+from ttt_e2e.model.mixers import Mixer, base, register
 from ttt_e2e.model.parameters import vector
 from ttt_e2e.train.loop import train
 from ttt_e2e.train.steps import init_state, make_gradient, take_policies
@@ -190,10 +191,37 @@ def test_its_fields_are_a_section_of_the_config():
     assert made.model.section("ema").slowest_decay == 2.0
     assert from_config_dict(to_dict(made)) == made
     assert "ema" not in to_dict(from_config_dict({"model": {"mixer": "attention"}}))["model"]
+    assert override(config, ["--config.model.ema.slowest_decay=1"]).model.section("ema").slowest_decay == 1.0
+    with pytest.raises(UserError, match=r"unknown config field config.model.ema.slowest: did you mean"):
+        override(config, ["--config.model.ema.slowest=1"])
     with pytest.raises(UserError, match=r"config.model.ema.slowest_decay is -1.0, but it must be at least 0"):
         from_config_dict({"model": {"ema": {"slowest_decay": -1}}})
     with pytest.raises(UserError, match=r"config.model.ema has no field 'decay'"):
         from_config_dict({"model": {"ema": {"decay": 1}}})
+
+
+def test_a_file_of_the_package_declares_its_section(tmp_path, monkeypatch):
+    """A mixer among those of the package: nothing imports its file before a config asks for it."""
+    declared = """
+from dataclasses import dataclass
+from ttt_e2e.config.fields import field
+from ttt_e2e.model.mixers import register
+@dataclass(frozen=True)
+class Section:
+    width: int = field(3, "a size.", least=1)
+register("made_up", None, Section)
+"""
+    (tmp_path / "made_up.py").write_text(declared)
+    monkeypatch.setattr(mixers, "__path__", [*mixers.__path__, str(tmp_path)])
+    monkeypatch.setattr(validation, "MIXER_FILES", [*validation.MIXER_FILES, "made_up"])
+    monkeypatch.setattr(validation, "MIXER_SECTIONS", dict(MIXER_SECTIONS))
+    monkeypatch.setattr(base, "MIXER_SECTIONS", validation.MIXER_SECTIONS)
+    for registry, copy in (("MIXERS", [*MIXERS, "made_up"]), ("_MIXERS", dict(base._MIXERS))):
+        monkeypatch.setattr(base, registry, copy)
+    monkeypatch.setattr(validation, "MIXERS", base.MIXERS)
+    recorded = {"model": {"mixer": "made_up", "made_up": {"width": 5}}}  # as of a config.json, first of all
+    assert from_config_dict(recorded).model.section("made_up").width == 5
+    assert default_config().model.made_up.width == 3
 
 
 def test_what_a_mixer_cannot_do_is_said(token_store, monkeypatch):

@@ -5,7 +5,7 @@ Flags are defined when the subcommand is known, so that each has its own.
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import flags
@@ -97,7 +97,7 @@ def override(base: ConfigDict, overrides: list[str]) -> Config:
     Raises:
       UserError: an override names no field or has a value of the wrong type, or the resulting config is not legal.
     """
-    names = {f"{section}.{field}" for section, fields in default_config().items() for field in fields}
+    names = set(_field_names(default_config()))
     for argument in overrides:
         name, equals, _ = argument.removeprefix("--config.").partition("=")
         if name not in names:
@@ -112,6 +112,15 @@ def override(base: ConfigDict, overrides: list[str]) -> Config:
     except (flags.IllegalFlagValueError, ValueError) as error:  # ValueError: an integer too long to print
         raise UserError(" ".join(str(error).split())) from None
     return from_config_dict(values.config)
+
+
+def _field_names(values: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields, those of sections within sections (a mixer's, in `model`) too."""
+    for name, value in values.items():
+        if isinstance(value, ConfigDict):
+            yield from _field_names(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def string(values: flags.FlagValues, name: str, text: str, default: str = "") -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ttt_e2e.config import differences, from_config_dict
+from ttt_e2e.config import each_field, from_config_dict
 from ttt_e2e.flags import load_config_file
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -20,7 +20,11 @@ GOLDEN_ARGS = [*(("paper", arg) for arg in PAPER), *(("quickstart", arg) for arg
 
 def changed_fields(name: str, arg: str) -> dict:
     """{section: {field: value}} of the resolved config, where it differs from the defaults."""
-    return differences(from_config_dict(load_config_file(f"{CONFIGS / name}.py:{arg}")))
+    changed: dict = {}
+    for section, field, value in each_field(from_config_dict(load_config_file(f"{CONFIGS / name}.py:{arg}"))):
+        if value != field.default:
+            changed.setdefault(section, {})[field.name] = value
+    return changed
 
 
 @pytest.mark.parametrize(("name", "arg"), GOLDEN_ARGS)

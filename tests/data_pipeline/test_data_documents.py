@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ttt_e2e.data.documents import Document, find_documents, standard_library_documents
+from ttt_e2e.data.documents import Document, find_documents, standard_library
 from ttt_e2e.errors import UserError
 
 
@@ -32,7 +32,7 @@ def corpus(tmp_path):
 
 
 def test_standard_library():
-    documents = list(standard_library_documents())
+    documents = list(standard_library())
     names = [document.name for document in documents]
     assert names == sorted(names)
     assert {"argparse.py", "json/decoder.py"} <= set(names)

@@ -6,7 +6,7 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ttt_e2e.data.documents import standard_library_documents
+from ttt_e2e.data.documents import standard_library
 from ttt_e2e.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
 from ttt_e2e.errors import UserError
 
@@ -15,7 +15,7 @@ SOURCE = "def f(x):\n\treturn  [x   + 1,\r\n\n\n  'é 漢字 🎉 ▁ a▁b <s> 
 
 
 def library_texts(count=15):
-    return [document.text for document, _ in zip(standard_library_documents(), range(count))]
+    return [document.text for document, _ in zip(standard_library(), range(count))]
 
 
 @pytest.fixture(scope="module")

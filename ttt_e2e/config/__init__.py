@@ -19,7 +19,7 @@ from ttt_e2e.config.sections import (
     OptimizerConfig,
     TrainConfig,
 )
-from ttt_e2e.config.validation import default_config, differences, from_config_dict, to_dict
+from ttt_e2e.config.validation import default_config, from_config_dict, to_dict
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -39,7 +39,6 @@ __all__ = [
     "OptimizerConfig",
     "TrainConfig",
     "default_config",
-    "differences",
     "each_field",
     "from_config_dict",
     "suggestion",

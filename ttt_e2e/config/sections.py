@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from ttt_e2e.config.fields import FREE, LOGGED, field, file_names
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-MIXERS = [name for name in file_names("model/mixers") if name != "base"]
-MIXER_SECTIONS: dict[str, type] = {}  # name of a mixer -> its section, for mixers with fields of their own
+MIXER_FILES = [name for name in file_names("model/mixers") if name != "base"]
+MIXERS = list(MIXER_FILES)  # and those that are registered elsewhere
+MIXER_SECTIONS: dict[str, type] = {}  # of mixers that have fields of their own, once their files are imported
 GRADIENTS = ("exact", "first_order", "reference")
 TRAJECTORIES = ("auto", "store", "delta", "segment")
 ATTENTION_BACKENDS = ("auto", "reference", "xla", "pallas_tpu", "mosaic_gpu", "cudnn", "splash")

@@ -1,11 +1,13 @@
 """Converts a ConfigDict, or the dict of a `config.json`, to a validated `Config`, and back."""
 
 import dataclasses
+import importlib
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
 from ttt_e2e.config.fields import check, coerce, each_field, require, suggestion
-from ttt_e2e.config.sections import MIXER_SECTIONS, MIXERS, Config, ModelConfig
+from ttt_e2e.config.sections import MIXER_FILES, MIXER_SECTIONS, MIXERS, Config, ModelConfig
 from ttt_e2e.errors import UserError
 
 _SECTIONS = {part.name: type(part.default) for part in dataclasses.fields(Config)}
@@ -13,6 +15,7 @@ _SECTIONS = {part.name: type(part.default) for part in dataclasses.fields(Config
 
 def default_config() -> ConfigDict:
     """The defaults of every section as a locked ConfigDict, for a config file to fill in."""
+    _import_mixers(MIXER_FILES)
     values = dataclasses.asdict(Config())
     del values["model"]["mixer_sections"]
     values["model"] |= {mixer: dataclasses.asdict(section()) for mixer, section in MIXER_SECTIONS.items()}
@@ -30,15 +33,6 @@ def to_dict(config: Config) -> dict:
     return values
 
 
-def differences(config: Config) -> dict:
-    """{section: {field: value}} of the fields that differ from their defaults; golden tests of configs store it."""
-    changed: dict = {}
-    for section, f, value in each_field(config):
-        if value != f.default:
-            changed.setdefault(section, {})[f.name] = value
-    return changed
-
-
 def from_config_dict(values: ConfigDict | dict) -> Config:
     """Validates a ConfigDict, or the dict of a `config.json`, and fills in defaults and derived values.
 
@@ -49,6 +43,8 @@ def from_config_dict(values: ConfigDict | dict) -> Config:
     values = values.to_dict() if isinstance(values, ConfigDict) else values
     if not isinstance(values, dict):
         raise UserError(f"config is {values!r}, but it takes sections: {', '.join(_SECTIONS)}")
+    model = values.get("model")
+    _import_mixers(str(model.get("mixer", "")).split(",") if isinstance(model, dict) else [])
     sections = {}
     for name, fields in ({"model": {}} | values).items():
         if name not in _SECTIONS:
@@ -60,6 +56,16 @@ def from_config_dict(values: ConfigDict | dict) -> Config:
     _check_model(config.model)
     _check_run(config)
     return config
+
+
+def _import_mixers(names: Iterable[str]) -> None:
+    """Imports the package's mixers of these names, which declare their sections in their files.
+
+    By name, so that `config` imports nothing that stands above it; only here does it wait for JAX.
+    """
+    for name in names:
+        if name in MIXER_FILES:
+            importlib.import_module(f"ttt_e2e.model.mixers.{name}")
 
 
 def _section(cls, name: str, fields: dict):

@@ -64,11 +64,6 @@ def standard_library() -> Corpus:
     return Corpus(root, tuple(names))
 
 
-def standard_library_documents() -> Iterator[Document]:
-    """The documents of `standard_library()`, sorted by relative path."""
-    return iter(standard_library())
-
-
 def find_documents(input_spec: str | os.PathLike) -> Corpus:
     """Finds the documents of "stdlib", a file, a directory (all supported files below it), or a glob.
 

@@ -7,6 +7,7 @@ functions only.
 
 import importlib
 import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Table(NamedTuple):
     note: str  # explains the columns, printed below the table
 
 
-class Evaluation:
+class Evaluation(ABC):
     """An evaluation: its settings, the method that runs it, and what a report shows of its result.
 
     A subclass must define `name` and `evaluate`; everything else has defaults.
@@ -58,13 +59,14 @@ class Evaluation:
 
         The checks of all evaluations come before the first one runs, as that may take hours.
         """
+        return None
 
+    @abstractmethod
     def evaluate(self, subject: Subject, output, settings) -> dict:
         """Evaluates the subject, writes `NAME.json` into the directory `output`, and returns its contents.
 
         `Records.finish` does the writing.
         """
-        raise NotImplementedError
 
     def printed(self, result: dict) -> dict:
         """The part of a result that the command prints, as a dict for JSON."""
@@ -93,6 +95,7 @@ class Evaluation:
 
         runs: all runs of the report; at least one has a result, which is `run.results[NAME]`.
         """
+        return None
 
 
 REGISTERED: dict[str, Evaluation] = {}

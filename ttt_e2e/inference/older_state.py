@@ -35,7 +35,7 @@ def convert(tree: dict, reader: Reader) -> dict:
         # Keys of the unfinished mini-batch were rotated at positions from K on; in the resized cache they are at
         # positions from `capacity` on.
         moved = jnp.full(drafts[name].k.shape[-2], capacity - K)
-        k = rotate(drafts[name].k, moved, theta=config.rope_theta, style=config.rope_style) if capacity != K else None
-        drafts[name] = drafts[name] if k is None else drafts[name]._replace(k=k)
+        k = rotate(drafts[name].k, moved, theta=config.rope_theta, style=config.rope_style)
+        drafts[name] = drafts[name]._replace(k=k)
     fast = older.by_mixer(tree["fast"], count, axis=1)
     return {"fast": fast, "states": states, "drafts": drafts, "tokens": tree["tokens_Bb"]}

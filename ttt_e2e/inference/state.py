@@ -17,8 +17,10 @@ from etils import epath
 
 from ttt_e2e.checkpoints import older
 from ttt_e2e.checkpoints.digests import digests
+from ttt_e2e.checkpoints.progress import DamagedError
+from ttt_e2e.checkpoints.restore import stored_shapes
 from ttt_e2e.config import each_field, from_config_dict, to_dict
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import UserError, first_line
 from ttt_e2e.inference import older_state
 from ttt_e2e.inference.reader import Reader, ReaderState
 from ttt_e2e.model.parameters import parameter_name
@@ -93,21 +95,17 @@ def _restore(path, like: dict, precision: str) -> dict:
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     try:
+        shapes = stored_shapes(path / "state")
+
+        def as_stored(key, leaf):
+            name = parameter_name(key)
+            dtype = jnp.bfloat16 if name.startswith("fast.") and precision == "bfloat16" else leaf.dtype
+            return jax.ShapeDtypeStruct(shapes[name], dtype, sharding=device)
+
         with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(path / "state").item_metadata
-            if stored is None:
-                raise ValueError("its metadata cannot be read")
-            leaves = jax.tree_util.tree_leaves_with_path(stored.tree)
-            shapes = {parameter_name(key): leaf.shape for key, leaf in leaves}
-
-            def as_stored(key, leaf):
-                name = parameter_name(key)
-                dtype = jnp.bfloat16 if name.startswith("fast.") and precision == "bfloat16" else leaf.dtype
-                return jax.ShapeDtypeStruct(shapes[name], dtype, sharding=device)
-
             return checkpointer.restore(path / "state", jax.tree_util.tree_map_with_path(as_stored, like))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"state {path} is damaged: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, DamagedError) as error:
+        raise UserError(f"state {path} is damaged: {first_line(error)}") from error
 
 
 def check_can_save(path, precision: str) -> None:

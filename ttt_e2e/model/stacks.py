@@ -126,7 +126,7 @@ class Stacks(nnx.Module):
         """Makes the Drafts after the first `count` tokens of a mini-batch of b, whose Entries are `entries`."""
 
         def of_stack(mixer, state, entry):
-            return jax.vmap(lambda *block: mixer.draft(block[0], b, block[1], count))(state, entry)
+            return jax.vmap(lambda state, entry: mixer.draft(state, b, entry, count))(state, entry)
 
         return {
             name: of_stack(self.stacks[name].mixer, state, entries and entries[name]) for name, state in states.items()

@@ -74,17 +74,17 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     state_shardings,
-    taken: Policies | None = None,
+    resolved: Policies | None = None,
 ) -> Callable:
     """Makes the compiled outer step: (state, tokens [B, T + 1]) -> (state, metrics). The state passed in is donated.
 
-    taken: result of `take_policies`, if it was called before.
+    resolved: result of `take_policies`, if it was called before.
 
     The metrics are scalars: `loss`, `grad_norm` (before clipping), `learning_rate` and `inner_learning_rate` of the
     step.
     """
-    taken = taken or take_policies(config, mesh)
-    loss_and_gradient = make_gradient(taken.config, mesh, taken.division)
+    resolved = resolved or take_policies(config, mesh)
+    loss_and_gradient = make_gradient(resolved.config, mesh, resolved.division)
     rate_at = learning_rate_schedule(config.optimizer)
 
     def train_step(state: TrainState, tokens):

@@ -24,6 +24,7 @@ Shapes: `T` positions, `b` inner mini-batch, `M` mini-batches of a sequence, `D`
 """
 
 import importlib
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,17 +57,17 @@ class Mixer(nnx.Module):
     label = "mixer"  # what its parameters are called in checkpoints: "prefix.LABEL.wq", "prefix.LABEL_norm.weight"
     grows = False  # whether its State grows with the sequence
 
+    @abstractmethod
     def whole(self, x_TD, compute: Pass, context: Context):
         """Computes the output [T, D] of a whole sequence, as the prefix runs it in training."""
-        raise NotImplementedError
 
+    @abstractmethod
     def extend(self, x_bD, compute: Pass, state, context: Context):
         """Runs a mini-batch, given the State before it: returns (output [b, D], Entry).
 
         An Entry must not have tangents: `compute.value` drops them. With padding (`context.count`), the Entry of a
         recurrent mixer is its state after the last token, not after the padding.
         """
-        raise NotImplementedError
 
     def decode(self, x_1D, compute: Pass, prepared, draft, context: Context):
         """Runs the next token of an unfinished mini-batch: returns (output [1, D], what `append` adds to the Draft).
@@ -76,13 +77,13 @@ class Mixer(nnx.Module):
         """
         raise NotImplementedError
 
+    @abstractmethod
     def empty(self, capacity: int):
         """Makes the State before the first token, with room for `capacity` positions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, seq_len: int) -> float:
         """Counts the FLOPs of one forward pass, per token of a sequence of this length."""
-        raise NotImplementedError
 
     def capacity(self, seq_len: int) -> int:
         """Counts the positions that a State needs room for, to read a sequence of `seq_len` tokens."""
