@@ -22,7 +22,14 @@ def restore_item(step_directory, item: str, abstract, progress: dict):
       UserError: names or shapes differ from those of `abstract`, as `check_shapes` finds.
     """
     check_shapes(step_directory, item, abstract, progress)
-    path = step_directory / item
+    return restore_tree(step_directory / item, abstract)
+
+
+def restore_tree(path, abstract):
+    """Restores a tree of arrays, with the shapes, dtypes and shardings of `abstract`, whose shapes are those stored.
+
+    Raises `DamagedError` if it cannot be read.
+    """
     with _no_tracebacks_of_dropped_reads():
         try:
             return _checkpointer().restore(path, abstract)
@@ -60,11 +67,15 @@ def check_shapes(step_directory, item: str, abstract, progress: dict) -> None:
 
 def stored_shapes(path) -> dict:
     """{dotted name: shape} of the arrays of an item. Raises `DamagedError` if there is none, or it is damaged."""
-    try:
-        tree = _checkpointer().metadata(path).item_metadata.tree
-    except Exception as error:  # a damaged file can raise anything
-        raise DamagedError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    with _no_tracebacks_of_dropped_reads():
+        try:
+            metadata = _checkpointer().metadata(path).item_metadata
+        except Exception as error:  # a damaged file can raise anything
+            raise DamagedError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
+        if metadata is None:
+            gc.collect()
+            raise DamagedError(f"checkpoint {path} cannot be read: it has no metadata, or damaged ones")
+    leaves = jax.tree_util.tree_leaves_with_path(metadata.tree)
     return {parameter_name(key): tuple(leaf.shape) for key, leaf in leaves if hasattr(leaf, "shape")}
 
 

@@ -18,7 +18,7 @@ from etils import epath
 from ttt_e2e.checkpoints import older
 from ttt_e2e.checkpoints.digests import digests
 from ttt_e2e.checkpoints.progress import DamagedError
-from ttt_e2e.checkpoints.restore import stored_shapes
+from ttt_e2e.checkpoints.restore import restore_tree, stored_shapes
 from ttt_e2e.config import each_field, from_config_dict, to_dict
 from ttt_e2e.errors import UserError, first_line
 from ttt_e2e.inference import older_state
@@ -102,9 +102,8 @@ def _restore(path, like: dict, precision: str) -> dict:
             dtype = jnp.bfloat16 if name.startswith("fast.") and precision == "bfloat16" else leaf.dtype
             return jax.ShapeDtypeStruct(shapes[name], dtype, sharding=device)
 
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path / "state", jax.tree_util.tree_map_with_path(as_stored, like))
-    except (OSError, ValueError, KeyError, DamagedError) as error:
+        return restore_tree(path / "state", jax.tree_util.tree_map_with_path(as_stored, like))
+    except (KeyError, DamagedError) as error:
         raise UserError(f"state {path} is damaged: {first_line(error)}") from error
 
 
