@@ -187,12 +187,11 @@ def _describe(model: ModelConfig) -> str:
 
 def _num_parameters(model: ModelConfig) -> int:
     import jax
-    from flax import nnx
 
-    from ttt_e2e.model import Transformer
+    from ttt_e2e.model import abstract_model
 
-    abstract = nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0)))
-    return sum(parameter.size for parameter in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
+    _, params = abstract_model(model)
+    return sum(parameter.size for parameter in jax.tree.leaves(params))
 
 
 def _table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:

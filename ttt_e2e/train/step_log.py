@@ -32,9 +32,8 @@ class StepLog:
         self._profiling = False
         self._start = time.perf_counter()
         self._begun = begun
-        self._since_written: list[
-            np.ndarray
-        ] = []  # of each step since the last line: seconds [P, F] that a process spent in a phase
+        # Seconds [P, F] that each process spent in each phase, of every step since the last line.
+        self._since_written: list[np.ndarray] = []
         self.productive_seconds = productive_seconds
         self.phases = Phases()
         self._watchdog = Watchdog(self.phases, config.log.slow_step_factor)
