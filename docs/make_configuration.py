@@ -5,11 +5,13 @@
 What stands between `<!-- ...: made by ... -->` and `<!-- end -->` is made; the rest of the page is written by hand.
 """
 
+import dataclasses
 import textwrap
 from pathlib import Path
 
-from ttt_e2e.config import Config, each_field
+from ttt_e2e.config import Config, default_config
 from ttt_e2e.config.fields import BOUNDS, FREE, LOGGED, REFUSED
+from ttt_e2e.config.sections import MIXER_FILES, MIXER_SECTIONS
 
 PAGE = Path(__file__).parent / "configuration.md"
 WIDTH = 120
@@ -29,8 +31,8 @@ def page(text: str) -> str:
 def fields() -> str:
     """Every section: what it is, and an entry for each field."""
     parts = []
-    for name, section in vars(Config()).items():
-        entries = "".join(_entry(f) for section_name, f, _ in each_field(Config()) if section_name == name)
+    for name, section in _sections().items():
+        entries = "".join(_entry(f) for f in _fields(section))
         parts.append(f"### {name}\n\n{_introduction(section)}\n\n{entries}")
     return "\n".join(parts)
 
@@ -38,16 +40,28 @@ def fields() -> str:
 def resume_rules() -> str:
     """A table of the fields of each section by what a resumed run does with a change of them."""
     rows = ["| section | a change is refused | logged | free |", "|---|---|---|---|"]
-    for name in vars(Config()):
+    for name, section in _sections().items():
         by_rule = {rule: [] for rule in (REFUSED, LOGGED, FREE)}
-        for section, f, _ in each_field(Config()):
-            if section == name:
-                by_rule[f.metadata["resume"]].append(f"`{f.name}`")
+        for f in _fields(section):
+            by_rule[f.metadata["resume"]].append(f"`{f.name}`")
         most = max(by_rule, key=lambda rule: len(by_rule[rule]))
         others = "the others" if sum(map(bool, by_rule.values())) > 1 else "all"
         cells = [others if rule == most else ", ".join(names) or "-" for rule, names in by_rule.items()]
         rows.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
+
+
+def _sections() -> dict[str, object]:
+    """All sections with their defaults, by name; those of the package's mixers, `model.NAME`, come after `model`."""
+    default_config()  # imports the mixers, which declare them
+    of_mixers = {f"model.{mixer}": MIXER_SECTIONS[mixer]() for mixer in MIXER_FILES if mixer in MIXER_SECTIONS}
+    model, *others = vars(Config()).items()
+    return dict([model]) | of_mixers | dict(others)
+
+
+def _fields(section) -> list[dataclasses.Field]:
+    """The fields of a section that have an entry."""
+    return [f for f in dataclasses.fields(section) if "help" in f.metadata]
 
 
 def _introduction(section) -> str:
