@@ -31,7 +31,7 @@ MESHES = (
 def one_step(config, data: int, model: int):
     """(compiled step, metrics, parameters after it) of the first two training steps on a mesh."""
     mesh = make_mesh(MeshConfig(data=data, model=model))
-    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], config.model)
     placed = shardings(jax.eval_shape(lambda: init_state(config, optimizer)), mesh, config.model)
     state = jax.jit(lambda: init_state(config, optimizer), out_shardings=placed)()
     tokens = np.random.default_rng(0).integers(1, 31, (8, T + 1)).astype(np.int32)
@@ -79,7 +79,7 @@ def test_every_mesh_gives_the_single_device_step(data, model, heads, eighths, wi
 
 def test_parameters_and_optimizer_state_are_sharded_over_both_axes(config):
     mesh = make_mesh(MeshConfig(data=4, model=2))
-    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], config.model)
     placed = shardings(jax.eval_shape(lambda: init_state(config, optimizer)), mesh, config.model)
     assert placed.params["slow"]["prefix"]["attention"]["wq"].spec == P(None, "data", "model")
     assert placed.params["fast"]["suffix"]["fast_mlp"]["w2"].spec == P(None, "model", "data")

@@ -91,7 +91,7 @@ def check(mutation: tuple, whole, directory, capfd) -> str:
     return "set aside"
 
 
-@fuzz(30)
+@fuzz(15)
 @given(mutation=mutations(FILES, METADATA))
 @example(mutation=("json", "_CHECKPOINT_METADATA", (0, 0)))
 @example(mutation=("fill", "params/d/*", b"garbage"))

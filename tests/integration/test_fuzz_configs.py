@@ -128,7 +128,7 @@ def outcome(*argv) -> tuple[str, Config | None]:
 def make_shapes(config: Config, *, step: bool) -> None:
     """The shapes of the run's state and of a training step; computes nothing."""
     mesh = make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], config.model)
     state = jax.eval_shape(lambda: init_state(config, optimizer))
     placed = shardings(state, mesh, config.model)
     if not step:

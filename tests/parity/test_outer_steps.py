@@ -16,7 +16,7 @@ def trained(request):
     """A case, and the metrics and final parameters of training it."""
     case = load_case(request.param)
     mesh = make_mesh(MeshConfig(data=1))
-    optimizer = make_optimizer(case.config.optimizer, case.params)
+    optimizer = make_optimizer(case.config.optimizer, case.params, case.config.model)
     state = TrainState(case.params, optimizer.init(case.params), np.int32(0))
     placed = shardings(state, mesh, case.config.model)
     state = jax.device_put(state, placed)

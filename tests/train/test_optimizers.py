@@ -13,9 +13,10 @@ from tests.tiny_run import tiny_run
 from ttt_e2e.checkpoints.progress import load_progress
 from ttt_e2e.cluster.mesh import make_mesh, partition_specs, shardings
 from ttt_e2e.config import MeshConfig, ModelConfig, OptimizerConfig
+from ttt_e2e.model import parameter_traits
 from ttt_e2e.model.parameters import parameter_name
 from ttt_e2e.runs.metrics import read_metrics
-from ttt_e2e.train import loop
+from ttt_e2e.train import loop, optimizers
 from ttt_e2e.train.optimizers import learning_rate_schedule, make_optimizer
 
 L, D, F, V = 4, 16, 24, 31
@@ -45,7 +46,7 @@ def by_name(tree) -> dict:
 
 def second_update(config: OptimizerConfig, params, gradients, mesh=None) -> dict:
     """{name: update} of the second of two steps."""
-    optimizer = make_optimizer(config, params, mesh)
+    optimizer = make_optimizer(config, params, MODEL, mesh)
     update, state = jax.jit(optimizer.update), optimizer.init(params)
     for gradient in gradients:
         updates, state = update(gradient, state, params)
@@ -109,7 +110,7 @@ def test_muon_trains_only_what_it_is_told_to(trees):
 def test_the_state_of_muon_is_sharded_as_the_parameters_are(trees):
     params, _ = trees
     mesh = make_mesh(MeshConfig(data=4, model=2))
-    state = jax.eval_shape(make_optimizer(CONFIG, params).init, params)
+    state = jax.eval_shape(make_optimizer(CONFIG, params, MODEL).init, params)
     specs = by_name(partition_specs(params, mesh, MODEL))
     of_parameters = 0
     for path, spec in by_name(partition_specs(state, mesh, MODEL)).items():
@@ -137,10 +138,28 @@ def test_state_that_is_of_no_parameter_is_whole_on_every_device():
 
 def test_adamw_keeps_the_state_that_checkpoints_have():
     params = random_tree(0)
-    ours = make_optimizer(OptimizerConfig(decay_steps=100), params).init(params)
+    ours = make_optimizer(OptimizerConfig(decay_steps=100), params, MODEL).init(params)
     schedule = learning_rate_schedule(OptimizerConfig(decay_steps=100))
     theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule)).init(params)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_parameter_that_does_not_decay_and_one_with_a_rate_of_its_own(name, trees, monkeypatch):
+    params, gradients = trees
+    config = OptimizerConfig(**vars(CONFIG) | {"name": name})
+    without_decay = OptimizerConfig(**vars(config) | {"weight_decay": 0.0})
+    plain, undecayed = (second_update(c, params, gradients) for c in (config, without_decay))
+    changed = dict(parameter_traits(MODEL))
+    still, fast = ("slow.embedding", "slow.prefix.mlp.w2"), "slow.final_norm.weight"
+    for parameter in still:
+        changed[parameter] = changed[parameter]._replace(decays=False)
+    changed[fast] = changed[fast]._replace(rate=5.0)
+    monkeypatch.setattr(optimizers, "parameter_traits", lambda model: changed)
+    for parameter, update in second_update(config, params, gradients).items():
+        expected = undecayed[parameter] if parameter in still else plain[parameter] * (5 if parameter == fast else 1)
+        np.testing.assert_allclose(update, expected, rtol=1e-3, atol=1e-6)
+        assert parameter not in still or not np.allclose(update, plain[parameter], rtol=1e-3)
 
 
 def test_muon_on_a_mesh_is_resumed_to_the_bit(token_store, tmp_path):

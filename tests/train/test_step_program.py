@@ -25,7 +25,7 @@ def lowered_step(spec: str, **model):
     model = dataclasses.replace(config.model, **model)
     config = dataclasses.replace(config, model=model, train=train, mesh=MeshConfig(data=8))
     mesh = make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1])
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], config.model)
     state = jax.eval_shape(lambda: init_state(config, optimizer))
     step = make_train_step(config, optimizer, mesh, shardings(state, mesh, config.model))
     return config, step.lower(state, jax.ShapeDtypeStruct((8, config.train.seq_len + 1), jnp.int32))

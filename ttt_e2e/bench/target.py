@@ -158,7 +158,7 @@ def _train(config: Config, mesh: Mesh) -> Task:
     """The training step, made as the trainer makes it."""
     train = config.train
     check_batch("config.train.global_batch_size", train.global_batch_size, mesh, train.accumulation_steps)
-    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], mesh)
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], config.model, mesh)
     state = jax.eval_shape(lambda: init_state(config, optimizer))
     placed = shardings(state, mesh, config.model)
     tokens = jax.ShapeDtypeStruct((train.global_batch_size, train.seq_len + 1), jnp.int32)

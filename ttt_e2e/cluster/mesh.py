@@ -6,7 +6,7 @@ a step's computation is divided accordingly (inner/division.py).
 """
 
 import math
-from functools import lru_cache, partial
+from functools import partial
 
 import jax
 import numpy as np
@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as P
 from ttt_e2e.config import Config, MeshConfig, ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner.division import DATA, MODEL, Division, Leaf, Weights
-from ttt_e2e.model import abstract_transformer
-from ttt_e2e.model.parameters import parameter_axes, parameter_name
+from ttt_e2e.model import parameter_traits
+from ttt_e2e.model.parameters import Traits, parameter_name
 
-# Logical axis of a parameter (model/parameters.py) -> mesh axis that divides it.
+# Logical axis of a parameter (`Traits`) -> mesh axis that divides it.
 MESH_AXES = {"width": DATA, "vocabulary": MODEL, "heads": MODEL, "mlp": MODEL, "head_width": None, None: None}
 BATCH = P("data")
 
@@ -54,8 +54,13 @@ def shardings(tree, mesh: Mesh, model: ModelConfig):
 
 def partition_specs(tree, mesh: Mesh, model: ModelConfig):
     """A PartitionSpec for every leaf of such a tree, by the rules of `shardings`."""
-    axes = _axes_of_parameters(model)
-    return jax.tree_util.tree_map_with_path(lambda path, x: _spec(_axes_of(path, axes), x.shape, mesh), tree)
+    traits = parameter_traits(model)
+
+    def spec(path, x):
+        of_leaf = _traits_of(path, traits)
+        return _spec(of_leaf.axes if of_leaf else (), x.shape, mesh)
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
 
 
 def with_shardings(shapes, placed):
@@ -76,12 +81,12 @@ def divide(config: Config, params, mesh: Mesh, *, by_sequence: bool) -> Division
     by_sequence: whether the axis `model` divides the prefix's positions, rather than its matrices.
     """
     model, num_parts = config.model, mesh.shape[MODEL]
-    all_axes = _axes_of_parameters(model)
+    all_traits = parameter_traits(model)
 
     def leaf(path, x):
-        axes = _axes_of(path, all_axes)
-        spec = P(*(axis if axis and mesh.shape[axis] > 1 else None for axis in _spec(axes, x.shape, mesh)))
-        return _leaf(parameter_name(path), axes, spec, model, num_parts, by_sequence)
+        traits = _traits_of(path, all_traits)
+        spec = P(*(axis if axis and mesh.shape[axis] > 1 else None for axis in _spec(traits.axes, x.shape, mesh)))
+        return _leaf(parameter_name(path), traits, spec, model, num_parts, by_sequence)
 
     leaves = jax.tree_util.tree_map_with_path(leaf, params)
     head = leaves["slow"].get("head") or _transposed(leaves["slow"]["embedding"])
@@ -103,20 +108,20 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
-def _leaf(name: str, axes: tuple, spec: P, model: ModelConfig, num_parts: int, by_sequence: bool) -> Leaf:
-    """The `Leaf` of a parameter: its name, its logical axes, and the PartitionSpec that it is stored by."""
+def _leaf(name: str, traits: Traits, spec: P, model: ModelConfig, num_parts: int, by_sequence: bool) -> Leaf:
+    """The `Leaf` of a parameter: its name, its traits, and the PartitionSpec that it is stored by."""
     place = {axis: i - len(spec) for i, axis in enumerate(spec) if axis}
     data, divided = place.get(DATA, 0), place.get(MODEL, 0)
-    leaf = Leaf(len(axes) > 1, data, unsummed=() if data else (DATA,))
+    leaf = Leaf(traits.is_cast, data, unsummed=() if data else (DATA,))
     whole = leaf._replace(gathered=divided)
     if by_sequence and name.startswith("slow.prefix"):  # each device has other positions: all cotangents are terms
         return whole._replace(sums=True, unsummed=leaf.unsummed + (() if divided else (MODEL,)))
     if by_sequence and not model.num_fast_blocks and name == "slow.final_norm.weight":
         return leaf._replace(unsummed=(*leaf.unsummed, MODEL))
-    if num_parts > 1 and ("heads" in axes or "head_width" in axes):
-        if model.num_key_value_heads % num_parts:
+    if num_parts > 1 and ("heads" in traits.axes or "head_width" in traits.axes):
+        if traits.num_heads % num_parts:
             return whole
-        if "head_width" in axes:  # each device has other heads
+        if "head_width" in traits.axes:  # each device has other heads
             return leaf._replace(unsummed=(*leaf.unsummed, MODEL))
     return leaf
 
@@ -126,21 +131,15 @@ def _transposed(leaf: Leaf) -> Leaf:
     return leaf._replace(data=-3 - leaf.data if leaf.data else 0)
 
 
-@lru_cache
-def _axes_of_parameters(model: ModelConfig) -> dict[str, tuple]:
-    """{dotted name: logical axes} of all parameters of a model."""
-    return parameter_axes(abstract_transformer(model))
-
-
-def _axes_of(path, axes: dict[str, tuple]) -> tuple:
-    """Logical axes of the parameter whose name ends a leaf's path; () if none does: it is the optimizer's own state."""
+def _traits_of(path, traits: dict[str, Traits]) -> Traits | None:
+    """The traits of the parameter whose name ends a leaf's path; None if none does: it is the optimizer's own state."""
     keys = parameter_name(path).split(".")
     begin = next((i for i, key in enumerate(keys) if key in ("fast", "slow")), len(keys))
     if begin == len(keys):
-        return ()
-    if (name := ".".join(keys[begin:])) not in axes:
+        return None
+    if (name := ".".join(keys[begin:])) not in traits:
         raise ValueError(f"{name} is no parameter of the model, and so has no sharding")
-    return axes[name]
+    return traits[name]
 
 
 def _spec(axes: tuple, shape, mesh: Mesh) -> P:

@@ -30,7 +30,7 @@ DATA = "data"
 class Leaf(NamedTuple):
     """Layout of one weight: as stored, and as a device computes with it. Dimensions count from the end: -1 or -2."""
 
-    is_matrix: bool = True  # cast to the compute dtype; the weights of norms are not
+    is_cast: bool = True  # whether it is cast to the compute dtype, as matrices are; the weights of norms are not
     data: int = 0  # dimension that is sharded over `data`; 0 = none
     gathered: int = 0  # dimension that is sharded over `model`, and gathered for the computation; 0 = none
     sums: bool = False  # `gathered` only: the devices' cotangents are terms of a sum; otherwise equal on all devices
@@ -150,7 +150,7 @@ def own_part(whole, axis: int, num_parts: int):
 
 
 def _whole(weights: Weights, stored, leaf: Leaf):
-    if leaf.is_matrix and weights.compute_dtype is not None:
+    if leaf.is_cast and weights.compute_dtype is not None:
         stored = stored.astype(weights.compute_dtype)
     for dimension, axis in ((leaf.data, DATA), (leaf.gathered, MODEL)):
         if dimension:

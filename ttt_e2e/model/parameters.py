@@ -11,18 +11,60 @@ class FastParam(nnx.Param):
     """A weight that the inner loop changes. Its stored value is W_0, the meta-learned initialisation."""
 
 
-def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], config, axes: tuple, kind: type[nnx.Param] = nnx.Param) -> nnx.Param:
-    """Makes a matrix [in, out], drawn from a normal distribution of standard deviation `config.initializer_range`.
+class Traits(NamedTuple):
+    """What the code that shards and trains a parameter knows of it, apart from its shape.
 
-    axes: names of its dimensions (see `parameter_axes`).
+    A dimension is named "vocabulary", "width" (of the model), "heads" (columns of several heads, or one number a head),
+    "head_width" or "mlp"; None is one that is never sharded. cluster/mesh.py says over which mesh axis each of them is
+    sharded.
     """
-    init = jax.nn.initializers.normal(config.initializer_range)
-    return kind(init(rngs.params(), shape, jnp.dtype(config.param_dtype)), axes=axes)
+
+    axes: tuple  # names of its last dimensions
+    is_cast: bool  # whether it is used in the compute dtype, as matrices are, not in its own, as norms' weights are
+    decays: bool = True  # whether weight decay applies to it
+    rate: float = 1.0  # factor on the outer learning rate
+    num_heads: int = 1  # heads that a dimension named "heads" holds
 
 
-def vector(value, config, axis: str | None = None) -> nnx.Param:
+def parameter(
+    value,
+    config,
+    axes: tuple,
+    *,
+    kind: type[nnx.Param] = nnx.Param,
+    decays: bool = True,
+    rate: float = 1.0,
+    is_cast: bool | None = None,
+) -> nnx.Param:
+    """Makes a parameter with this initial value, stored in `config.param_dtype`. For the others see `Traits`.
+
+    is_cast: None = whether it has two dimensions or more.
+    """
+    is_cast = len(axes) > 1 if is_cast is None else is_cast
+    value = jnp.asarray(value, jnp.dtype(config.param_dtype))
+    return kind(value, axes=axes, decays=decays, rate=rate, is_cast=is_cast)
+
+
+def matrix(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    config,
+    axes: tuple,
+    kind: type[nnx.Param] = nnx.Param,
+    *,
+    std: float | None = None,
+) -> nnx.Param:
+    """Makes a matrix [in, out], drawn from a normal distribution.
+
+    axes: names of its dimensions (`Traits`). std: standard deviation; None = `config.initializer_range`.
+    """
+    init = jax.nn.initializers.normal(config.initializer_range if std is None else std)
+    return parameter(init(rngs.params(), shape, jnp.dtype(config.param_dtype)), config, axes, kind=kind)
+
+
+def vector(value, config, axis: str | None = None, *, decays: bool = True) -> nnx.Param:
     """Makes a parameter [size] that is used in its own dtype, as a norm's weight is; `axis` names its dimension."""
-    return nnx.Param(jnp.asarray(value, jnp.dtype(config.param_dtype)), axes=(axis,))
+    return parameter(value, config, (axis,), decays=decays)
 
 
 def at_least_float32(dtype):
@@ -46,16 +88,16 @@ def parameter_name(path) -> str:
     return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def parameter_axes(model: nnx.Module) -> dict[str, tuple]:
-    """Lists {dotted name: names of its last dimensions} of all parameters of a model, which may have shapes for arrays.
-
-    A dimension is named "vocabulary", "width" (of the model), "heads" (columns of several heads), "head_width" or
-    "mlp"; None is one that is never sharded. cluster/mesh.py says over which mesh axis each of them is sharded.
-    """
+def list_traits(model: nnx.Module) -> dict[str, Traits]:
+    """Lists {dotted name: traits} of all parameters of a model, which may have shapes for arrays."""
     _, fast, slow = nnx.split(model, FastParam, ...)
     leaves = [(("fast", *path), p) for path, p in nnx.to_flat_state(fast)]
     leaves += [(("slow", *path), p) for path, p in nnx.to_flat_state(slow)]
-    return {".".join(map(str, path)): parameter.get_metadata()["axes"] for path, parameter in leaves}
+
+    def traits(metadata: dict) -> Traits:
+        return Traits(**{name: metadata[name] for name in ("axes", "is_cast", "decays", "rate")})
+
+    return {".".join(map(str, path)): traits(p.get_metadata()) for path, p in leaves}
 
 
 class Structure(NamedTuple):

@@ -13,7 +13,7 @@ from ttt_e2e.model.block import Block
 from ttt_e2e.model.loss import logits, token_nll
 from ttt_e2e.model.mixers import Context
 from ttt_e2e.model.norm import RMSNorm
-from ttt_e2e.model.parameters import matrix, split
+from ttt_e2e.model.parameters import Traits, list_traits, matrix, split
 from ttt_e2e.model.passes import FirstOrderPass, Pass
 from ttt_e2e.model.sequence_parts import SequenceParts
 from ttt_e2e.model.stacks import Stacks, make_stacks, scan_blocks
@@ -182,6 +182,18 @@ class Suffix(Stacks):
 def abstract_transformer(config) -> Transformer:
     """Makes a `Transformer` with shapes in place of arrays, for questions of size. It is cached: do not change it."""
     return nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+
+
+@lru_cache
+def parameter_traits(config) -> dict[str, Traits]:
+    """Lists {dotted name: traits} of all parameters of a model. It is cached: do not change it."""
+    transformer = abstract_transformer(config)
+    traits = list_traits(transformer)
+    for stack_name, stack in transformer.stacks.items():
+        for name in traits:
+            if name.startswith(f"slow.{stack_name}.{stack.label}."):
+                traits[name] = traits[name]._replace(num_heads=stack.mixer.num_heads)
+    return traits
 
 
 def abstract_model(config):

@@ -56,7 +56,7 @@ def _train(
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     train_store = open_store(config, config.data.train_split)
     eval_store = open_store(config, config.data.eval_split) if config.eval.every_steps else None
-    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], mesh)
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], config.model, mesh)
     run_directory.claim(workdir, config)
     policies = take_policies(config, mesh)
     run_directory.record_start(workdir, overrides, policies.record())

@@ -89,13 +89,14 @@ def prefix_by_sequence(config: Config, mesh: Mesh) -> bool:
     parts = config.train.accumulation_steps * mesh.shape["data"]
     sequences = max(1, config.train.global_batch_size // parts)
     received = {name: prefix_bytes(config, sequences, num_parts, name) for name in ("sequence", "matrices")}
-    heads_divide = model.num_key_value_heads % num_parts == 0
+    num_heads = {stack.mixer.num_heads for stack in transformer.prefix_stacks.values()}
+    heads_divide = all(count % num_parts == 0 for count in num_heads)
     chosen_division = min(received, key=received.get) if heads_divide else "sequence"
     logger.info(
         "mesh.prefix %s: a device receives %.2f GiB in a step by the sequence, %.2f GiB by the matrices%s",
         chosen_division,
         *(received[name] / 2**30 for name in ("sequence", "matrices")),
-        "" if heads_divide else f", which does not divide {model.num_key_value_heads} key/value heads",
+        "" if heads_divide else f", which does not divide {', '.join(map(str, sorted(num_heads)))} heads",
     )
     return chosen_division == "sequence"
 

@@ -65,7 +65,7 @@ class Attention(Mixer):
             self.q_norm = RMSNorm(H, config, "head_width")
             self.k_norm = RMSNorm(H, config, "head_width")
         self.config, self.window = config, window
-        self.grows = not window
+        self.grows, self.num_heads = not window, G
 
     def whole(self, x_TD, compute: Pass, context: Context):  # noqa: D102 (see `Mixer`)
         q_NTH, k_GTH, v_GTH = self._project(x_TD, compute)

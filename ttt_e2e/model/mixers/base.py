@@ -56,6 +56,8 @@ class Mixer(nnx.Module):
 
     label = "mixer"  # what its parameters are called in checkpoints: "prefix.LABEL.wq", "prefix.LABEL_norm.weight"
     grows = False  # whether its State grows with the sequence
+    # Heads that its dimensions named "heads" hold: the mesh axis `model` divides these where it divides the heads.
+    num_heads = 1
 
     @abstractmethod
     def whole(self, x_TD, compute: Pass, context: Context):

@@ -1,9 +1,10 @@
-"""Muon for the matrices of the blocks, AdamW for embedding, head and norms. Decay on every parameter.
+"""Muon for the matrices of the blocks, AdamW for embedding, head, norms and what else there is.
 
 Shapes: `L` blocks of a stack.
 """
 
 import math
+from functools import partial
 
 import jax
 import optax
@@ -11,25 +12,32 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ttt_e2e.config import OptimizerConfig
+from ttt_e2e.model.parameters import Traits, parameter_name
+from ttt_e2e.train.optimizers import decay_mask
 
 AXES = ((), ("data",), ("model",), ("data", "model"))
 MOMENTUM = 0.95
 ROOT_MEAN_SQUARE = 0.2  # of an update: about AdamW's, so that its learning rates serve (arXiv 2502.16982)
 
 
-def make(config: OptimizerConfig, learning_rate: optax.Schedule, mesh: Mesh | None) -> optax.GradientTransformation:
-    """Makes Muon for parameters of three dimensions, [L, in, out], AdamW for others: norms [L, D], embedding, head."""
+def make(
+    config: OptimizerConfig, learning_rate: optax.Schedule, mesh: Mesh | None, traits: dict[str, Traits]
+) -> optax.GradientTransformation:
+    """Makes Muon for matrices [L, in, out] from or to hidden states, and AdamW for others."""
+    decay = {"weight_decay": config.weight_decay, "mask": decay_mask(traits)}
+
+    def label(path, x):
+        axes = traits[parameter_name(path)].axes
+        return "muon" if x.ndim == 3 and len(axes) == 2 and "width" in axes else "adamw"
+
     muon = optax.chain(
         optax.trace(MOMENTUM, nesterov=True),
         optax.stateless(lambda updates, _: _orthogonalize(updates, mesh)),
-        optax.add_decayed_weights(config.weight_decay),
+        optax.add_decayed_weights(**decay),
         optax.scale_by_learning_rate(learning_rate),
     )
-    adamw = optax.adamw(learning_rate, b1=config.b1, b2=config.b2, eps=1e-8, weight_decay=config.weight_decay)
-    return optax.partition(
-        {"muon": muon, "adamw": adamw},
-        lambda params: jax.tree.map(lambda x: "muon" if x.ndim == 3 else "adamw", params),
-    )
+    adamw = optax.adamw(learning_rate, b1=config.b1, b2=config.b2, eps=1e-8, **decay)
+    return optax.partition({"muon": muon, "adamw": adamw}, partial(jax.tree_util.tree_map_with_path, label))
 
 
 def _orthogonalize(updates, mesh: Mesh | None):

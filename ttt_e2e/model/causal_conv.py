@@ -1,0 +1,28 @@
+"""Depthwise causal convolution along a sequence, in pieces if need be.
+
+Shapes: `T` positions, `C` channels, `W` width of the convolution, `P` = (W - 1) dilation positions before the first.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def causal_conv(x_TC, weight_CW, before_PC, *, dilation: int = 1):
+    """Computes y_t = sum over w of weight[:, w] x_{t - dilation (W - 1 - w)}, [T, C], in the dtype of x.
+
+    before_PC: the inputs before the first position; zeros at the beginning of a sequence.
+    """
+    T, W = len(x_TC), weight_CW.shape[1]
+    inputs = jnp.concatenate([before_PC.astype(x_TC.dtype), x_TC])
+    weight_CW = weight_CW.astype(x_TC.dtype)
+    shifted = (jax.lax.slice_in_dim(inputs, w * dilation, w * dilation + T) for w in range(W))
+    return sum(weight_CW[:, w] * x_TC for w, x_TC in enumerate(shifted))
+
+
+def last_inputs(x_TC, before_PC, count=None):
+    """Computes `before_PC` of the piece after this one, in the dtype of `before_PC`.
+
+    count: number of positions of x that are tokens, with padding after them; None = all.
+    """
+    inputs = jnp.concatenate([before_PC, x_TC.astype(before_PC.dtype)])
+    return jax.lax.dynamic_slice_in_dim(inputs, len(x_TC) if count is None else count, len(before_PC))
