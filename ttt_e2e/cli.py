@@ -186,8 +186,8 @@ def report(argv: list[str]) -> None:
 
 
 def bench(argv: list[str]) -> None:
-    """Measure: window_attention, attention_check, kernel_code, meta_gradient, latency or target."""
-    from ttt_e2e.bench import attention_check, kernel_code, latency, meta_gradient, target, window_attention
+    """Measure: window_attention, attention_check, kernel_code, meta_gradient, mixers, latency or target."""
+    from ttt_e2e.bench import attention_check, kernel_code, latency, meta_gradient, mixers, target, window_attention
     from ttt_e2e.bench import flags as bench_flags
 
     benchmarks = {
@@ -195,6 +195,7 @@ def bench(argv: list[str]) -> None:
         "attention_check": attention_check.run,
         "kernel_code": kernel_code.run,
         "meta_gradient": meta_gradient.run,
+        "mixers": mixers.run,
         "latency": latency.run,
         "target": target.run,
     }

@@ -89,7 +89,8 @@ def run(  # noqa: PLR0913 -- each is a flag
     case = _case(config, mesh)
     rows = []
     for variant in tqdm(variants, desc="bench meta_gradient", unit="variant"):
-        rows.append({"variant": variant} | case | _measure(variant, config, mesh, 0 if abstract else repeats))
+        figures = measure_gradient(_loss_and_gradient(variant, config, mesh), config, mesh, 0 if abstract else repeats)
+        rows.append({"variant": variant} | case | figures)
     for plain in [row for row in rows if row["variant"] == "plain"]:
         for row in rows:
             row |= {f"{name}_ratio": row[name] / plain[name] for name in RATIOS if name in row}
@@ -130,12 +131,21 @@ def _pretend_devices(count: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
-def _measure(variant: str, config: Config, mesh: Mesh, repeats: int) -> dict:
-    """Compiles a variant, and times it unless `repeats` is 0: the figures of its row."""
+def measure_gradient(loss_and_gradient, config: Config, mesh: Mesh, repeats: int) -> dict:
+    """Compiles a loss and its gradient for the parameters and the batch of a config, and measures them.
+
+    Args:
+      loss_and_gradient: ({"fast", "slow"}, tokens [B, T + 1], inner learning rate) -> (mean loss, its gradient).
+      config: says sizes and batch.
+      mesh: over which both are divided.
+      repeats: how often it is timed; 0 = not at all.
+
+    Returns:
+      `flops`, `temp_bytes`, `trace_seconds` and `compile_seconds`; if it is timed, `step_seconds`.
+    """
     _, params = abstract_model(config.model)
     tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.train.seq_len + 1), jnp.int32)
     placed = (shardings(params, mesh, config.model), NamedSharding(mesh, BATCH))
-    loss_and_gradient = _loss_and_gradient(variant, config, mesh)
     gradient = jax.jit(
         lambda params, tokens: loss_and_gradient(params, tokens, jnp.float32(config.inner.learning_rate)),
         in_shardings=placed,
