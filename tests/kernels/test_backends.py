@@ -92,6 +92,17 @@ def test_splash_attention_lowers_for_tpus():
     assert "tpu_custom_call" in lowered.as_text()
 
 
+@pytest.mark.parametrize(("T", "block"), [(384, 128), (768, 256), (1024, 512)])
+def test_splash_attention_is_right_in_blocks_of_every_size(T, block):
+    case = Case(T=T, N=1, G=1, H=8, window=0)
+    assert splash._block_sizes(T).block_kv_dq == block
+    actual = splash.attend_square(*qkv(case), window=0, interpret=True)
+    expected = window_attention(*qkv(case), window=0, num_empty=0, backend="reference")
+    assert relative_error(actual, expected) < 1e-5
+    shifted = window_attention(*qkv(case), window=T - 1, num_empty=0, backend="reference")  # the control
+    assert relative_error(actual, shifted) > 1e-5
+
+
 def test_auto_says_once_what_it_chose(caplog):
     caplog.set_level(logging.INFO)
     problems._log_choice.cache_clear()

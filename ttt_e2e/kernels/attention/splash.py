@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from ttt_e2e.kernels.attention import fused
 
 TILE = 128  # the kernel takes multiples of it, in positions and in head width
+# Positions of a block of queries, or of keys: the largest that divides the sequence. With blocks of one tile, the list
+# of blocks of a causal mask of 131072 positions would take 2 MiB of scalar memory, of which a TPU has 1 MiB.
+BLOCKS = (512, 256, TILE)
 
 obstacle = fused.obstacle
 
@@ -28,10 +31,22 @@ def attend_square(q_NTH, k_GTH, v_GTH, *, window: int, interpret: bool = False):
     padded_T = k_GTH.shape[1]
     band = splash_attention.LocalMask((padded_T, padded_T), (window - 1 if window else None, 0), offset=0)
     kernel = splash_attention.make_splash_mqa_single_device(
-        splash_attention.MultiHeadMask([band] * (N // G)), interpret=interpret
+        splash_attention.MultiHeadMask([band] * (N // G)), block_sizes=_block_sizes(padded_T), interpret=interpret
     )
     out_GRTH = jax.vmap(kernel)(q_GRTH, k_GTH, v_GTH)[..., :T, :width]
     return out_GRTH.reshape(N, T, width).astype(dtype)
+
+
+def _block_sizes(T: int):
+    """The blocks of all three kernels (forward, gradient of queries, of keys and values) for T positions."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
+
+    size = next(block for block in BLOCKS if T % block == 0)
+    return BlockSizes(
+        **{f"block_{name}": size for name in ("q", "q_dkv", "q_dq", "kv", "kv_dkv", "kv_dq")},
+        block_kv_compute=size,
+        block_kv_dkv_compute=size,
+    )
 
 
 def _lowered(a):
