@@ -100,7 +100,7 @@ BAD = [
     ("model", {"num_fast_blocks": -1}, "config.model.num_fast_blocks is -1", "at least 0"),
     ("model", {"fast_intermediate_size": -1}, "config.model.fast_intermediate_size is -1", "at least 1"),
     ("model", {"mixer": "window"}, "config.model.mixer", "config.model.sliding_window is 0"),
-    ("model", {"mixer": "attention,attention,attention"}, "config.model.mixer", "divides the 4 prefix"),
+    ("model", {"mixer": "attention,attention,attention"}, "config.model.mixer", "divides the 4 blocks"),
     # the inner loop
     ("inner", {"mini_batch_size": 0}, "config.inner.mini_batch_size is 0", "at least 1"),
     ("inner", {"mini_batch_size": -128}, "config.inner.mini_batch_size is -128", "at least 1"),
@@ -188,10 +188,10 @@ def test_mixers_of_the_pattern(model, mixers, windows):
     assert (config.mixers, config.windows) == (mixers, windows)
 
 
-def test_mixer_pattern_must_fit_prefix_and_suffix_alike():
-    model = {"sliding_window": 16, "mixer": "window,attention"}
-    assert from_config_dict({"model": {**model, "num_fast_blocks": 2}}).model.num_prefix_blocks == 2
-    assert "3 prefix and 1 suffix" in error_of({"model": {**model, "num_fast_blocks": 1}})
+def test_a_mixer_pattern_repeats_over_all_blocks():
+    model = {"sliding_window": 16, "mixer": "window,attention", "num_fast_blocks": 1}
+    assert from_config_dict({"model": model}).model.num_prefix_blocks == 3
+    assert "divides the 3 blocks" in error_of({"model": {**model, "num_hidden_layers": 3}})
 
 
 @st.composite

@@ -82,10 +82,20 @@ def test_exact_equals_the_reference(name, policy, reference):
     assert_equal(gradients(inner, **network["model"]), reference(name))
 
 
-@pytest.mark.slow  # tests/test_own_mixer.py has a period of two mixers, too
-def test_block_by_block_with_windows_that_alternate():
-    """A period of two windows: the reverse under "block" walks back through periods, and in them through blocks."""
-    model = {"mixer": "window,attention", "num_fast_blocks": 4, "num_hidden_layers": 4, "tie_word_embeddings": True}
+ALTERNATING = {"mixer": "window,attention", "num_fast_blocks": 4, "num_hidden_layers": 4, "tie_word_embeddings": True}
+SEGMENTS = {"mixer": "window,attention,window,window", "num_fast_blocks": 3, "num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(ALTERNATING, marks=pytest.mark.slow),  # tests/test_own_mixer.py has a period of two mixers, too
+        SEGMENTS,
+    ],
+    ids=["periods", "segments"],
+)
+def test_block_by_block_with_windows_that_alternate(model):
+    """The reverse under "block" walks back through segments, in them through periods, and in these through blocks."""
     ours = gradients({"clip_norm": 0.5, "remat": "block", "trajectory": "segment", "segment_length": 2}, **model)
     assert_equal(ours, gradients({"clip_norm": 0.5, "gradient": "reference"}, **model))
 

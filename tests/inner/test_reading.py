@@ -66,6 +66,15 @@ def test_without_a_clip_too(reference_without_clip):
         ([T] * 2, {"sliding_window": 0, "num_hidden_layers": 2}),  # full attention; no prefix
         ([4] * 2, {"sliding_window": 4, "num_hidden_layers": 2, "num_fast_blocks": 1, "post_norm": False}),  # k = b
         ([3, T] * 2, {"sliding_window": 3, "mixer": "window,attention", "num_hidden_layers": 4}),
+        (  # the pattern fits neither prefix nor suffix
+            [3, T, 3, 3],
+            {
+                "sliding_window": 3,
+                "mixer": "window,attention,window,window",
+                "num_hidden_layers": 4,
+                "num_fast_blocks": 3,
+            },
+        ),
     ],
 )
 def test_every_window_and_arrangement_of_blocks_equals_the_loop(windows, fields):

@@ -4,6 +4,8 @@ absolute positions. It takes our parameters and shares no code with the package.
 Shapes: `T` positions, `D` model width, `N` query heads, `G` key/value heads, `H` head width, `V` vocabulary.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -60,10 +62,13 @@ def block(p, x_TD, config, window):
 
 
 def _blocks(tree, part):
-    """Parameters of each block of a part, first to last; where there are several stacks, these take turns."""
+    """Parameters of each block of a part, first to last; neighbouring stacks of the same length take turns."""
     names = sorted(name for name in tree if name.split("_")[0] == part)
-    length = len(jax.tree.leaves(tree[names[0]])[0]) if names else 0
-    return [jax.tree.map(lambda a, i=i: a[i], tree[name]) for i in range(length) for name in names]
+    blocks = []
+    for length, group in itertools.groupby(names, key=lambda name: len(jax.tree.leaves(tree[name])[0])):
+        stacks = [tree[name] for name in group]
+        blocks += [jax.tree.map(lambda a, i=i: a[i], stack) for i in range(length) for stack in stacks]
+    return blocks
 
 
 def prefix_blocks(slow, config):

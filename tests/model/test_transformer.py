@@ -44,6 +44,10 @@ def forward(model, tokens_T1):
         ([4] * 3, {"sliding_window": 4, "qk_norm": False, "post_norm": False, "num_key_value_heads": 4}),
         ([4, T] * 2, {"sliding_window": 4, "num_hidden_layers": 4, "mixer": "window,attention"}),
         ([T, 3, 3] * 2, {"sliding_window": 3, "num_hidden_layers": 6, "mixer": "attention,window,window"}),
+        (
+            [4, 4, T, 4, 4],
+            {"sliding_window": 4, "num_hidden_layers": 5, "mixer": "window,window,attention,window,window"},
+        ),
         ([T] * 3, {"sliding_window": 4, "mixer": "attention"}),
     ],
 )

@@ -94,8 +94,8 @@ class ModelConfig:
         "",
         "the mixer of each block, as a comma-separated pattern that is repeated over the blocks, such as "
         '`"window,window,attention"`; empty = the same in all, by `sliding_window`. `window` is window attention and '
-        "needs `sliding_window` above 0; `attention` is full attention. The pattern's length must divide the number of "
-        "prefix blocks and that of suffix blocks.",
+        "needs `sliding_window` above 0; `attention` is full attention. The pattern's length must divide "
+        "`num_hidden_layers`.",
     )
 
     # Fields of mixers that have some of their own, as (name of the mixer, its section): `config.model.NAME.FIELD`.

@@ -135,14 +135,12 @@ def _check_mixer(model: ModelConfig) -> None:
             raise UserError(f"config.model.mixer names {name!r}: {suggestion(name, MIXERS)}")
     if "window" in pattern and model.sliding_window == 0:
         raise UserError("config.model.mixer names 'window', but config.model.sliding_window is 0 (full attention)")
-    for count in (model.num_prefix_blocks, model.num_fast_blocks):
-        require(
-            count % len(pattern) == 0,
-            "config.model.mixer",
-            model.mixer,
-            f"a pattern whose length divides the {model.num_prefix_blocks} prefix and "
-            f"{model.num_fast_blocks} suffix blocks",
-        )
+    require(
+        model.num_hidden_layers % len(pattern) == 0,
+        "config.model.mixer",
+        model.mixer,
+        f"a pattern whose length divides the {model.num_hidden_layers} blocks of num_hidden_layers",
+    )
 
 
 def _check_run(config: Config) -> None:

@@ -20,6 +20,7 @@ from ttt_e2e.model.dual_loss import HeadPass, dual_nll
 from ttt_e2e.model.mixers import Context
 from ttt_e2e.model.parameters import Directed, Structure, merge, split
 from ttt_e2e.model.passes import DualPass
+from ttt_e2e.model.stacks import by_segment, num_blocks
 
 
 class Cotangents(NamedTuple):
@@ -66,17 +67,17 @@ def pull_back(  # long: the forward and the reverse scan over the blocks, which 
         values_BbD, tangents_BbD = hidden_B2bD[:, 0], hidden_B2bD[:, 1]
         return dual_nll(values_BbD, tangents_BbD, top["head"], mini_batch.targets, head, config.vocab_size)
 
-    def forward_period(x_B2bD, i):  # block i of each stack; keeps the hidden states before each block
+    def forward_period(names, x_B2bD, i):  # block i of each stack; keeps the hidden states before each block
         block_inputs = {}
-        for name in stacks:
+        for name in names:
             block_inputs[name] = x_B2bD
             run, operands = dual_block(name, i, sums)
             x_B2bD, _ = run(*operands, x_B2bD)
         return x_B2bD, block_inputs
 
-    def reverse_period(carry, step):
+    def reverse_period(names, carry, step):
         i, block_inputs = step
-        for name in reversed(stacks):
+        for name in reversed(names):
             x_bar_B2bD, sums = carry
             run, operands = dual_block(name, i, sums)
             _, pull = jax.vjp(run, *operands, block_inputs[name])
@@ -90,14 +91,17 @@ def pull_back(  # long: the forward and the reverse scan over the blocks, which 
             carry = x_bar_B2bD, sums
         return carry, None
 
-    num_periods = config.num_fast_blocks // len(stacks)
-    x_B2bD = jax.vmap(partial(DualPass().begin, in_scan=True))(mini_batch.hidden)
-    x_B2bD, block_inputs = jax.lax.scan(forward_period, x_B2bD, jnp.arange(num_periods))
+    x_B2bD, kept = jax.vmap(partial(DualPass().begin, in_scan=True))(mini_batch.hidden), []
+    for segment in by_segment(stacks):
+        names, (num_periods, *_) = tuple(segment), map(num_blocks, segment.values())
+        x_B2bD, block_inputs = jax.lax.scan(partial(forward_period, names), x_B2bD, jnp.arange(num_periods))
+        kept.append((names, (jnp.arange(num_periods), block_inputs)))
     _, pull = jax.vjp(dual_top, top, x_B2bD)
     top_bar, x_bar_B2bD = pull(seeds)
-    block_sums = sums._replace(slow={name: sums.slow[name] for name in stacks})
-    steps = jnp.arange(num_periods), block_inputs
-    (x_bar_B2bD, block_sums), _ = jax.lax.scan(reverse_period, (x_bar_B2bD, block_sums), steps, reverse=True)
+    carry = x_bar_B2bD, sums._replace(slow={name: sums.slow[name] for name in stacks})
+    for names, steps in reversed(kept):
+        carry, _ = jax.lax.scan(partial(reverse_period, names), carry, steps, reverse=True)
+    x_bar_B2bD, block_sums = carry
     top_sum = jax.tree.map(jnp.add, {name: sums.slow[name] for name in top}, top_bar)
     return block_sums._replace(slow=block_sums.slow | top_sum), x_bar_B2bD[:, 0]
 

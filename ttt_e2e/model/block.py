@@ -16,8 +16,16 @@ class Block(nnx.Module):
     Without `config.post_norm` there is no post-norm.
     """
 
-    def __init__(self, config, rngs: nnx.Rngs, *, mixer: str, fast: bool):
-        """mixer: name of its kind (mixers/base.py); fast: whether the block has a fast MLP."""
+    def __init__(self, config, rngs: nnx.Rngs, *, mixer: str, fast: bool, segment: int = 0):
+        """Makes a block.
+
+        Args:
+          config: the model's.
+          rngs: for the initial weights.
+          mixer: name of its kind (mixers/base.py).
+          fast: whether the block has a fast MLP.
+          segment: number of its segment (stacks.py) in the prefix, or in the suffix.
+        """
         layers = {}
         mixer_layer = make_mixer(mixer, config, rngs)
         layers[mixer_layer.label] = mixer_layer
@@ -30,7 +38,7 @@ class Block(nnx.Module):
             if config.post_norm:
                 setattr(self, f"{name}_post_norm", RMSNorm(config.hidden_size, config))
         self.kind, self.label = mixer, mixer_layer.label
-        self.fast, self.post_norm = fast, config.post_norm
+        self.fast, self.segment, self.post_norm = fast, segment, config.post_norm
 
     @property
     def mixer(self) -> Mixer:

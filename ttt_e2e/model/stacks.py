@@ -4,13 +4,19 @@ A stack runs under `jax.lax.scan`, so that neither the program nor its compile t
 
 A mixer pattern such as "window,window,attention" repeats along the depth of the model. Each slot of the pattern has a
 stack of its own, and one step of the scan runs one *period*: a block of each stack, in order. So slots may differ in
-kind, and no stack is sliced. With one slot, the stack of the prefix is called "prefix"; with several, they are called
-"prefix_0", "prefix_1", ... Those of the suffix likewise.
+kind, and no stack is sliced. Where the prefix or the suffix is no whole number of patterns, it has several *segments*,
+each of which repeats a pattern of its own, and which run one after another.
+
+If the prefix has one stack, it is called "prefix"; several are called "prefix_0", "prefix_1", ... in the order in which
+they run. Those of the suffix likewise.
 
 Shapes: `T` positions, `M` mini-batches of a sequence, `D` model width, `L` blocks of a stack.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,26 +24,78 @@ from flax import nnx
 
 from ttt_e2e.model.block import Block
 
-
-def stack_names(part: str, config) -> list[str]:
-    """Names the stacks of a part of the model, "prefix" or "suffix", in the order in which their blocks run."""
-    count = len(config.mixers)
-    return [part] if count == 1 else [f"{part}_{i}" for i in range(count)]
+LIST_LENGTH = 9  # mixers; checkpoints of shorter patterns that are used once have a stack for each block
 
 
-def make_stacks(part: str, num_blocks: int, config, rngs: nnx.Rngs, *, fast: bool) -> dict[str, Block]:
-    """Initialises blocks independently, {name: stack}; block i is in stack i % (number of stacks)."""
-    keys = jax.random.split(rngs.params(), num_blocks)
-    count = len(config.mixers)
-    stacks = {}
-    for i, (name, mixer) in enumerate(zip(stack_names(part, config), config.mixers)):
+class Segment(NamedTuple):
+    """Consecutive blocks whose kinds repeat a pattern."""
 
-        def make(key, mixer=mixer):
-            return Block(config, nnx.Rngs(params=key), mixer=mixer, fast=fast)
+    pattern: tuple  # kinds of the blocks of a period: one for each stack
+    periods: int
 
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda make=make: make(keys[0])))
-        stacks[name] = nnx.merge(graphdef, jax.vmap(lambda key, make=make: nnx.state(make(key)))(keys[i::count]))
+
+def segments_of(kinds: Sequence, pattern_length: int) -> list[Segment]:
+    """Divides blocks into segments, given the kind of each and the length of the pattern that repeats in the model.
+
+    If a whole number of these patterns makes up the blocks, there is one segment; but a long pattern that is used once
+    is a list of all blocks. In that case, and otherwise, the segments have as few stacks as can be, and then are as few
+    as can be.
+    """
+    kinds = tuple(kinds)
+    periods, rest = divmod(len(kinds), pattern_length)
+    is_list = periods == 1 and pattern_length >= LIST_LENGTH
+    if not rest and not is_list and kinds == kinds[:pattern_length] * periods:
+        return [Segment(kinds[:pattern_length], periods)]
+    return list(_fewest_stacks(kinds))
+
+
+@lru_cache
+def _fewest_stacks(kinds: tuple) -> tuple[Segment, ...]:
+    """The segments of blocks of these kinds with the fewest stacks, of these the fewest segments."""
+    if not kinds:
+        return ()
+    candidates = []
+    for length in range(1, len(kinds) + 1):
+        periods = 1
+        while kinds[length * periods : length * (periods + 1)] == kinds[:length]:
+            periods += 1
+        first = Segment(kinds[:length], periods)
+        candidates.append((first, *_fewest_stacks(kinds[length * periods :])))
+    return min(candidates, key=lambda found: (sum(len(segment.pattern) for segment in found), len(found)))
+
+
+def make_stacks(part: str, kinds: Sequence[str], config, rngs: nnx.Rngs, *, fast: bool) -> dict[str, Block]:
+    """Initialises the blocks of the prefix or the suffix independently, {name: stack}, in the order in which they run.
+
+    kinds: mixer of each block.
+    """
+    keys = jax.random.split(rngs.params(), len(kinds))
+    segments = segments_of(kinds, len(config.mixers))
+    count = sum(len(segment.pattern) for segment in segments)
+    names = iter([part] if count == 1 else [f"{part}_{i}" for i in range(count)])
+    stacks, start = {}, 0
+    for number, (pattern, periods) in enumerate(segments):
+        stop = start + len(pattern) * periods
+        for i, mixer in enumerate(pattern):
+
+            def make(key, mixer=mixer, number=number):
+                return Block(config, nnx.Rngs(params=key), mixer=mixer, fast=fast, segment=number)
+
+            graphdef = nnx.graphdef(nnx.eval_shape(lambda make=make: make(keys[0])))
+            state = jax.vmap(lambda key, make=make: nnx.state(make(key)))(keys[start + i : stop : len(pattern)])
+            stacks[next(names)] = nnx.merge(graphdef, state)
+        start = stop
     return stacks
+
+
+def num_blocks(stack: Block) -> int:
+    """Counts the blocks L of a stack."""
+    return stack.mlp_norm.weight.get_value().shape[0]
+
+
+def by_segment(stacks: dict[str, Block]) -> list[dict[str, Block]]:
+    """Groups the stacks of the prefix or the suffix by segments, in the order in which they run."""
+    return [dict(group) for _, group in itertools.groupby(stacks.items(), key=lambda item: item[1].segment)]
 
 
 class Stacks(nnx.Module):
@@ -77,7 +135,7 @@ class Stacks(nnx.Module):
         """Makes the States before the first token (empty KV caches), with room for a sequence of `seq_len` tokens."""
 
         def of_stack(stack: Block):
-            L = stack.mlp_norm.weight.get_value().shape[0]
+            L = num_blocks(stack)
             state = stack.mixer.empty(stack.mixer.capacity(seq_len))
             return jax.tree.map(lambda a: jnp.broadcast_to(a, (L, *a.shape)), state)
 
@@ -143,10 +201,10 @@ def scan_blocks(
     unroll: bool = False,
     fetch: Callable = lambda name, state: state,
 ):
-    """Runs blocks one after another: a block of each stack in turn, then the next of each.
+    """Runs blocks one after another: of each segment a block of each stack in turn, then the next of each.
 
     Args:
-      stacks: by name, in order.
+      stacks: by name, in order; those of the prefix, or of the suffix.
       run_block: (block, x_TD, *of_block) -> (x_TD, output).
       x_TD: hidden states before the first block.
       of_blocks: {stack: tuple of pytrees with a leading axis L}: each block's own arguments `of_block`.
@@ -172,14 +230,22 @@ def scan_blocks(
 
     def run_period(x_TD, period):
         outputs = {}
-        for name in stacks:
-            x_TD, outputs[name] = run(name, x_TD, *period[name])
+        for name, block in period.items():
+            x_TD, outputs[name] = run(name, x_TD, *block)
         return x_TD, outputs
 
-    if not unroll:
-        return jax.lax.scan(run_period, x_TD, blocks)
+    outputs = {}
+    for segment in by_segment(stacks):
+        periods = {name: blocks[name] for name in segment}
+        x_TD, outputs_L = (_unrolled if unroll else jax.lax.scan)(run_period, x_TD, periods)
+        outputs |= outputs_L
+    return x_TD, outputs
+
+
+def _unrolled(step: Callable, carry, inputs_L):
+    """Does what `jax.lax.scan` does, written out step by step."""
     outputs = []
-    for i in range(len(jax.tree.leaves(blocks)[0])):
-        x_TD, output = run_period(x_TD, jax.tree.map(lambda a, i=i: a[i], blocks))
+    for i in range(len(jax.tree.leaves(inputs_L)[0])):
+        carry, output = step(carry, jax.tree.map(lambda a, i=i: a[i], inputs_L))
         outputs.append(output)
-    return x_TD, jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)
+    return carry, jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)

@@ -26,9 +26,11 @@ class Transformer(Stacks):
         self.config = config
         self.embedding = matrix(rngs, (config.vocab_size, config.hidden_size), config, ("vocabulary", "width"))
         stacks = {}
-        for part, num_blocks in (("prefix", config.num_prefix_blocks), ("suffix", config.num_fast_blocks)):
-            if num_blocks:
-                stacks |= make_stacks(part, num_blocks, config, rngs, fast=part == "suffix")
+        kinds = config.mixers * (config.num_hidden_layers // len(config.mixers))
+        prefix, suffix = kinds[: config.num_prefix_blocks], kinds[config.num_prefix_blocks :]
+        for part, of_part in (("prefix", prefix), ("suffix", suffix)):
+            if of_part:
+                stacks |= make_stacks(part, of_part, config, rngs, fast=part == "suffix")
         self._set_stacks(stacks)
         self.final_norm = RMSNorm(config.hidden_size, config)
         if not config.tie_word_embeddings:

@@ -5,6 +5,7 @@ import jax
 from ttt_e2e import targets
 from ttt_e2e.config import Config
 from ttt_e2e.model import abstract_transformer
+from ttt_e2e.model.stacks import num_blocks
 
 
 def peak_flops() -> float | None:
@@ -21,9 +22,12 @@ def model_flops_per_token(config: Config) -> float:
     """
     model, seq_len = config.model, config.train.seq_len
     head = 2 * model.hidden_size * model.vocab_size
-    mixers = [stack.mixer.flops(seq_len) for stack in abstract_transformer(model).stacks.values()]
-    block = sum(mixers) / len(mixers) + 6 * model.hidden_size * model.intermediate_size
-    prefix, suffix = model.num_prefix_blocks * block, model.num_fast_blocks * block
+    transformer, mlp = abstract_transformer(model), 6 * model.hidden_size * model.intermediate_size
+
+    def of_blocks(stacks: dict) -> float:
+        return sum(num_blocks(stack) * (stack.mixer.flops(seq_len) + mlp) for stack in stacks.values())
+
+    prefix, suffix = of_blocks(transformer.prefix_stacks), of_blocks(transformer.suffix_stacks)
     if not model.num_fast_blocks:
         return 3 * (prefix + head)
     fast = model.num_fast_blocks * 6 * model.hidden_size * model.fast_intermediate_size

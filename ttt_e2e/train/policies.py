@@ -17,6 +17,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.inner import memory
 from ttt_e2e.inner.division import Division
 from ttt_e2e.model import abstract_transformer
+from ttt_e2e.model.stacks import num_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +118,8 @@ def prefix_bytes(config: Config, sequences: int, num_parts: int, divided: str) -
     parameters = [leaf for stack in stacks for leaf in jax.tree.leaves(nnx.state(stack))]
     num_weights = sum(leaf.size for leaf in parameters if leaf.ndim > 2)  # of all blocks: matrices, stacked
     fetched = share * num_weights * (2 * size + jnp.dtype(model.param_dtype).itemsize)
-    numbers = sum(stack.mixer.received(T // num_parts, num_parts) for stack in stacks) / len(stacks)
-    return fetched + model.num_prefix_blocks * 3 * sequences * numbers * size
+    numbers = sum(num_blocks(stack) * stack.mixer.received(T // num_parts, num_parts) for stack in stacks)
+    return fetched + 3 * sequences * numbers * size
 
 
 def free_bytes(params, mesh: Mesh) -> int:
