@@ -5,6 +5,7 @@ Shapes: `T` positions, `C` channels, `W` width of the convolution, `P` = (W - 1)
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 
 def causal_conv(x_TC, weight_CW, before_PC, *, dilation: int = 1):
@@ -26,3 +27,8 @@ def last_inputs(x_TC, before_PC, count=None):
     """
     inputs = jnp.concatenate([before_PC, x_TC.astype(before_PC.dtype)])
     return jax.lax.dynamic_slice_in_dim(inputs, len(x_TC) if count is None else count, len(before_PC))
+
+
+def conv_init(rngs: nnx.Rngs, shape: tuple[int, ...], W: int):
+    """Draws initial weights or biases of a convolution, uniform between -W^-1/2 and W^-1/2, as PyTorch does."""
+    return jax.random.uniform(rngs.params(), shape, minval=-(W**-0.5), maxval=W**-0.5)
