@@ -151,7 +151,7 @@ class KeyValueBinding(Mixer):
                 for x_T, scale, offset in zip((q_T, k_T), self.qk_scale[...], self.qk_offset[...], strict=True)
             )
             v_NTH = self._heads(jax.nn.silu(v_T))
-            controls = self._heads(controls_T.astype(self._dtype) + self.control_bias[...])
+            controls = self._heads((controls_T + self.control_bias[...]).astype(self._dtype))
             *rates, scale_NT = jnp.moveaxis(controls[..., :4], -1, 0)
             rates = Weights(*(jax.nn.softplus(rate_NT + math.log(math.expm1(BASE_RATE))) for rate_NT in rates))
             momentum_NT = jax.nn.sigmoid(controls[..., 4]) if self.fields.momentum else None
