@@ -29,6 +29,7 @@ from ttt_e2e.model import abstract_model
 from ttt_e2e.model.mixers import Context, make_mixer
 from ttt_e2e.model.mixers.ttt_kvb import BASE_RATE, KeyValueBinding
 from ttt_e2e.model.passes import DualPass, Pass
+from ttt_e2e.targets.products import matmul_flops
 
 N, CHUNK = 2, 8
 
@@ -201,9 +202,17 @@ def test_its_size():
     assert count == 4 * D**2 + D**2 // 4 + 4 * D * rank + (D + 1) * 20 + 4 * D + H
 
 
+@pytest.mark.usefixtures("float64")
+def test_its_flops_are_those_of_its_products():
+    """But for products of weights, which are folded here: they are constants."""
+    layer, T = make_layer(), 40
+    program = jax.jit(lambda x_TD: whole(layer, x_TD)).lower(inputs(T)).compile().as_text()
+    assert matmul_flops(program) == pytest.approx(T * layer.flops(T), rel=1e-12)
+
+
 def test_heads_that_do_not_fit_are_refused():
     for fields in ({"hidden_size": 12, "num_heads": 5}, {"hidden_size": 8, "num_heads": 4}):
-        model = TINY | {"mixer": "ttt_kvb", "hidden_size": fields["hidden_size"], "head_dim": 4}
+        model = TINY | {"mixer": "ttt_kvb", "hidden_size": fields["hidden_size"], "param_dtype": "float32"}
         config = from_config_dict({"model": model | {"ttt_kvb": {"num_heads": fields["num_heads"]}}}).model
         with pytest.raises(
             UserError, match=r"^config.model.ttt_kvb.num_heads is \d, but it must be a number that .* head_dim 4"
