@@ -4,9 +4,9 @@ The layer of LaCT (arXiv 2505.23884) as released for language models, without th
 queries, keys and values there: in a pattern such as "window,ttt_kvb" that is a layer of its own, as in TTT-E2E
 (arXiv 2512.23675). What the memory of a head is, and how it learns, is in kernels/key_value_binding/. Around it:
 
-    q, k, v    silu of projections; q and k are scaled and shifted by channel before. After, they are divided by their
-               norm in each head, and rotated (RoPE) at absolute positions, in groups of channels as wide as a head of
-               attention
+    q, k, v    silu of projections; q and k are scaled and shifted by channel before. After, they are rotated (RoPE) at
+               absolute positions, in groups of channels as wide as a head of attention, and divided by their norm in
+               each head
     rates      softplus(projection + bias), one for each token, head and matrix, about 0.001 initially
     momentum   sigmoid(projection + bias), one for each token and head
     output     RMSNorm in each head, times silu(projection + bias), one for each token and head; output projection
@@ -87,7 +87,7 @@ class KeyValueBinding(Mixer):
         self.control_bias = parameter(jnp.zeros(N * (4 + fields.momentum)), config, ("heads",))
 
         def first(*shape, gain=1.0):
-            """A matrix [in, out] for each head that keeps a vector's norm, times a gain."""
+            """A matrix [in, out] for each head that keeps a vector's norm, times a gain; divided over `data`, too."""
             value = jax.random.normal(rngs.params(), (N, *shape)) * (gain * shape[0] ** -0.5)
             return parameter(value, config, ("heads", "width", None), is_cast=False)
 
