@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttt_e2e.model.rope import rotate
+from ttt_e2e.model.rope import absolute_angles, rotate, rotate_by
 
 T, N, H = 7, 2, 8
 THETA = 10_000.0
@@ -77,3 +77,24 @@ def test_bfloat16_is_rotated_in_float32():
     wide = rotate(x_NTH.astype(jnp.float32), 257 + jnp.arange(T), theta=THETA, style="interleaved")
     assert narrow.dtype == jnp.bfloat16
     np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("style", STYLES)
+@given(start=st.integers(0, 2**31 - 1 - T))
+def test_absolute_angles_are_exact_to_a_fraction_of_a_turn(style, start):
+    """At position p they are off by 2^-33 p turns at most; so is the reference, of 53 bits, by less."""
+    x_NTH, positions_T = random_heads(), start + np.arange(T)
+    for dtype, rounding in ((jnp.float64, 1e-6), (jnp.float32, 1e-5)):
+        angles_TC = absolute_angles(jnp.asarray(positions_T), H, theta=THETA, dtype=dtype)
+        expected_NTH = rotate(x_NTH, jnp.asarray(positions_T), theta=THETA, style=style)
+        tolerance = 4 * (2 * np.pi * 2**-33 * start + rounding)
+        np.testing.assert_allclose(rotate_by(x_NTH, angles_TC, style=style), expected_NTH, rtol=0, atol=tolerance)
+
+
+def test_float32_positions_would_be_off_by_more():
+    position = jnp.asarray([2**21 - 1])
+    exact_C = np.exp(1j * np.asarray(position) * THETA ** (-np.arange(0, H, 2) / H))
+    angles_C = np.asarray(absolute_angles(position, H, theta=THETA, dtype=jnp.float32))[0]
+    assert np.max(np.abs(np.exp(1j * angles_C) - exact_C)) < 2e-3
+    naive_C = np.float32(position) * np.float32(THETA) ** np.float32(-np.arange(0, H, 2) / H)
+    assert np.max(np.abs(np.exp(1j * naive_C) - exact_C)) > 8e-3

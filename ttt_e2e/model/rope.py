@@ -1,6 +1,9 @@
-"""Rotary position embedding. Shapes: `T` positions, `N` heads, `H` head width."""
+"""Rotary position embedding. Shapes: `T` positions, `N` heads, `H` head width, `C` = H / 2 pairs of channels."""
+
+import math
 
 import jax.numpy as jnp
+import numpy as np
 
 from ttt_e2e.model.parameters import at_least_float32
 
@@ -13,9 +16,13 @@ def rotate(x_NTH, positions_T, *, theta: float, style: str):
     H = x_NTH.shape[-1]
     dtype = at_least_float32(x_NTH.dtype)
     frequencies = theta ** (-jnp.arange(0, H, 2, dtype=dtype) / H)
-    angles = positions_T.astype(dtype)[:, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    x = x_NTH.astype(dtype)
+    return rotate_by(x_NTH, positions_T.astype(dtype)[:, None] * frequencies, style=style)
+
+
+def rotate_by(x_NTH, angles_TC, *, style: str):
+    """Rotates channel pairs [..., T, H] by angles; `style` as in `rotate`."""
+    cos, sin = jnp.cos(angles_TC), jnp.sin(angles_TC)
+    x = x_NTH.astype(angles_TC.dtype)
     if style == "interleaved":
         a, b = x[..., 0::2], x[..., 1::2]
         rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
@@ -23,3 +30,15 @@ def rotate(x_NTH, positions_T, *, theta: float, style: str):
         a, b = jnp.split(x, 2, axis=-1)
         rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
     return rotated.astype(x_NTH.dtype)
+
+
+def absolute_angles(positions_T, H: int, *, theta: float, dtype):
+    """Computes the angles [T, C] of `rotate` modulo a turn, from 0, for positions up to 2^31 - 1.
+
+    In integers modulo 2^32, which are the turn: float32 products would be wrong by 0.06 rad at position 2M. Here the
+    frequencies are rounded, by at most 2^-33 turns a position, or 0.0015 rad at position 2M.
+    """
+    turns_C = theta ** (-np.arange(0, H, 2) / H) / (2 * math.pi)
+    steps_C = jnp.asarray(np.round(turns_C * 2**32).astype(np.uint32))
+    phase_TC = positions_T.astype(jnp.uint32)[:, None] * steps_C
+    return phase_TC.astype(dtype) * (2 * math.pi / 2**32)
