@@ -6,7 +6,6 @@ Shapes: `T` positions, `D` model width, `N` heads, `H` head width.
 """
 
 import dataclasses
-from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +13,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.inference.conftest import assert_same_state, learning_model, read_at_once, reader_of, some_tokens
-from tests.inner.conftest import b
-from tests.inner.test_exact import assert_equal, gradients
+from tests.inference.conftest import assert_same_state
 from tests.model.naive import rms_norm, rotate
 from tests.model.tiny import TINY
-from tests.test_own_mixer import divided
-from tests.tiny_run import tiny_run
 from ttt_e2e.config import from_config_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.state import load_state, save_state
 from ttt_e2e.kernels.key_value_binding import reference
 from ttt_e2e.model import abstract_model
 from ttt_e2e.model.mixers import Context, make_mixer
@@ -218,69 +212,3 @@ def test_heads_that_do_not_fit_are_refused():
             UserError, match=r"^config.model.ttt_kvb.num_heads is \d, but it must be a number that .* head_dim 4"
         ):
             abstract_model(config)
-
-
-# --------------------------------------------------------------------------------------------------- what all mixers do
-
-# Chunks of which some end within a mini-batch of 4, or last for two.
-ALONE = {"mixer": "ttt_kvb", "num_hidden_layers": 2, "num_fast_blocks": 1}
-ALONE |= {"ttt_kvb": {"num_heads": N, "low_rank": 2, "chunk_size": 6}}
-MIXED = {"mixer": "ttt_kvb,window", "num_hidden_layers": 2, "sliding_window": 6, "num_fast_blocks": 2}
-MIXED |= {"ttt_kvb": {"num_heads": N, "low_rank": 2, "chunk_size": 8}}
-COVER = {"alone": (ALONE, "store", "keep"), "mixed": (MIXED, "segment", "block")}
-
-
-@pytest.mark.parametrize("case", COVER)
-def test_the_meta_gradient_is_that_of_autodiff(case):
-    model, trajectory, remat = COVER[case]
-    inner = {"clip_norm": 0.5, "trajectory": trajectory, "remat": remat, "segment_length": 2}
-    expected = gradients({"gradient": "reference", "clip_norm": 0.5}, **model)
-    assert_equal(gradients(inner, **model), expected)
-
-
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("fields", [ALONE, MIXED | {"num_hidden_layers": 4}], ids=["alone", "mixed"])
-def test_read_in_pieces_and_decoded_as_at_once_and_a_state_saved(fields, tmp_path):
-    T = 6 * b
-    model, tokens_BT1 = learning_model(**fields), some_tokens(2, T)
-    expected, reader = read_at_once(model, tokens_BT1), reader_of(model)
-    state, nlls = reader.start(tokens_BT1[:, 0], 2), []
-    for piece in np.split(tokens_BT1[:, 1:], [3, b + 1, 3 * b, 3 * b + 2], axis=1):
-        state, nll_Bn = reader.read(state, piece)
-        nlls.append(nll_Bn)
-    np.testing.assert_allclose(np.concatenate(nlls, axis=1), expected.token_nll_T, rtol=1e-9)
-
-    state, decoded = reader.start(tokens_BT1[:, 0], 2), []
-    for t in range(1, T - 1):
-        state, _, nll_B = reader.step(state, lambda _, t=t: tokens_BT1[:, t])
-        decoded.append(nll_B)
-    np.testing.assert_allclose(np.stack(decoded, axis=1), expected.token_nll_T[:, : T - 2], rtol=1e-9)
-
-    save_state(tmp_path / "state", reader, state)  # in the middle of a mini-batch
-    restored = load_state(tmp_path / "state", reader)
-    assert_same_state(restored, state)
-    rest = tokens_BT1[:, T - 1 :]
-    np.testing.assert_array_equal(reader.read(restored, rest)[1], reader.read(state, rest)[1])
-
-
-@pytest.fixture(scope="module")
-def divided_over(token_store):
-    """Loss and gradient of a batch of a tiny run, by the shape of the mesh."""
-    dtypes = {"compute_dtype": "float64", "param_dtype": "float64", "initializer_range": 0.3}
-    fields = {"num_heads": 2, "low_rank": 4, "chunk_size": 16}
-    config = tiny_run(token_store, model={"mixer": "ttt_kvb", "num_fast_blocks": 1, "ttt_kvb": fields, **dtypes})
-
-    def over(mesh_shape):
-        with jax.enable_x64(True):
-            return divided(config, mesh_shape)
-
-    return cache(over)
-
-
-@pytest.mark.parametrize("mesh_shape", [(4, 2), (2, 4)])
-def test_divided_among_eight_devices(mesh_shape, divided_over):
-    """Over `model` 2 devices divide the 2 heads; 4 do not, and all have both."""
-    (loss, gradient), (other_loss, other) = divided_over((1, 1)), divided_over(mesh_shape)
-    np.testing.assert_allclose(other_loss, loss, rtol=1e-10)
-    errors = jax.tree.map(lambda a, e: np.max(np.abs(a - e)) / np.max(np.abs(e)), other, gradient)
-    assert max(jax.tree.leaves(errors)) < 1e-10, errors
