@@ -1,8 +1,19 @@
 """Every model of the TTT-E2E paper (arXiv 2512.23675), from 125M to 3B parameters, at 8k, 32k and 128k tokens.
 
-ARG is SIZE-KIND-CONTEXT: SIZE 125m, 350m, 760m, 1b or 3b; KIND e2e (window attention, and fast MLPs that learn while
-reading), swa (window attention alone) or full (full attention); CONTEXT 8k (pretraining), 32k or 128k (extension of
-an 8k run).
+ARG is SIZE-KIND-CONTEXT. SIZE is 125m, 350m, 760m, 1b or 3b. CONTEXT is 8k (pretraining), 32k or 128k (extension of an
+8k run). KIND is one of:
+
+    e2e         TTT-E2E: window attention, and in the last quarter of the blocks fast MLPs that learn while reading
+    e2e_hybrid  the same, with full attention in one of six prefix blocks: recall beside compression
+    full        full attention
+    swa         window attention alone
+    hybrid      full attention in one of six blocks, window attention in the others
+    mamba2      Mamba-2 and window attention by turns
+    gdn         Gated DeltaNet and window attention by turns
+    kvb         TTT with key-value binding (TTT-KVB) and window attention by turns
+
+All kinds of a size have about as many parameters (docs/mixers.md has the table). Mamba-2 and Gated DeltaNet have 6 D^2
+where attention has 4 D^2, and the MLPs of these models are narrower for it.
 
 Command:   ttt-e2e train --config=configs/paper.py:125m-e2e-8k --workdir=runs/125m-e2e-8k --config.data.path=STORE
            ttt-e2e train --config=configs/paper.py:125m-e2e-32k --workdir=runs/125m-e2e-32k --config.data.path=STORE
@@ -15,27 +26,44 @@ Expected:  the paper's results. The hyperparameters are the paper's; none of the
            code, so there is no number of ours to compare with.
 """
 
+from typing import NamedTuple
+
 from ml_collections import ConfigDict
 
 from ttt_e2e.config import default_config
 from ttt_e2e.errors import UserError
 
-# The 12 columns are, in order:
-#   model        blocks, width, heads, MLP width without fast MLPs, MLP width with them, fast blocks (the two MLP widths
-#                give about the same number of parameters)
-#   pretraining  steps, sequences of 8192 in a step, peak learning rate
-#   extension    steps, sequences in a step at 32k, sequences in a step at 128k
+
+class Size(NamedTuple):
+    """A size of the models. The MLP widths give about the same number of parameters."""
+
+    blocks: int
+    width: int
+    heads: int
+    mlp_width: int  # of models of attention alone
+    mlp_width_with_fast: int  # of models with fast MLPs, and of these MLPs
+    mlp_width_with_recurrence: int  # of models with Mamba-2 or Gated DeltaNet in every second block
+    fast_blocks: int
+    steps: int  # of pretraining
+    batch_8k: int  # sequences in a step
+    peak_rate: float  # learning rate of pretraining
+    extension_steps: int
+    batch_32k: int
+    batch_128k: int
+
+
 SIZES = {
-    "125m": (12, 768, 12, 2048, 1664, 3, 4_800, 64, 3e-3, 120, 32, 8),
-    "350m": (24, 1024, 16, 2816, 2304, 6, 13_500, 64, 1.5e-3, 337, 32, 8),
-    "760m": (24, 1536, 16, 4096, 3328, 6, 29_000, 64, 1.25e-3, 725, 32, 8),
-    "1b": (24, 2048, 32, 5376, 4352, 6, 50_000, 64, 1e-3, 1_250, 32, 8),
-    "3b": (32, 2560, 32, 6912, 5632, 8, 52_000, 128, 8e-4, 1_300, 64, 16),
+    "125m": Size(12, 768, 12, 2048, 1664, 1792, 3, 4_800, 64, 3e-3, 120, 32, 8),
+    "350m": Size(24, 1024, 16, 2816, 2304, 2432, 6, 13_500, 64, 1.5e-3, 337, 32, 8),
+    "760m": Size(24, 1536, 16, 4096, 3328, 3584, 6, 29_000, 64, 1.25e-3, 725, 32, 8),
+    "1b": Size(24, 2048, 32, 5376, 4352, 4608, 6, 50_000, 64, 1e-3, 1_250, 32, 8),
+    "3b": Size(32, 2560, 32, 6912, 5632, 6016, 8, 52_000, 128, 8e-4, 1_300, 64, 16),
 }
 # The source lists no batch at 128k but the 3B model's 16. The others keep the tokens per step of their own 32k run
 # (32 x 32k = 8 x 128k), as the 3B model does (64 x 32k = 16 x 128k); the number of steps is then the same too.
 
-KINDS = ("e2e", "swa", "full")
+KINDS = ("e2e", "e2e_hybrid", "full", "swa", "hybrid", "mamba2", "gdn", "kvb")
+RECURRENT = {"mamba2": "mamba2", "gdn": "gated_deltanet", "kvb": "ttt_kvb"}  # kind -> its mixer
 CONTEXTS = {"8k": 8_192, "32k": 32_768, "128k": 131_072}
 # Full attention over longer contexts needs slower rotations. A window of 8192 spans no more than at 8k, and keeps
 # 500_000.
@@ -52,8 +80,8 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     size, kind, context = parts
     config = default_config()
-    _model(config, size, kind, context)
-    _training(config, size, context)
+    _model(config, SIZES[size], kind, context)
+    _training(config, SIZES[size], context)
     _inner(config, kind)
 
     config.data.path = ""  # the token store: yours to give, --config.data.path=...
@@ -62,32 +90,47 @@ def get_config(arg: str = "") -> ConfigDict:
     return config
 
 
-def _model(config: ConfigDict, size: str, kind: str, context: str) -> None:
-    blocks, width, heads, mlp_width, mlp_width_with_fast, fast_blocks, *_ = SIZES[size]
-    model = config.model
+def _model(config: ConfigDict, size: Size, kind: str, context: str) -> None:
+    model, learns = config.model, kind.startswith("e2e")
     model.vocab_size = 128_256
-    model.hidden_size = width
-    model.num_hidden_layers = blocks
-    model.num_attention_heads = heads
-    model.intermediate_size = mlp_width_with_fast if kind == "e2e" else mlp_width
-    model.num_fast_blocks = fast_blocks if kind == "e2e" else 0
-    model.fast_intermediate_size = mlp_width_with_fast if kind == "e2e" else 0
+    model.hidden_size = size.width
+    model.num_hidden_layers = size.blocks
+    model.num_attention_heads = size.heads
+    model.intermediate_size = size.mlp_width_with_recurrence if kind in ("mamba2", "gdn") else size.mlp_width
+    if learns:
+        model.intermediate_size = model.fast_intermediate_size = size.mlp_width_with_fast
+        model.num_fast_blocks = size.fast_blocks
+    model.mixer = _mixers(size, kind)
+    if kind == "gdn":
+        # Keys are 3/4 of the width: so many heads that tensor parallelism can divide them.
+        model.gated_deltanet.head_dim = 96
     model.sliding_window = 0 if kind == "full" else 8_192
-    model.rope_theta = FULL_ATTENTION_ROPE_THETA[context] if kind == "full" else 500_000.0
+    has_full_attention = kind in ("full", "hybrid", "e2e_hybrid")
+    model.rope_theta = FULL_ATTENTION_ROPE_THETA[context] if has_full_attention else 500_000.0
     model.tie_word_embeddings = True
     model.param_dtype = "float32"
     model.compute_dtype = "bfloat16"
 
 
-def _training(config: ConfigDict, size: str, context: str) -> None:
-    *_, steps, batch, peak_rate, extension_steps, batch_32k, batch_128k = SIZES[size]
+def _mixers(size: Size, kind: str) -> str:
+    """The pattern of mixers; "" is the same in all blocks, by the window."""
+    if kind in RECURRENT:
+        return f"{RECURRENT[kind]},window"
+    if kind not in ("hybrid", "e2e_hybrid"):
+        return ""
+    num_prefix_blocks = size.blocks - (size.fast_blocks if kind == "e2e_hybrid" else 0)
+    one_of_six = ["attention" if i % 6 == 5 else "window" for i in range(num_prefix_blocks)]
+    return ",".join(one_of_six + ["window"] * (size.blocks - num_prefix_blocks))
+
+
+def _training(config: ConfigDict, size: Size, context: str) -> None:
     pretraining = context == "8k"
     train, optimizer = config.train, config.optimizer
     train.seq_len = CONTEXTS[context]
-    train.num_steps = steps if pretraining else extension_steps
-    train.global_batch_size = {"8k": batch, "32k": batch_32k, "128k": batch_128k}[context]
+    train.num_steps = size.steps if pretraining else size.extension_steps
+    train.global_batch_size = {"8k": size.batch_8k, "32k": size.batch_32k, "128k": size.batch_128k}[context]
     train.init_from = ""  # at 32k and 128k, the 8k run's checkpoint: yours to give, --config.train.init_from=...
-    optimizer.learning_rate = peak_rate if pretraining else 4e-4
+    optimizer.learning_rate = size.peak_rate if pretraining else 4e-4
     optimizer.end_learning_rate = 1e-5
     optimizer.warmup_steps = train.num_steps // 10
     optimizer.b1, optimizer.b2 = 0.9, 0.95
@@ -98,7 +141,7 @@ def _training(config: ConfigDict, size: str, context: str) -> None:
 def _inner(config: ConfigDict, kind: str) -> None:
     inner, train = config.inner, config.train
     # Without fast weights there is nothing to step, and a sequence's loss is the mean over all of its targets at once.
-    inner.mini_batch_size = 1_024 if kind == "e2e" else train.seq_len
+    inner.mini_batch_size = 1_024 if kind.startswith("e2e") else train.seq_len
     inner.learning_rate = 1.0
     inner.clip_norm = 1.0
     inner.warmup_init = 0.1

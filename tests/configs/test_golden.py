@@ -14,7 +14,7 @@ from ttt_e2e.flags import load_config_file
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOLDEN = Path(__file__).parent / "golden"
-PAPER = ("125m-e2e-8k", "1b-swa-32k", "3b-full-128k", "3b-e2e-128k", "760m-full-8k")
+PAPER = ("125m-e2e-8k", "1b-swa-32k", "3b-full-128k", "3b-e2e-128k", "760m-full-8k", "3b-gdn-8k", "3b-e2e_hybrid-32k")
 GOLDEN_ARGS = [*(("paper", arg) for arg in PAPER), *(("quickstart", arg) for arg in ("e2e", "window", "full"))]
 
 

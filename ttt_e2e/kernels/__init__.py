@@ -1,4 +1,4 @@
-"""Hand-written array programs: window attention, as one operation that several backends compute."""
+"""Hand-written array programs: window attention, which several backends compute, and recurrences by chunks."""
 
 from ttt_e2e.kernels.attention.window_attention import window_attention
 
