@@ -23,8 +23,10 @@ from ttt_e2e.train.steps import init_state
 WINDOW = 256
 # The models that are measured by default, (fields of the model, mini-batch): of about equally many parameters.
 _SHAPE = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+_LEARNS = {"intermediate_size": 256, "num_fast_blocks": 1, "sliding_window": WINDOW}
 BUILT_IN = {
-    "e2e": ({"intermediate_size": 256, "num_fast_blocks": 1, "sliding_window": WINDOW}, 64),
+    "e2e": (_LEARNS, 64),
+    "e2e_hybrid": (_LEARNS | {"mixer": "window,attention,window,window"}, 64),
     "window": ({"intermediate_size": 320, "sliding_window": WINDOW}, 256),
     "full": ({"intermediate_size": 320}, 256),
 }
@@ -58,7 +60,7 @@ def run(
 
     Args:
       output: directory for the results.
-      configs: config files, FILE.py[:ARG], or the small built-in models e2e, window and full.
+      configs: config files, FILE.py[:ARG], or the small built-in models e2e, e2e_hybrid, window and full.
       context_lengths: in tokens, multiples of the models' mini-batches.
       new_tokens: to generate after each context, rounded up to whole mini-batches: each bears its share of inner steps.
       batch: sequences at once.
