@@ -89,6 +89,14 @@ WRITTEN = {
         ),
         2 * 8 * 1024 * 192 * 768,
     ),
+    "cuBLAS, a triangular system": (
+        program(
+            "  %a = f32[5,64,64]{2,1,0} parameter(0)\n  %b = f32[5,64,288]{1,2,0} parameter(1)\n"
+            "  %x = (f32[5,64,288]{1,2,0}, s8[2560]{0}) custom-call(%a, %b), "
+            'custom_call_target="__cublas$triangularSolve", backend_config={"left_side":true,"lower":true}'
+        ),
+        5 * 64 * 64 * 288,
+    ),
     "Triton": (
         program("  %x = f32[2048,16032]{1,0} fusion(%a, %b), kind=kCustom, calls=%nested", FUSED),
         2 * 2048 * 192 * 16032,

@@ -1,7 +1,7 @@
 """Counts the FLOPs of a compiled program's matrix products, which each platform's compiler writes in its own way.
 
-CPU: `dot`. NVIDIA: `dot` in fusions, calls of cuBLAS, and cuDNN's attention. TPU: `convolution`, and Pallas kernels
-that declare their cost. A multiplication and an addition count as two.
+CPU: `dot`. NVIDIA: `dot` in fusions, calls of cuBLAS (triangular systems, too), and cuDNN's attention. TPU:
+`convolution`, and Pallas kernels that declare their cost. A multiplication and an addition count as two.
 """
 
 import re
@@ -14,6 +14,7 @@ from ttt_e2e.targets import marks
 from ttt_e2e.targets.program import Array, Instruction, Program, sizes
 
 GEMM = "__cublas"  # beginning of the targets of cuBLAS's calls
+TRIANGULAR = "__cublas$triangularSolve"
 ATTENTION_PRODUCTS = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}  # products of queries by keys in size
 _KERNELS = re.compile(r"^__cu|mosaic|triton|tpu_custom_call")  # CUDA's libraries, Pallas
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
@@ -82,6 +83,8 @@ def _dot(instruction: Instruction, result: Array, operands: list[Array]) -> int:
 def _call(instruction: Instruction, result: Array, operands: list[Array]) -> int:
     """FLOPs of a custom call: of cuBLAS, of cuDNN's attention, or of a kernel that states its cost; else 0."""
     target = call_target(instruction)
+    if target == TRIANGULAR:  # each of the n unknowns of a column is a sum over those before it
+        return prod(result.shape) * operands[0].shape[-1]
     if target.startswith(GEMM):
         return _dot(instruction, result, operands)
     if target in ATTENTION_PRODUCTS:
