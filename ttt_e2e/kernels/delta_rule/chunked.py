@@ -4,8 +4,8 @@ Within a chunk, with d_t the decay from its beginning, d_ts that from s to t, an
 
     u_t + sum over s < t of beta_t d_ts (k_t k_s) u_s = beta_t v_t - beta_t d_t S^T k_t
 
-is a triangular system of equations. It is solved for both terms on the right at once, of which the second is linear in
-S. This and all products of tokens with tokens are computed for a *group* of chunks at a time. Then a scan over these
+is a triangular system of equations. Its matrix is inverted, for both terms on the right, of which the second is linear
+in S. This and all products of tokens with tokens are computed for a *group* of chunks at a time. Then a scan over these
 chunks has only products with the state left to do:
 
     u = (solution for v) - (solution for k) S       o_t = d_t S^T q_t + sum over s <= t of d_ts (q_t k_s) u_s
@@ -61,10 +61,9 @@ def _group(state_NKV, q_NGQK, k_NGQK, v_NGQV, beta_NGQ, log_decay_NGQ):
     to_end = jnp.exp(since_start[..., -1:] - since_start)[..., None]
 
     overlaps = beta_NGQ[..., None] * decays * product("ngtk,ngsk->ngts", k_NGQK, k_NGQK)
-    system = jnp.where(jnp.tril(jnp.ones((Q, Q), bool), -1), overlaps, 0) + jnp.eye(Q, dtype=wide)
-    right = jnp.concatenate([v_NGQV.astype(wide), from_start * k_NGQK], axis=-1) * beta_NGQ[..., None]
-    solved = jax.scipy.linalg.solve_triangular(system, right, lower=True, unit_diagonal=True)
-    of_values, of_keys = jnp.split(solved, [v_NGQV.shape[-1]], axis=-1)
+    inverse = inverse_of_unit_lower(jnp.where(jnp.tril(jnp.ones((Q, Q), bool), -1), overlaps, 0)).astype(dtype)
+    of_values = product("ngts,ngsv->ngtv", inverse, (beta_NGQ[..., None] * v_NGQV).astype(dtype))
+    of_keys = product("ngts,ngsk->ngtk", inverse, (beta_NGQ[..., None] * from_start * k_NGQK).astype(dtype))
 
     scores = (decays * product("ngtk,ngsk->ngts", q_NGQK, k_NGQK)).astype(dtype)
     queries, keys = (from_start * q_NGQK).astype(dtype), (to_end * k_NGQK).astype(dtype)
@@ -79,3 +78,25 @@ def _group(state_NKV, q_NGQK, k_NGQK, v_NGQV, beta_NGQ, log_decay_NGQ):
     chunks = (of_values, of_keys, scores, queries, keys, from_start[..., -1, 0])
     state_NKV, o_GNQV = jax.lax.scan(step, state_NKV, jax.tree.map(lambda a: a.swapaxes(0, 1), chunks))
     return state_NKV, o_GNQV.swapaxes(0, 1)
+
+
+def inverse_of_unit_lower(lower):
+    """Inverts I + `lower` [..., Q, Q], whose entries on and above the diagonal are not read.
+
+    By products of blocks of 1, 2, 4, ... rows: the inverse of [[A, 0], [C, B]] is [[A', 0], [-B' C A', B']]. A solver
+    of triangular systems would be a call of a library on most platforms, for matrices too small to be worth one; on
+    CPUs with few cores such calls inside of a scan have been seen to wait for each other without end.
+    """
+    *lead, Q, _ = lower.shape
+    padded = 1 << (Q - 1).bit_length()
+    lower = jnp.pad(lower, [(0, 0)] * len(lead) + [(0, padded - Q)] * 2)
+    inverses = jnp.ones((*lead, padded, 1, 1), lower.dtype)  # of the blocks on the diagonal
+    size = 1
+    while size < padded:
+        pairs = padded // (2 * size)
+        below = lower.reshape(*lead, pairs, 2, size, pairs, 2, size)[..., 1, :, :, 0, :]
+        C = jnp.moveaxis(jnp.diagonal(below, axis1=-4, axis2=-2), -1, -3)
+        A, B = jnp.moveaxis(inverses.reshape(*lead, pairs, 2, size, size), -3, 0)
+        rows = jnp.concatenate([A, jnp.zeros_like(A)], -1), jnp.concatenate([-B @ C @ A, B], -1)
+        inverses, size = jnp.concatenate(rows, -2), 2 * size
+    return inverses[..., 0, :Q, :Q]
