@@ -1,5 +1,6 @@
 """Any mesh computes what one device computes, and every array lives where the table says."""
 
+from dataclasses import dataclass
 from functools import cache
 
 import jax
@@ -75,6 +76,28 @@ def test_every_mesh_gives_the_single_device_step(data, model, heads, eighths, wi
         assert f"f32[8,1,16,{width}]" not in step.as_text()
     # Each device reads its own sequences, and no others.
     assert matmul_flops(step.as_text()) * 8 <= eighths * matmul_flops(step_1.as_text())
+
+
+@dataclass(frozen=True)
+class TPUChip:
+    """What JAX asks of a device to place it in a mesh."""
+
+    id: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+
+def test_a_mesh_that_splits_an_axis_of_a_tpu_slice():
+    """16 x 2 devices of a torus of 4 x 8, which `jax.make_mesh` refuses."""
+    mesh = make_mesh(MeshConfig(data=16, model=2), [TPUChip(i, (i // 8, i % 8, 0)) for i in range(32)])
+    assert dict(mesh.shape) == {"data": 16, "model": 2}
+    chips = list(mesh.devices.flat)
+    assert sorted(chip.id for chip in chips) == list(range(32))
+    for left, right in zip(chips[::2], chips[1::2]):  # those of one sequence are neighbours of the torus
+        assert abs(np.subtract(left.coords, right.coords)).sum() in (1, 7)
 
 
 def test_parameters_and_optimizer_state_are_sharded_over_both_axes(config):

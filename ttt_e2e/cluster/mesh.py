@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -40,8 +41,9 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         raise UserError(
             f"config.mesh is data={config.data} x model={config.model}, which does not fit {len(devices)} device(s)"
         )
-    shape = (data, config.model)
-    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:size])
+    # Axes of a TPU slice may be split: 16 x 2 is a mesh of a 4 x 8 torus, too.
+    placed = create_device_mesh((data, config.model), devices[:size], allow_split_physical_axes=True)
+    return Mesh(placed, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 def shardings(tree, mesh: Mesh, model: ModelConfig):
