@@ -2,10 +2,13 @@
 
 import random
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from tests.model.tiny import tiny_model
 from ttt_e2e.config import ModelConfig
-from ttt_e2e.model import abstract_transformer
+from ttt_e2e.model import abstract_transformer, stacks
 from ttt_e2e.model.stacks import Segment, num_blocks, segments_of
 
 WWA = ("window", "window", "attention")
@@ -36,11 +39,29 @@ def test_segments_are_the_blocks_in_order():
         assert sum(len(segment.pattern) for segment in segments) <= len(kinds)
 
 
+@pytest.mark.parametrize("mixer", ["window", "window,attention"])
+def test_a_period_of_several_blocks_is_recomputed_one_by_one(mixer, monkeypatch):
+    """Each behind a barrier; otherwise compilers recompute them all at once, and hold the residuals of all."""
+    barriers, checkpoint = [], jax.checkpoint
+
+    def recorded(run, *, prevent_cse, **options):
+        barriers.append(prevent_cse)
+        return checkpoint(run, prevent_cse=prevent_cse, **options)
+
+    model = tiny_model(
+        num_hidden_layers=4, sliding_window=4, mixer=mixer, param_dtype="float32", compute_dtype="float32"
+    )
+    monkeypatch.setattr(stacks.jax, "checkpoint", recorded)
+    transformer = model.merge()
+    jax.eval_shape(lambda: transformer.run_prefix(transformer.embed(jnp.arange(8))))
+    assert barriers and set(barriers) == {"," in mixer}
+
+
 def test_stacks_are_named_in_the_order_in_which_they_run():
     kinds = "window,window,attention,window,window,attention"
     model = abstract_transformer(ModelConfig(num_hidden_layers=6, num_fast_blocks=2, sliding_window=8, mixer=kinds))
-    stacks = {name: (stack.kind, num_blocks(stack), stack.segment) for name, stack in model.stacks.items()}
-    assert stacks == {
+    blocks = {name: (stack.kind, num_blocks(stack), stack.segment) for name, stack in model.stacks.items()}
+    assert blocks == {
         "prefix_0": ("window", 2, 0),
         "prefix_1": ("attention", 1, 1),
         "prefix_2": ("window", 1, 1),

@@ -225,13 +225,13 @@ def scan_blocks(
     def run(name, x_TD, state, of_block):
         return run_block(nnx.merge(graphdefs[name], fetch(name, state)), x_TD, *of_block)
 
-    if remat:
-        run = jax.checkpoint(run, static_argnums=0, prevent_cse=False)
-
     def run_period(x_TD, period):
+        # In reverse, a period of several blocks would recompute them all at once, as nothing orders them; the barrier
+        # of `prevent_cse` makes each wait for the cotangent of the next.
+        run_one = jax.checkpoint(run, static_argnums=0, prevent_cse=len(period) > 1) if remat else run
         outputs = {}
         for name, block in period.items():
-            x_TD, outputs[name] = run(name, x_TD, *block)
+            x_TD, outputs[name] = run_one(name, x_TD, *block)
         return x_TD, outputs
 
     outputs = {}
