@@ -3,7 +3,7 @@
 from ttt_e2e.errors import UserError
 
 # The palette of Okabe and Ito, which people with colour vision deficiency can tell apart.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
 STYLE = {
     "font.size": 10,
@@ -31,6 +31,18 @@ def require_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise UserError("a report needs matplotlib, which is not installed: pip install 'ttt-e2e[plot]'") from None
+
+
+MOST_INSIDE = 6  # curves whose legend has room in a panel
+
+
+def add_legend(figure, panel) -> None:
+    """Adds the legend of a panel's curves, in it, or beside the panels if there are many."""
+    handles, labels = panel.get_legend_handles_labels()
+    if len(handles) <= MOST_INSIDE:
+        panel.legend()
+    else:
+        figure.legend(handles, labels, loc="outside right upper")
 
 
 def make_figure(**options):

@@ -62,6 +62,21 @@ def test_sentencepiece_round_trip(piece_tokenizer):
     check()
 
 
+@pytest.mark.parametrize("name", ["pieces", "bytes"])
+def test_bytes_of_ids_add_up_to_those_of_the_text(name, piece_tokenizer):
+    tokenizer = {"pieces": piece_tokenizer, "bytes": ByteTokenizer()}[name]
+    num_bytes = tokenizer.num_bytes()
+    assert num_bytes.shape == (tokenizer.vocab_size,) and num_bytes[tokenizer.bos_id] == 0
+
+    @quick
+    @given(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \t\n\r▁<>0123abc_():"))))
+    @example(SOURCE)
+    def check(text):
+        assert num_bytes[tokenizer.encode(text)].sum() == len(text.encode())
+
+    check()
+
+
 def test_sentencepiece_round_trip_and_compression_on_source_code(piece_tokenizer):
     for text in library_texts(40):
         ids = piece_tokenizer.encode(text)

@@ -211,6 +211,56 @@ def test_every_number_of_a_result_is_in_its_figure(tmp_path, run_index):
     assert texts == ["25%"] * count + ["+0.50"] * count + ["-0.12"] * count
 
 
+def test_several_runs_are_compared_with_the_first_at_each_length(tmp_path):
+    workdirs = [
+        evaluate_long_contexts(make_run(tmp_path / "a"), (512, 1024, 2048), learns=False),
+        evaluate_long_contexts(make_run(tmp_path / "b"), (1024, 2048, 4096)),
+    ]
+    _, bottom = evaluations()["context_lengths"].figure(read_runs(workdirs)).axes
+    assert bottom.get_title(loc="left") == "Difference from a at the same length"
+    first, second, without = [
+        line.get_xydata().tolist()
+        for line in bottom.get_lines()
+        if len(line.get_xdata()) > 2 or line.get_marker() == "o"
+    ]
+    assert first == [[512, 0], [1024, 0], [2048, 0]]
+    assert second == without == [[1024, 0.25], [2048, 0.25]]  # b's losses at 1024 are a's at 512
+
+
+def test_many_runs_have_a_legend_beside_the_panels_and_colours_of_their_own(tmp_path):
+    kinds = ("e2e", "window", "full")
+    runs = read_runs([make_run(tmp_path / f"run{i}", kind=kinds[i % 3]) for i in range(8)])
+    figure = evaluations()["token_losses"].figure(runs)
+    top, _ = figure.axes
+    assert top.get_legend() is None and len(figure.legends) == 1
+    assert len({line.get_color() for line in top.get_lines() if line.get_linestyle() == "-"} - {"#bbbbbb"}) == 8
+
+
+def test_costs_are_tabulated(tmp_path):
+    workdirs = [make_run(tmp_path / kind, kind=kind, evaluated=False) for kind in ("e2e", "window", "full")]
+    summary = write_report(workdirs, tmp_path / "report")
+    rows = {row["run"]: row for row in summary["rows"]}
+    position = 2 * 128 * 4  # bytes of the keys and values of one position in a block of width 128, float32
+    assert rows["full"]["state_bytes"] == 4 * T * position
+    assert rows["window"]["state_bytes"] == 4 * k * position
+    fast = 3 * 128 * 352 * 4
+    assert rows["e2e"]["state_bytes"] == 4 * k * position + fast
+    assert rows["e2e"]["tokens_per_second"] == pytest.approx(2e4, rel=0.02)
+    line = next(line for line in format_table(summary["rows"]).splitlines() if "4.194" in line)
+    assert line.split()[0] == "full" and "4.194" in " ".join(parse((tmp_path / "report/report.html").read_text()).text)
+
+
+def test_bits_per_byte_are_shown_where_there_are_any(tmp_path):
+    workdirs = [make_run(tmp_path / kind, kind=kind) for kind in ("e2e", "full")]
+    assert "bits/byte" not in format_table(write_report(workdirs, tmp_path / "none")["rows"])
+    metrics = workdirs[0] / "evaluation" / "metrics.json"
+    figures = {"bits_per_byte": 1.25, "bits_per_byte_without_learning": 1.5}
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | figures))
+    header, _, *lines = format_table(write_report(workdirs, tmp_path / "some")["rows"]).splitlines()
+    at = header.index("bits/byte") + len("bits/byte")
+    assert [line[:at].split()[-1] for line in lines[:4]] == ["1.2500", "1.5000", "-0.2500", "–"]
+
+
 @pytest.mark.parametrize("name, field", [("context_lengths", "lengths"), ("needle", "cells"), ("generation", "judge")])
 def test_a_result_of_another_form_is_named(tmp_path, name, field):
     workdir = evaluate_long_contexts(make_run(tmp_path / "run", steps=3))

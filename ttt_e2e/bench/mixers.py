@@ -8,7 +8,7 @@ from ttt_e2e.bench.meta_gradient import measure_gradient
 from ttt_e2e.cluster.mesh import make_mesh
 from ttt_e2e.config import MIXERS, Config, MeshConfig, from_config_dict, suggestion
 from ttt_e2e.errors import UserError
-from ttt_e2e.model import abstract_model, abstract_transformer
+from ttt_e2e.model import abstract_model, state_bytes
 from ttt_e2e.train.steps import make_gradient, take_policies
 
 E2E = "e2e"  # window attention, and a fast MLP in each block
@@ -57,7 +57,12 @@ def run(  # noqa: PLR0913 -- each is a flag
             del figures["trace_seconds"]
             _, params = abstract_model(config.model)
             sizes = {"num_parameters": sum(x.size for x in jax.tree.leaves(params)), "width": width, "batch": batch}
-            row = {"variant": name, "seq_len": length} | sizes | figures | {"state_bytes": _state_bytes(config, length)}
+            row = (
+                {"variant": name, "seq_len": length}
+                | sizes
+                | figures
+                | {"state_bytes": state_bytes(config.model, length)}
+            )
             rows.append(row)
     print(table.write(output, rows, "Mixers", notes=_notes(rows)))
     return rows
@@ -69,13 +74,6 @@ def _config(name: str, model: dict, train: dict, mini_batch: int) -> Config:
     fields = {"mixer": "window" if learns else name, "num_fast_blocks": model["num_hidden_layers"] if learns else 0}
     inner = {"mini_batch_size": min(mini_batch, train["seq_len"]) if learns else train["seq_len"]}
     return from_config_dict({"model": model | fields, "inner": inner, "train": train, "mesh": {"data": 1}})
-
-
-def _state_bytes(config: Config, length: int) -> int:
-    """Counts the bytes of what one sequence of this length has for a state: the mixers' States and its fast weights."""
-    _, params = abstract_model(config.model)
-    states = jax.eval_shape(lambda: abstract_transformer(config.model).empty(length))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((states, params["fast"])))
 
 
 def _notes(rows: list[dict]) -> str:

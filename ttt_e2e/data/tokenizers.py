@@ -39,6 +39,12 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes `ids` to text; BOS and ids outside the vocabulary are skipped."""
 
+    def num_bytes(self) -> np.ndarray:
+        """Counts the UTF-8 bytes of the text of each id, [vocab_size]; those of an encoded text add up to its own.
+
+        Ids that stand for no text, such as BOS, have 0.
+        """
+
 
 class ByteTokenizer:
     """Encodes text as UTF-8 bytes: ids 0 to 255, and 256 for BOS."""
@@ -54,6 +60,10 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes `ids` to text; malformed UTF-8 becomes U+FFFD, and ids that are no byte (BOS) are skipped."""
         return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
+
+    def num_bytes(self) -> np.ndarray:
+        """Counts 1 for each byte, and 0 for BOS."""
+        return (np.arange(self.vocab_size) < 256).astype(np.int64)
 
 
 class SentencePieceTokenizer:
@@ -93,6 +103,22 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes `ids` to text; BOS and other control pieces, and ids outside the vocabulary, are skipped."""
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+    def num_bytes(self) -> np.ndarray:
+        """Counts the UTF-8 bytes of the text of each piece, [vocab_size].
+
+        If the model puts a space before every text (`add_dummy_prefix`), so do the counts.
+        """
+        processor = self._processor
+
+        def count(i: int) -> int:
+            if processor.is_byte(i):
+                return 1
+            if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
+                return 0
+            return len(processor.id_to_piece(i).replace(_SPACE_MARK, " ").encode())
+
+        return np.array([count(i) for i in range(self.vocab_size)], np.int64)
 
 
 def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:

@@ -18,7 +18,7 @@ from ttt_e2e.evaluation.base import Evaluation, register
 from ttt_e2e.evaluation.plots import colors_of
 from ttt_e2e.evaluation.records import Records
 from ttt_e2e.evaluation.subject import Subject
-from ttt_e2e.figures import STYLE, make_figure
+from ttt_e2e.figures import STYLE, add_legend, make_figure
 from ttt_e2e.settings import setting
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class ContextLengths(Evaluation):
     caption = (
         "Loss by length of the context: the same last tokens of the same held-out stretches, as the context before "
         "them grows. Solid: as trained; dashed: the same model not learning. Bars: one standard error, over stretches. "
-        "Grey lines: the length that a model was trained at. What differs between lengths is in the lower panel."
+        "Grey lines: the length that a model was trained at. Lower panel: differences between lengths, or of several "
+        "runs, from the first of them at the same length."
     )
 
     def check(self, subject: Subject, settings: Settings) -> None:
@@ -123,13 +124,16 @@ class ContextLengths(Evaluation):
             figure = make_figure(figsize=(9, 6.4))
             top, bottom = figure.subplots(2, sharex=True, height_ratios=[3, 2])
             lengths = set()
-            for run, color in zip(runs, colors_of(runs)):
-                if result := run.results[self.name]:
-                    lengths |= _draw_run(top, bottom, run, result["lengths"], color)
+            with_result = [(run, color) for run, color in zip(runs, colors_of(runs)) if run.results[self.name]]
+            first, others = with_result[0][0], with_result[1:]
+            reference = {e["length"]: e["loss"] for e in first.results[self.name]["lengths"]} if others else None
+            for run, color in with_result:
+                lengths |= _draw_run(top, bottom, run, run.results[self.name]["lengths"], color, reference)
             top.set(title="Held-out loss of the same last tokens", ylabel="NLL (nats per token)")
             top.set_xscale("log", base=2)
-            top.legend()
-            bottom.set(title="Difference from the shortest length", ylabel="difference (nats)")
+            add_legend(figure, top)
+            against = f"{first.name} at the same length" if others else "the shortest length"
+            bottom.set(title=f"Difference from {against}", ylabel="difference (nats)")
             bottom.set_xlabel("length of the context (tokens)")
             bottom.set_xticks(sorted(lengths), [f"{length}" for length in sorted(lengths)])
             bottom.minorticks_off()
@@ -178,8 +182,11 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float | None, float | N
     return float(mean), None if error is None else float(error)
 
 
-def _draw_run(top, bottom, run: Run, entries: list[dict], color: str) -> set[int]:
-    """Draws one run's losses in the upper panel and differences in the lower; returns its context lengths."""
+def _draw_run(top, bottom, run: Run, entries: list[dict], color: str, reference: dict | None) -> set[int]:
+    """Draws one run's losses in the upper panel and differences in the lower; returns its context lengths.
+
+    reference: {length: loss} to draw the differences from; None = those of the run's own lengths.
+    """
     at = [entry["length"] for entry in entries]
     for suffix, style, label in (("", "-", run.name), ("_without_learning", "--", f"{run.name}, not learning")):
         if f"loss{suffix}" not in entries[0]:
@@ -187,7 +194,14 @@ def _draw_run(top, bottom, run: Run, entries: list[dict], color: str) -> set[int
         marks = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.6}
         marks |= {"color": color, "linestyle": style, "label": label}
         _draw(top, at, entries, f"loss{suffix}", f"standard_error{suffix}", marks)
-        _draw(bottom, at, entries, f"difference{suffix}", f"difference_standard_error{suffix}", marks)
+        if reference is None:
+            _draw(bottom, at, entries, f"difference{suffix}", f"difference_standard_error{suffix}", marks)
+            continue
+        # No bars: the losses of two runs on the same text err together, by how much is not in their results.
+        pairs = [(entry["length"], entry[f"loss{suffix}"], reference.get(entry["length"])) for entry in entries]
+        pairs = [(length, loss - other) for length, loss, other in pairs if None not in (loss, other)]
+        if pairs:
+            bottom.plot(*zip(*pairs), **{key: value for key, value in marks.items() if key != "capsize"})
     trained = run.config.train.seq_len
     if min(at) <= trained <= max(at):
         for panel in (top, bottom):

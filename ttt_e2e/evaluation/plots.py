@@ -6,7 +6,7 @@ Matplotlib is imported where it is used: it is an optional dependency.
 import numpy as np
 
 from ttt_e2e.evaluation.runs import Run
-from ttt_e2e.figures import COLORS, STYLE, make_figure
+from ttt_e2e.figures import COLORS, STYLE, add_legend, make_figure
 
 
 def training_figure(runs: list[Run]):
@@ -26,7 +26,7 @@ def training_figure(runs: list[Run]):
                 panels["loss"].plot(*held_out, color=color, label=f"{run.name}, held-out", **marks)
         panels["loss"].set(title="Loss while training", xlabel="step", ylabel="loss (nats per token)")
         panels["loss"].set_ylim(*_loss_limits(runs))
-        panels["loss"].legend()
+        add_legend(figure, panels["loss"])
         panels["grad"].set(title="Gradient norm, before clipping", xlabel="step", yscale="log")
         panels["grad"].yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))
         panels["grad"].yaxis.set_major_formatter("{x:g}")

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import os
+import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from ttt_e2e.config import ModelConfig, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation import token_losses
-from ttt_e2e.evaluation.base import Table, evaluations
+from ttt_e2e.evaluation.base import Table, evaluations, number
 from ttt_e2e.evaluation.plots import training_figure
 from ttt_e2e.evaluation.runs import Run, read_runs
 from ttt_e2e.figures import require_matplotlib
@@ -65,6 +66,8 @@ def format_table(rows: Sequence[dict]) -> str:
     """Formats the rows of `write_report` as plain-text tables for a terminal, each with a note on its columns."""
     notes = [textwrap.fill(note, 110) for note in _notes(rows)]
     parts = [_text_table(*_table(rows), NUM_WORD_COLUMNS), "\n".join(notes)]
+    costs = _costs(rows)
+    parts += [_text_table(costs.header, costs.lines, costs.num_words), textwrap.fill(costs.note, 110)]
     for table in _tables(rows).values():
         parts += [_text_table(table.header, table.lines, table.num_words), textwrap.fill(table.note, 110)]
     return "\n\n".join(filter(None, parts))
@@ -129,12 +132,15 @@ def _row(run: Run, sections: tuple[int, str]) -> dict:
     metrics = held_out.metrics if held_out else {}
     loss, without = metrics.get("loss"), metrics.get("loss_without_learning")
     num_parameters = _num_parameters(model)
+    speeds = [line["tokens_per_second"] for line in run.training if line.get("tokens_per_second")]
     return {
         "run": run.name,
         "kind": model_kind(model),
         "model": _describe(model),
         "size": f"{model.num_hidden_layers} x {model.hidden_size}, {num_parameters / 1e6:.2f}M",
         "num_parameters": num_parameters,
+        "state_bytes": _state_bytes(run),
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
         "step": metrics.get("step", run.training[-1]["step"]),
         "train_loss": run.training[-1]["loss"],
         "loss": loss,
@@ -142,6 +148,8 @@ def _row(run: Run, sections: tuple[int, str]) -> dict:
         "difference": None if without is None else loss - without,
         "token_loss": metrics.get("token_loss"),
         "token_loss_without_learning": metrics.get("token_loss_without_learning"),
+        "bits_per_byte": metrics.get("bits_per_byte"),
+        "bits_per_byte_without_learning": metrics.get("bits_per_byte_without_learning"),
         "num_sequences": metrics.get("num_sequences"),
         "seq_len": metrics.get("seq_len", run.config.train.seq_len),
         "by_position": _by_position(held_out, *sections) if held_out else [],
@@ -180,9 +188,9 @@ def model_kind(model: ModelConfig) -> str:
 
 def _describe(model: ModelConfig) -> str:
     kind = model_kind(model)
-    window = f"window {model.sliding_window}"
-    mixers = ", ".join(window if name == "window" else name for name in dict.fromkeys(model.mixers))
-    return mixers if kind == "window" else kind if kind == "full" else f"{kind}, {mixers}"
+    names = {"window": f"window {model.sliding_window}", "attention": "full attention"}
+    mixers = ", ".join(names.get(name, name) for name in dict.fromkeys(model.mixers))
+    return mixers if kind in ("window", "mixed") else kind if kind == "full" else f"{kind}, {mixers}"
 
 
 def _num_parameters(model: ModelConfig) -> int:
@@ -194,30 +202,58 @@ def _num_parameters(model: ModelConfig) -> int:
     return sum(parameter.size for parameter in jax.tree.leaves(params))
 
 
+def _state_bytes(run: Run) -> int:
+    from ttt_e2e.model import state_bytes
+
+    return state_bytes(run.config.model, run.config.train.seq_len)
+
+
+def _costs(rows: Sequence[dict]) -> Table:
+    """The table of what the models cost."""
+
+    def rounded(value: float | None) -> str:
+        return "–" if value is None else f"{value:,.0f}"
+
+    lines = []
+    for row in rows:
+        state = f"{row['state_bytes'] / 1e6:,.3f}"
+        words, numbers = [row["run"], row["model"]], [rounded(row["num_parameters"]), state, str(row["seq_len"])]
+        lines.append([*words, *numbers, rounded(row["tokens_per_second"])])
+    header = ["run", "model", "parameters", "state, MB", "after", "tokens/s"]
+    note = (
+        "State: what one sequence has read, after so many tokens: KV caches, recurrent states, fast weights. Tokens/s: "
+        "median of the logged training steps; it compares only runs of one machine."
+    )
+    return Table(header, lines, 2, note)
+
+
 def _table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the first table.
 
     A run has one line, or three where it was evaluated with and without learning.
     """
     names = next(([part["name"] for part in row["by_position"]] for row in rows if row["by_position"]), [])
-    header = ["run", "model", "size", "reading", "step", "loss", "token loss", *names]
+    has_bytes = any(row["bits_per_byte"] is not None for row in rows)
+    header = ["run", "model", "size", "reading", "step", "loss", "token loss", *["bits/byte"] * has_bytes, *names]
     lines = []
     for row in rows:
         begin = [row["run"], row["model"], row["size"]]
         if row["loss"] is None:
-            lines.append([*begin, "not evaluated", str(row["step"]), *["–"] * (2 + len(names))])
+            lines.append([*begin, "not evaluated", str(row["step"]), *["–"] * (len(header) - 5)])
             continue
         pairs = [
             (row["loss"], row["loss_without_learning"]),
             (row["token_loss"], row["token_loss_without_learning"]),
+            *[(row["bits_per_byte"], row["bits_per_byte_without_learning"])] * has_bytes,
             *((part["loss"], part["loss_without_learning"]) for part in row["by_position"]),
         ]
         has_both = row["loss_without_learning"] is not None
         reading = "learning" if has_both else "no fast weights"
-        lines.append([*begin, reading, str(row["step"]), *(f"{loss:.4f}" for loss, _ in pairs)])
+        lines.append([*begin, reading, str(row["step"]), *(number(loss) for loss, _ in pairs)])
         if has_both:
-            lines.append(["", "", "", "not learning", "", *(f"{without:.4f}" for _, without in pairs)])
-            lines.append(["", "", "", "difference", "", *(f"{loss - without:+.4f}" for loss, without in pairs)])
+            lines.append(["", "", "", "not learning", "", *(number(without) for _, without in pairs)])
+            differences = ("–" if without is None else f"{loss - without:+.4f}" for loss, without in pairs)
+            lines.append(["", "", "", "difference", "", *differences])
     return header, lines
 
 
@@ -229,6 +265,10 @@ def _notes(rows: Sequence[dict]) -> list[str]:
             parts.setdefault(part["name"], {})[f"{part['start']} to {part['stop'] - 1}"] = None
     described = [f"{name} {' or '.join(positions)}" for name, positions in parts.items()]
     notes = ["Size: blocks x width, parameters. Losses in nats per token of held-out text; lower is better."]
+    if any(row["bits_per_byte"] is not None for row in rows):
+        notes.append(
+            "Bits/byte: the same for each byte of the text; models of different tokenizers compare by it alone."
+        )
     if described:
         notes.append(f"Positions in context: {', '.join(described)}.")
     if any(row["loss_without_learning"] is not None for row in rows):
@@ -266,6 +306,7 @@ pre {{ overflow-x: auto; font-size: 0.8rem; }}
 <h1>{title}</h1>
 {table}
 <p class="note">{note}</p>
+{costs}
 {plots}
 <h2>Configurations</h2>
 {configs}
@@ -290,6 +331,7 @@ def _page(runs: list[Run], rows: list[dict], figures: dict[str, tuple[bytes, str
         title_of_table = html.escape(name.replace("_", " ").capitalize())
         note = f'<p class="note">{html.escape(table.note)}</p>'
         plots.append(f"<h2>{title_of_table}</h2>\n{_html_table(table.header, table.lines)}\n{note}")
+    costs = _costs(rows)
     configs = [
         f"<details><summary>{html.escape(run.name)}: {row['model']}, {row['size']}</summary>"
         f"<pre>{html.escape(json.dumps(to_dict(run.config), indent=2))}</pre></details>"
@@ -300,6 +342,7 @@ def _page(runs: list[Run], rows: list[dict], figures: dict[str, tuple[bytes, str
         num_words=NUM_WORD_COLUMNS,
         table=_html_table(*_table(rows)),
         note=html.escape(" ".join(_notes(rows))),
+        costs=f'{_html_table(costs.header, costs.lines)}\n<p class="note">{html.escape(costs.note)}</p>',
         plots="\n".join(plots),
         configs="\n".join(configs),
     )

@@ -6,6 +6,7 @@ Shapes: `B` sequences, `T` positions of a sequence.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,14 +15,16 @@ import numpy as np
 from etils import epath
 
 from ttt_e2e.config import Config
+from ttt_e2e.data.masking import is_target
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.base import Evaluation, read_result, register
 from ttt_e2e.evaluation.plots import colors_of
 from ttt_e2e.evaluation.subject import Subject
-from ttt_e2e.figures import STYLE, make_figure
+from ttt_e2e.figures import STYLE, add_legend, make_figure
 from ttt_e2e.runs.files import replace_text
 
 if TYPE_CHECKING:
+    from ttt_e2e.data.store import TokenStore
     from ttt_e2e.evaluation.runs import Run
 
 NAME = "token_losses"
@@ -100,7 +103,7 @@ class TokenLosses(Evaluation):
                     bottom.plot(positions[:shared], difference, style, color=color, linewidth=1.6)
             _draw_windows(runs, [top, bottom] if bottom else [top])
             top.set(title="Held-out loss by position in context", ylabel="NLL (nats per token)")
-            top.legend()
+            add_legend(figure, top)
             if bottom is not None:
                 bottom.set(title=f"Difference from {reference_label}", ylabel="difference (nats)")
             last = bottom or top
@@ -174,9 +177,37 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
     if config.model.num_fast_blocks:
         static = read(0.0, "evaluate without learning", "token_nll_without_learning")
         metrics |= {"loss_without_learning": static.loss, "token_loss_without_learning": static.token_loss}
+    metrics |= _bits_per_byte(config, store, metrics)
     if jax.process_index() == 0:
         _write(epath.Path(output), metrics, {name: np.concatenate(parts) for name, parts in nlls.items()})
     return metrics
+
+
+def _bits_per_byte(config: Config, store: TokenStore, metrics: dict) -> dict:
+    """Computes the bytes of the targets' text, and the loss in bits for each; {} where the tokenizer is not known.
+
+    Models with different tokenizers can be compared by it: they predict the same bytes.
+    """
+    from ttt_e2e.inference.prompts import find_tokenizer
+
+    try:
+        num_bytes_V = find_tokenizer(config).num_bytes()
+    except UserError:
+        return {}
+    # Models may have more ids than their tokenizer: these are never in a text.
+    num_bytes_V = np.pad(num_bytes_V, (0, config.model.vocab_size - len(num_bytes_V)))
+    num_bytes, B = 0, config.eval.batch_size
+    for start in range(0, metrics["num_sequences"], B):
+        rows = range(start, min(start + B, metrics["num_sequences"]))
+        targets = store.sequences(rows, metrics["seq_len"], config.model.vocab_size)[:, 1:]
+        num_bytes += int(num_bytes_V[targets][is_target(targets, config.data.bos_id)].sum())
+    if not num_bytes:
+        return {}
+    figures = {"num_bytes": num_bytes}
+    for suffix in ("", "_without_learning"):
+        if (loss := metrics.get(f"token_loss{suffix}")) is not None:
+            figures[f"bits_per_byte{suffix}"] = loss * metrics["num_tokens"] / math.log(2) / num_bytes
+    return figures
 
 
 def _write(output: epath.Path, metrics: dict, arrays: dict[str, np.ndarray]) -> None:

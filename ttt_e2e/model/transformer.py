@@ -6,6 +6,7 @@ written for one sequence; callers batch it with `jax.vmap`.
 
 from functools import lru_cache
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -13,7 +14,7 @@ from ttt_e2e.model.block import Block
 from ttt_e2e.model.loss import logits, token_nll
 from ttt_e2e.model.mixers import Context
 from ttt_e2e.model.norm import RMSNorm
-from ttt_e2e.model.parameters import Traits, list_traits, matrix, split
+from ttt_e2e.model.parameters import Traits, at_least_float32, list_traits, matrix, split
 from ttt_e2e.model.passes import FirstOrderPass, Pass
 from ttt_e2e.model.sequence_parts import SequenceParts
 from ttt_e2e.model.stacks import Stacks, make_stacks, scan_blocks
@@ -196,6 +197,14 @@ def parameter_traits(config) -> dict[str, Traits]:
             if name.startswith(f"slow.{stack_name}.{stack.label}."):
                 traits[name] = traits[name]._replace(num_heads=stack.mixer.num_heads)
     return traits
+
+
+def state_bytes(config, seq_len: int) -> int:
+    """Counts the bytes of what one sequence of `seq_len` tokens has read: the mixers' States and its fast weights."""
+    transformer = abstract_transformer(config)
+    states = jax.eval_shape(lambda: transformer.empty(seq_len))
+    fast = (w.size * at_least_float32(w.dtype).itemsize for w in jax.tree.leaves(abstract_model(config)[1]["fast"]))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(states)) + sum(fast)
 
 
 def abstract_model(config):
