@@ -82,7 +82,7 @@ def test_crossover_is_interpolated_from_the_last_change(costs, expected):
 
 
 BAD_INPUT = {
-    "--configs=e2x": "--configs=e2x: it takes config files, FILE.py[:ARG], and e2e, window, full",
+    "--configs=e2x": "--configs=e2x: it takes config files, FILE.py[:ARG], and e2e, e2e_hybrid, window, full",
     "--configs=no.py": "config file no.py does not exist",
     "--configs=": "--configs is empty",
     "--context_lengths=100": "--context_lengths=100: it takes multiples of 64, the mini-batch of e2e",
