@@ -9,15 +9,16 @@ from ttt_e2e.errors import UserError
 
 SIZES = {"width": 16, "num_heads": 2, "mlp_width": 24, "num_blocks": 1, "vocab": 31, "window": 8, "mini_batch": 8}
 LENGTHS = (16, 64)
+NAMES = ("attention", "window", "gated_deltanet", "e2e")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """{variant: its rows}, and the directory with the files."""
     directory = tmp_path_factory.mktemp("mixers")
-    rows = mixers.run(directory, mixers=("attention", "window", "e2e"), lengths=LENGTHS, repeats=1, **SIZES)
+    rows = mixers.run(directory, mixers=NAMES, lengths=LENGTHS, repeats=1, **SIZES)
     assert rows == json.loads((directory / "results.json").read_text())
-    return {name: [row for row in rows if row["variant"] == name] for name in ("attention", "window", "e2e")}, directory
+    return {name: [row for row in rows if row["variant"] == name] for name in NAMES}, directory
 
 
 def test_rows_are_mixers_at_every_length_with_figures(results):
@@ -26,7 +27,7 @@ def test_rows_are_mixers_at_every_length_with_figures(results):
         assert [row["seq_len"] for row in of_variant] == list(LENGTHS)
         assert all(value > 0 for row in of_variant for name, value in row.items() if name != "variant")
     text = (directory / "results.md").read_text()
-    assert text.count("times the time for 4 times the tokens") == 3
+    assert text.count("times the time for 4 times the tokens") == len(NAMES)
 
 
 def test_a_state_grows_with_the_sequence_for_full_attention_only(results):

@@ -32,7 +32,8 @@ def run(  # noqa: PLR0913 -- each is a flag
 ) -> list[dict]:
     """Measures loss and gradient of a small model of each mixer; writes the results to `output`, returns the rows.
 
-    All blocks of a model have the same mixer, with the defaults of its config section. The mixer `e2e` is `window` with
+    All blocks of a model have the same mixer, with the defaults of its config section, but for Gated DeltaNet's heads,
+    which are as many as those of attention. The mixer `e2e` is `window` with
     a fast MLP in every block, and the meta-gradient through an inner step on each `mini_batch` tokens.
 
     Returns:
@@ -71,6 +72,9 @@ def run(  # noqa: PLR0913 -- each is a flag
 def _config(name: str, model: dict, train: dict, mini_batch: int) -> Config:
     """The configuration of a model all of whose blocks have this mixer."""
     learns = name == E2E
+    if name == "gated_deltanet":
+        heads, width = model["num_attention_heads"], model["hidden_size"]
+        model = model | {name: {"num_heads": heads, "head_dim": max(1, 3 * width // (4 * heads))}}
     fields = {"mixer": "window" if learns else name, "num_fast_blocks": model["num_hidden_layers"] if learns else 0}
     inner = {"mini_batch_size": min(mini_batch, train["seq_len"]) if learns else train["seq_len"]}
     return from_config_dict({"model": model | fields, "inner": inner, "train": train, "mesh": {"data": 1}})
