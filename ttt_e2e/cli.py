@@ -154,17 +154,50 @@ def import_(argv: list[str]) -> None:
     """Convert a checkpoint of another program into ours."""
 
     def define(values):
-        flags.DEFINE_enum("source", None, ["official"], "Program that wrote it.", flag_values=values)
+        sources = ["official", "huggingface"]
+        flags.DEFINE_enum("source", None, sources, "Program that wrote it.", flag_values=values)
         _config(values)
-        string(values, "checkpoint", "The checkpoint to read.")
-        string(values, "output", "Checkpoint directory to write, for --checkpoint or config.train.init_from.")
+        string(values, "checkpoint", "The checkpoint to read; of Hugging Face, a directory with config.json.")
+        string(
+            values,
+            "output",
+            "Directory to write: of official, checkpoints, for --checkpoint or config.train.init_from; of huggingface, "
+            "a run, for --workdir too.",
+        )
 
     values, overrides = parse(argv, define, "ttt-e2e import: convert a checkpoint of another program.")
     _require(values, "source", "checkpoint", "output")
+    if values.source == "huggingface":
+        if values.config:
+            raise UserError(
+                f"--config is {values.config}, but the model's own config.json takes its place: leave it out"
+            )
+        from ttt_e2e.interop.huggingface import import_model
+
+        print(f"imported as {import_model(values.checkpoint, values.output, overrides)}")
+        return
     config = _resolve(values, overrides)
     from ttt_e2e.interop.official import import_checkpoint
 
     print(f"imported as {import_checkpoint(config, values.checkpoint, values.output)}")
+
+
+def export(argv: list[str]) -> None:
+    """Write a model in the form of another program."""
+
+    def define(values):
+        flags.DEFINE_enum("target", None, ["huggingface"], "Program to write it for.", flag_values=values)
+        _trained_model(values)
+        string(values, "output", "Directory to write.")
+
+    values, overrides = parse(argv, define, "ttt-e2e export: write a model in the form of another program.")
+    _require(values, "target", "output")
+    config = _resolve(values, overrides)
+    if not values.workdir:
+        _require(values, "checkpoint")
+    from ttt_e2e.interop.huggingface import export_model
+
+    print(f"exported to {export_model(config, values.checkpoint or values.workdir, values.output)}")
 
 
 def report(argv: list[str]) -> None:
@@ -224,6 +257,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "generate": generate,
     "import": import_,
+    "export": export,
     "report": report,
     "bench": bench,
 }

@@ -52,11 +52,27 @@ class ModelConfig:
         "Hugging Face weights.",
         choices=("interleaved", "half"),
     )
+    rope_scaling_factor: float = field(
+        0.0,
+        "factor by which slow rotations are slowed down, for longer contexts, as in Llama 3.1; 0 = off.",
+        least=0,
+    )
+    rope_low_freq_factor: float = field(
+        1.0, "rotations that turn less often than this within `rope_original_positions` are slow.", above=0
+    )
+    rope_high_freq_factor: float = field(
+        4.0,
+        "those that turn more often than this stay as they are; those in between are interpolated. Above "
+        "`rope_low_freq_factor`.",
+        above=0,
+    )
+    rope_original_positions: int = field(8192, "length of the context before scaling.", least=1)
     rms_norm_eps: float = field(1e-6, "epsilon of every RMSNorm, QK-norm included.", above=0)
     initializer_range: float = field(0.02, "standard deviation of the normal that every matrix starts from.", least=0)
     tie_word_embeddings: bool = field(
         True, "the head is the transposed embedding; otherwise it is a matrix of its own."
     )
+    attention_bias: bool = field(False, "queries, keys and values have biases.")
     qk_norm: bool = field(True, "RMSNorm over each query and key head, before RoPE.")
     post_norm: bool = field(
         True,

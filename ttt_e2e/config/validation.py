@@ -119,6 +119,12 @@ def _check_model(model: ModelConfig) -> None:
         f"a divisor of num_attention_heads {model.num_attention_heads}",
     )
     require(
+        model.rope_low_freq_factor < model.rope_high_freq_factor,
+        f"{at}.rope_high_freq_factor",
+        model.rope_high_freq_factor,
+        f"above rope_low_freq_factor {model.rope_low_freq_factor}",
+    )
+    require(
         model.num_fast_blocks <= model.num_hidden_layers,
         f"{at}.num_fast_blocks",
         model.num_fast_blocks,

@@ -93,6 +93,17 @@ def num_blocks(stack: Block) -> int:
     return stack.mlp_norm.weight.get_value().shape[0]
 
 
+def block_indices(stacks: dict[str, Block]) -> dict[str, list[int]]:
+    """Lists the indices of the blocks of each stack of the prefix or the suffix, in the order in which they run."""
+    indices, start = {}, 0
+    for segment in by_segment(stacks):
+        count = sum(num_blocks(stack) for stack in segment.values())
+        for i, name in enumerate(segment):
+            indices[name] = list(range(start + i, start + count, len(segment)))
+        start += count
+    return indices
+
+
 def by_segment(stacks: dict[str, Block]) -> list[dict[str, Block]]:
     """Groups the stacks of the prefix or the suffix by segments, in the order in which they run."""
     return [dict(group) for _, group in itertools.groupby(stacks.items(), key=lambda item: item[1].segment)]

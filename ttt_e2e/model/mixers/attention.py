@@ -21,10 +21,10 @@ from ttt_e2e.kernels.attention.one_query import Keys, attend_one
 from ttt_e2e.model import sequence_parts
 from ttt_e2e.model.mixers.base import Context, Mixer, register
 from ttt_e2e.model.norm import RMSNorm
-from ttt_e2e.model.parameters import matrix
+from ttt_e2e.model.parameters import matrix, vector
 from ttt_e2e.model.parts import copy_to_all
 from ttt_e2e.model.passes import Pass
-from ttt_e2e.model.rope import rotate
+from ttt_e2e.model.rope import Scaling, rotate
 
 
 class KeyValues(NamedTuple):
@@ -61,6 +61,9 @@ class Attention(Mixer):
         self.wk = matrix(rngs, (D, G * H), config, ("width", "heads"))
         self.wv = matrix(rngs, (D, G * H), config, ("width", "heads"))
         self.wo = matrix(rngs, (N * H, D), config, ("heads", "width"))
+        if config.attention_bias:
+            for name, heads in (("bq", N), ("bk", G), ("bv", G)):
+                setattr(self, name, vector(jnp.zeros(heads * H), config, "heads"))
         if config.qk_norm:
             self.q_norm = RMSNorm(H, config, "head_width")
             self.k_norm = RMSNorm(H, config, "head_width")
@@ -180,7 +183,11 @@ class Attention(Mixer):
         """Projects to queries [N, T, H], keys and values [G, T, H]: after QK-norm, before RoPE."""
         x_TD = copy_to_all(x_TD, self.is_divided)
         weights = {"attention.q": self.wq, "attention.k": self.wk, "attention.v": self.wv}
-        q_NTH, k_GTH, v_GTH = (self._heads(compute.product(name, x_TD, w[...])) for name, w in weights.items())
+        projected = [compute.product(name, x_TD, w[...]) for name, w in weights.items()]
+        if self.config.attention_bias:
+            biases = (b[...].astype(x_TD.dtype) for b in (self.bq, self.bk, self.bv))
+            projected = [compute.apply(lambda y, b=b: y + b, y) for y, b in zip(projected, biases)]
+        q_NTH, k_GTH, v_GTH = map(self._heads, projected)
         if self.config.qk_norm:
             q_NTH, k_GTH = compute.apply(self.q_norm, q_NTH), compute.apply(self.k_norm, k_GTH)
         return q_NTH, k_GTH, v_GTH
@@ -197,7 +204,12 @@ class Attention(Mixer):
         return self.wo.get_value().shape[-2] < self.config.num_attention_heads * self.config.head_dim
 
     def _rotated(self, x_NTH, positions_T):
-        return rotate(x_NTH, positions_T, theta=self.config.rope_theta, style=self.config.rope_style)
+        config = self.config
+        scaling = None
+        if config.rope_scaling_factor:
+            of_frequencies = config.rope_low_freq_factor, config.rope_high_freq_factor
+            scaling = Scaling(config.rope_scaling_factor, *of_frequencies, config.rope_original_positions)
+        return rotate(x_NTH, positions_T, theta=config.rope_theta, style=config.rope_style, scaling=scaling)
 
     def _heads(self, x_T):
         """Splits [T, N H] into heads [N, T, H]."""

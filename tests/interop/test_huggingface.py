@@ -1,0 +1,283 @@
+"""Models of Hugging Face in and out: the numbers that transformers gives, and the files to the bit.
+
+tests/data/huggingface has tiny models with random weights, norms and biases away from 1 and 0, and the logits that
+transformers computed with them (float32).
+"""
+
+import dataclasses
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ttt_e2e.checkpoints.params import load_params
+from ttt_e2e.cli import main
+from ttt_e2e.cluster.mesh import with_shardings
+from ttt_e2e.data.store import TokenWriter, write_attributes
+from ttt_e2e.errors import UserError
+from ttt_e2e.interop import huggingface, huggingface_config
+from ttt_e2e.model import abstract_model
+from ttt_e2e.model.parameters import merge
+from ttt_e2e.runs.directory import load_config
+
+safetensors = pytest.importorskip("safetensors.numpy")
+
+DATA = Path(__file__).parents[1] / "data" / "huggingface"
+CASES = sorted(path.name for path in DATA.iterdir())
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """{case: run directory}, through the command line."""
+    runs = {}
+    for case in CASES:
+        runs[case] = tmp_path_factory.mktemp("imported") / case
+        arguments = ["--source=huggingface", f"--checkpoint={DATA / case / 'model'}", f"--output={runs[case]}"]
+        assert main(["import", *arguments]) == 0
+    return runs
+
+
+def load(run):
+    config = load_config(run)
+    graphdef, abstract = abstract_model(config.model)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = load_params(run, with_shardings(abstract, device))
+    return config, merge(graphdef, params["fast"], params["slow"])
+
+
+def logits(model, tokens_BT):
+    run = jax.jit(jax.vmap(lambda tokens_T: model.logits(model.run_prefix(model.embed(tokens_T)))))
+    return run(tokens_BT)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(case, imported):
+    _, model = load(imported[case])
+    with np.load(DATA / case / "golden.npz") as golden:
+        np.testing.assert_allclose(logits(model, golden["tokens"]), golden["logits"], rtol=0, atol=2e-4)
+
+
+CONTROLS = {
+    "llama3_scaled_rope": {"rope_scaling_factor": 0.0},
+    "llama2_tied_mha": {"rope_style": "interleaved"},
+    "qwen2_bias": {"rope_theta": 10_000.0},
+    "qwen3_qk_norm": {"rms_norm_eps": 1e-2},
+    "mistral_window": {"sliding_window": 17},
+    "qwen3_hybrid_layers": {"mixer": "attention,window,window"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_another_convention_is_seen(case, imported, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(imported[case], run)
+    config = json.loads((run / "config.json").read_text())
+    config["model"] |= CONTROLS[case]
+    (run / "config.json").write_text(json.dumps(config))
+    _, model = load(run)
+    with np.load(DATA / case / "golden.npz") as golden:
+        assert np.abs(logits(model, golden["tokens"]) - golden["logits"]).max() > 1e-2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nll_through_the_command_line(case, imported, tmp_path):
+    with np.load(DATA / case / "golden.npz") as golden:
+        tokens_T1, logits_T1V = golden["tokens"][0], golden["logits"][0]
+    T = len(tokens_T1) - 1
+    writer = TokenWriter(tmp_path / "store", "val", 96)
+    writer.append(tokens_T1)
+    writer.close()
+    write_attributes(tmp_path / "store", {"vocab_size": 96})
+    sizes = {"train.seq_len": T, "inner.mini_batch_size": T, "eval.batch_size": 1, "mesh.data": 1, "data.bos_id": 0}
+    overrides = [f"--config.{name}={value}" for name, value in sizes.items()]
+    overrides += [f"--config.data.path={tmp_path / 'store'}"]
+    assert main(["evaluate", f"--workdir={imported[case]}", f"--output={tmp_path / 'out'}", *overrides]) == 0
+    [nll_T] = np.load(tmp_path / "out" / "token_nll.npy")
+    expected_TV = jax.nn.log_softmax(logits_T1V[:-1])
+    np.testing.assert_allclose(nll_T, -expected_TV[np.arange(T), tokens_T1[1:]], rtol=0, atol=1e-4)
+
+
+def tensors_of(directory) -> dict:
+    return {k: v for file in sorted(directory.glob("*.safetensors")) for k, v in safetensors.load_file(file).items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exported_again_it_is_equal_to_the_bit(case, imported, tmp_path):
+    arguments = ["--target=huggingface", f"--workdir={imported[case]}", f"--output={tmp_path / 'out'}"]
+    assert main(["export", *arguments]) == 0
+    ours, theirs = tensors_of(tmp_path / "out"), tensors_of(DATA / case / "model")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(ours[name], tensor)
+    read = [json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", DATA / case / "model")]
+    assert huggingface_config.to_model(read[0]) == huggingface_config.to_model(read[1])
+    assert read[0]["model_type"] == read[1]["model_type"]
+
+
+def test_several_files_where_one_would_be_large(imported, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface.safetensors_files, "MAX_FILE_BYTES", 40_000)
+    run = imported["llama3_scaled_rope"]
+    huggingface.export_model(load_config(run), run, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    huggingface.import_model(tmp_path / "out", tmp_path / "run", [])
+    _, model = load(tmp_path / "run")
+    with np.load(DATA / "llama3_scaled_rope" / "golden.npz") as golden:
+        np.testing.assert_allclose(logits(model, golden["tokens"]), golden["logits"], rtol=0, atol=2e-4)
+
+
+def test_a_model_that_rotates_adjacent_pairs_is_exported_in_halves(imported, tmp_path):
+    """The same logits from the reordered channels."""
+    run = tmp_path / "run"
+    shutil.copytree(imported["qwen3_qk_norm"], run)
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["rope_style"] = "interleaved"
+    (run / "config.json").write_text(json.dumps(config))
+    _, model = load(run)
+    huggingface.export_model(load_config(run), run, tmp_path / "out")
+    huggingface.import_model(tmp_path / "out", tmp_path / "again", [])
+    _, again = load(tmp_path / "again")
+    tokens = np.random.default_rng(0).integers(0, 96, (1, 40))
+    np.testing.assert_allclose(logits(again, tokens), logits(model, tokens), rtol=0, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- traps
+
+
+def damaged(tmp_path, case="llama3_scaled_rope") -> Path:
+    shutil.copytree(DATA / case / "model", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_tensors(directory, change) -> None:
+    tensors = safetensors.load_file(directory / "model.safetensors")
+    change(tensors)
+    safetensors.save_file(tensors, directory / "model.safetensors")
+
+
+def change_config(directory, **fields) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | fields))
+
+
+DOWN, Q = "model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+TENSORS = {
+    "transposed": (
+        lambda t: t.update({DOWN: np.ascontiguousarray(t[DOWN].T)}),
+        r"down_proj.weight' in .* is \[80, 48\], but the model makes it \[48, 80\]",
+    ),
+    "missing": (lambda t: t.pop(DOWN), r"has no tensor 'model.layers.1.mlp.down_proj.weight', \[48, 80\]"),
+    "extra": (lambda t: t.update(extra=np.zeros(3, np.float32)), "has no place for tensors of .*: extra"),
+    "integers": (lambda t: t.update({DOWN: t[DOWN].astype(np.int32)}), "down_proj.weight' in .* is I32, no floats"),
+    "another width": (
+        lambda t: t.update({Q: t[Q][:24]}),
+        r"q_proj.weight' in .* is \[24, 48\], but the model makes it \[48, 48\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("trap", TENSORS)
+def test_tensors_that_do_not_fit_are_named(trap, tmp_path):
+    change, message = TENSORS[trap]
+    directory = damaged(tmp_path)
+    change_tensors(directory, change)
+    refused(directory, tmp_path, message)
+
+
+def refused(directory, tmp_path, message) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        huggingface.import_model(directory, tmp_path / "run", [])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+CONFIGS = [
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but it must be 'silu'"),
+    ({"model_type": "gemma2"}, "model_type is 'gemma2', but it must be one of llama, mistral, qwen2, qwen3"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn', but it must be"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope_scaling has no 'low_freq_factor'"),
+    ({"attention_bias": True}, "attention_bias is True, but only qwen2"),
+    ({"mlp_bias": True}, "mlp_bias is True, but it must be False"),
+    ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types has 'linear_attention'"),
+    ({"layer_types": ["full_attention"]}, "layer_types has 1 layers, but num_hidden_layers is 3"),
+    ({"hidden_size": None}, "has no 'hidden_size'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), CONFIGS)
+def test_what_the_model_does_not_have_is_named(fields, message, tmp_path):
+    directory = damaged(tmp_path)
+    change_config(directory, **fields)
+    refused(directory, tmp_path, message)
+
+
+def header_of_another_length(path):
+    content = path.read_bytes()
+    path.write_bytes(struct.pack("<Q", 2**40) + content[8:])
+
+
+def overlapping_ranges(path):
+    content = path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    first, second, *_ = (name for name in header if name != "__metadata__")
+    header[second]["data_offsets"] = header[first]["data_offsets"]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [header_of_another_length, overlapping_ranges, cut_short])
+def test_a_damaged_file_is_named(damage, tmp_path):
+    directory = damaged(tmp_path)
+    damage(directory / "model.safetensors")
+    refused(directory, tmp_path, r"model.safetensors is no whole safetensors file: ")
+
+
+def test_half_a_download_is_named(tmp_path):
+    directory = damaged(tmp_path, "llama2_tied_mha")
+    (directory / "model-00002-of-00005.safetensors").unlink()
+    refused(directory, tmp_path, "index.json names model-00002-of-00005.safetensors, which is missing: the download")
+    (directory / "model.safetensors.index.json").unlink()
+    refused(directory, tmp_path, "has neither model.safetensors nor model.safetensors.index.json")
+    (directory / "pytorch_model.bin").touch()
+    refused(directory, tmp_path, "pytorch_model.bin is not read, as it is no safetensors file")
+    (directory / "config.json").unlink()
+    refused(directory, tmp_path, "has no config.json")
+
+
+def test_an_output_that_is_there_is_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").touch()
+    with pytest.raises(UserError, match="already exists and is not empty"):
+        huggingface.import_model(DATA / "qwen2_bias" / "model", tmp_path / "run", [])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"post_norm": True}, "config.model.post_norm is True, which transformers has in none"),
+        ({"mixer": "mamba2"}, "config.model.mixer names 'mamba2', which transformers has in none"),
+        ({"num_fast_blocks": 1}, "num_fast_blocks is 1, but transformers has no fast MLPs"),
+        ({"attention_bias": True, "qk_norm": True}, "has qk_norm and attention_bias"),
+    ],
+)
+def test_models_that_cannot_be_expressed_are_not_exported(fields, message, tmp_path):
+    config = load_config_of_case("qwen3_qk_norm", tmp_path)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+    with pytest.raises(UserError, match=message):
+        huggingface.export_model(config, tmp_path / "nothing", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def load_config_of_case(case, tmp_path):
+    theirs = json.loads((DATA / case / "model" / "config.json").read_text())
+    return huggingface.make_config(theirs, DATA / case / "model", tmp_path, [])

@@ -1,0 +1,217 @@
+"""Imports models of Hugging Face into run directories, and exports them.
+
+An imported model is a run directory: `config.json`, `checkpoints/0`, and its tokenizer. Tensors are read one at a time,
+by each device only what it stores of them.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ttt_e2e.checkpoints.params import load_params, save_params
+from ttt_e2e.checkpoints.progress import progress_of
+from ttt_e2e.checkpoints.steps import find_step
+from ttt_e2e.cluster.mesh import make_mesh, shardings, with_shardings
+from ttt_e2e.config import Config, default_config
+from ttt_e2e.errors import UserError
+from ttt_e2e.flags import override
+from ttt_e2e.interop import huggingface_config, safetensors_files
+from ttt_e2e.model import abstract_model, abstract_transformer
+from ttt_e2e.model.parameters import parameter_name
+from ttt_e2e.model.stacks import block_indices
+from ttt_e2e.runs.directory import write_config
+from ttt_e2e.runs.files import read_json
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+MAX_SEQ_LEN = 2048  # of the config of an imported model, whose own context may be far longer
+
+
+class Rule(NamedTuple):
+    """A parameter of ours, and the tensor that holds it."""
+
+    ours: str
+    theirs: str  # with {block}, the index of the block
+    transposed: bool = False
+
+
+_LAYER = "model.layers.{block}."
+BLOCK_RULES = (
+    *(Rule(f"attention.w{x}", f"{_LAYER}self_attn.{x}_proj.weight", transposed=True) for x in "qkvo"),
+    *(Rule(f"attention.b{x}", f"{_LAYER}self_attn.{x}_proj.bias") for x in "qkv"),
+    *(Rule(f"attention.{x}_norm.weight", f"{_LAYER}self_attn.{x}_norm.weight") for x in "qk"),
+    Rule("mlp.w1", f"{_LAYER}mlp.gate_proj.weight", transposed=True),
+    Rule("mlp.w3", f"{_LAYER}mlp.up_proj.weight", transposed=True),
+    Rule("mlp.w2", f"{_LAYER}mlp.down_proj.weight", transposed=True),
+    Rule("attention_norm.weight", f"{_LAYER}input_layernorm.weight"),
+    Rule("mlp_norm.weight", f"{_LAYER}post_attention_layernorm.weight"),
+)
+RULES = (
+    Rule("embedding", "model.embed_tokens.weight"),
+    Rule("final_norm.weight", "model.norm.weight"),
+    Rule("head", "lm_head.weight", transposed=True),
+)
+# Tensors of some files that hold nothing of the model: buffers of RoPE, and a head that is the embedding again.
+IGNORED = ("rotary_emb.inv_freq",)
+
+
+class Source(NamedTuple):
+    """Where a parameter of ours is: the tensors of its blocks, or one tensor."""
+
+    tensors: tuple[str, ...]
+    transposed: bool
+    stacked: bool
+
+
+def import_model(checkpoint, output, overrides: list[str]) -> Path:
+    """Makes the run directory `output` of a model directory as `save_pretrained` writes it.
+
+    overrides: of its config, as flags `--config.SECTION.FIELD=VALUE`.
+
+    Raises:
+      UserError: the directory, a file or a tensor is missing, damaged or of another shape, or the model has what ours
+        do not; `output` exists and is not empty. Nothing is written then.
+    """
+    directory, output = Path(checkpoint).expanduser(), Path(output).expanduser()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output {output} already exists and is not empty: remove it or choose another")
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} has no config.json: it takes a directory as save_pretrained writes it")
+    theirs = read_json(directory / "config.json")
+    config = make_config(theirs, directory, output, overrides)
+    tensors = safetensors_files.Tensors(directory)
+    _, abstract = abstract_model(config.model)
+    sources = _sources(config)
+    _check(tensors, abstract, sources, config)
+    mesh = make_mesh(config.mesh)
+    placed = with_shardings(abstract, shardings(abstract, mesh, config.model))
+    params = jax.tree_util.tree_map_with_path(lambda path, leaf: _read(tensors, sources, path, leaf), placed)
+    save_params(output / "checkpoints", params, progress_of(0, 0, config))
+    for name in TOKENIZER_FILES:
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, output / name)
+    shutil.copyfile(directory / "config.json", output / "huggingface.json")
+    write_config(output, config)  # last: without it, this is no run directory
+    return output
+
+
+def make_config(theirs: dict, directory: Path, output: Path, overrides: list[str]) -> Config:
+    """The config of an imported model."""
+    config: ConfigDict = default_config()
+    config.model.update(huggingface_config.to_model(theirs))
+    seq_len = min(MAX_SEQ_LEN, int(theirs.get("max_position_embeddings") or MAX_SEQ_LEN))
+    config.train.seq_len = config.inner.mini_batch_size = seq_len
+    bos_id = theirs.get("bos_token_id")
+    config.data.bos_id = (bos_id[0] if isinstance(bos_id, list) else bos_id) or 0
+    for name in TOKENIZER_FILES[:2]:
+        if (directory / name).is_file():
+            config.data.tokenizer = str(output.resolve() / name)
+            break
+    return override(config, overrides)
+
+
+def export_model(config: Config, checkpoint, output) -> Path:
+    """Writes a checkpoint's model into the directory `output`, for transformers.
+
+    Raises:
+      UserError: transformers has no model that computes the same, or there is no such checkpoint.
+    """
+    output = Path(output).expanduser()
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"output {output} already exists and is not empty: remove it or choose another")
+    theirs = huggingface_config.from_model(config.model)
+    if config.model.num_fast_blocks:
+        raise UserError(
+            f"config.model.num_fast_blocks is {config.model.num_fast_blocks}, but transformers has no fast MLPs: only "
+            "models without them are exported"
+        )
+    _, abstract = abstract_model(config.model)
+    placed = with_shardings(abstract, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    params = load_params(find_step(checkpoint), placed)
+    tensors = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        source = _sources(config)[parameter_name(path)]
+        for i, name in enumerate(source.tensors):
+
+            def make(leaf=leaf, i=i, source=source, name=name):
+                value = np.asarray(leaf[i] if source.stacked else leaf)
+                return np.ascontiguousarray(_as_theirs(value.T if source.transposed else value, name, config))
+
+            shape = leaf.shape[1:] if source.stacked else leaf.shape
+            tensors[name] = (shape, leaf.dtype, make)
+    output.mkdir(parents=True, exist_ok=True)
+    safetensors_files.write(output, dict(sorted(tensors.items())), {"format": "pt"})
+    (output / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+    return output
+
+
+def _sources(config: Config) -> dict[str, Source]:
+    """{name of a parameter: where it is}; fast MLPs, which no file has, are not in it."""
+    transformer = abstract_transformer(config.model)
+    sources = {f"slow.{rule.ours}": Source((rule.theirs,), rule.transposed, False) for rule in RULES}
+    prefix = block_indices(transformer.prefix_stacks)
+    suffix = block_indices(transformer.suffix_stacks)
+    suffix = {name: [config.model.num_prefix_blocks + i for i in indices] for name, indices in suffix.items()}
+    for stack, indices in (prefix | suffix).items():
+        for rule in BLOCK_RULES:
+            tensors = tuple(rule.theirs.format(block=i) for i in indices)
+            sources[f"slow.{stack}.{rule.ours}"] = Source(tensors, rule.transposed, True)
+    return sources
+
+
+def _check(tensors: safetensors_files.Tensors, abstract, sources: dict[str, Source], config: Config) -> None:
+    """Raises `UserError` unless the tensors are those of the model, in name and shape; reads none."""
+    unused = {name for name in tensors.names if not name.endswith(IGNORED)}
+    if config.model.tie_word_embeddings:
+        unused.discard("lm_head.weight")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        name = parameter_name(path)
+        if name not in sources:
+            continue
+        source = sources[name]
+        shape = leaf.shape[1:] if source.stacked else leaf.shape
+        shape = shape[::-1] if source.transposed else shape
+        for tensor in source.tensors:
+            if tensor not in tensors.names:
+                raise UserError(f"{tensors.directory} has no tensor {tensor!r}, {list(shape)}, which the model needs")
+            if tensors.shape(tensor) != shape:
+                raise UserError(
+                    f"tensor {tensor!r} in {tensors.directory} is {list(tensors.shape(tensor))}, but the model makes "
+                    f"it {list(shape)}"
+                )
+            if tensors.dtype(tensor) not in ("F32", "F16", "BF16", "F64"):
+                raise UserError(f"tensor {tensor!r} in {tensors.directory} is {tensors.dtype(tensor)}, no floats")
+            unused.discard(tensor)
+    if unused:
+        raise UserError(f"the model has no place for tensors of {tensors.directory}: {', '.join(sorted(unused)[:5])}")
+
+
+def _read(tensors: safetensors_files.Tensors, sources: dict[str, Source], path, leaf):
+    """Reads a parameter into a sharded array: each device's part, tensor by tensor."""
+    source = sources[parameter_name(path)]
+
+    def part(index):
+        of_block = index[1:] if source.stacked else index
+        read_index = of_block[::-1] if source.transposed else of_block
+        blocks = [
+            tensors.read(name, read_index) for name in source.tensors[index[0] if source.stacked else slice(None)]
+        ]
+        blocks = [np.asarray(block.T if source.transposed else block, leaf.dtype) for block in blocks]
+        return np.stack(blocks) if source.stacked else blocks[0]
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+
+def _as_theirs(tensor: np.ndarray, name: str, config: Config) -> np.ndarray:
+    """Reorders the channels of queries and keys if ours rotate adjacent pairs; theirs are half a head apart."""
+    model = config.model
+    if model.rope_style == "half" or not any(f".{x}_proj." in name or f".{x}_norm." in name for x in "qk"):
+        return tensor
+    H = model.head_dim
+    heads = tensor.reshape(-1, H, *tensor.shape[1:])
+    to_half = np.r_[0:H:2, 1:H:2]
+    return heads[:, to_half].reshape(tensor.shape)

@@ -1,0 +1,106 @@
+"""The tensors of a directory of safetensors files, one or several with an index. Nothing of them is executed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from ttt_e2e.errors import UserError, first_line
+from ttt_e2e.runs.files import read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_FILE_BYTES = 5_000_000_000  # of a file that is written
+
+
+class Tensors:
+    """Reads tensors by name; opens each file once, and reads no more of it than is asked for."""
+
+    def __init__(self, directory: Path):
+        """Opens all files of the directory.
+
+        Raises:
+          UserError: there are none, one is missing or damaged, or the package safetensors is.
+        """
+        safe_open = _library().safe_open
+        self.directory, self._files = directory, {}
+        names = _file_names(directory)
+        for name in sorted(set(names.values()) if isinstance(names, dict) else names):
+            path = directory / name
+            if not path.is_file():
+                raise UserError(f"{directory / INDEX} names {name}, which is missing: the download is not complete")
+            try:
+                file = safe_open(str(path), framework="np")
+                self._files |= {tensor: (path, file) for tensor in file.keys()}  # noqa: SIM118 (it is no dict)
+            except Exception as error:  # the library raises an exception of its own for any damage
+                raise UserError(f"{path} is no whole safetensors file: {first_line(error)}") from None
+        for tensor in names if isinstance(names, dict) else ():
+            if tensor not in self._files:
+                raise UserError(f"{directory / names[tensor]} has no tensor {tensor!r}, which {INDEX} names")
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._files[name][1].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor, as safetensors name it: "F32", "BF16", ..."""
+        return self._files[name][1].get_slice(name).get_dtype()
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a part of a tensor."""
+        path, file = self._files[name]
+        try:
+            return file.get_slice(name)[index]
+        except Exception as error:
+            raise UserError(f"{path}: tensor {name!r} cannot be read: {first_line(error)}") from None
+
+
+def write(directory: Path, tensors: dict, metadata: dict[str, str]) -> None:
+    """Writes tensors into one file, or if they are large into several with an index.
+
+    tensors: {name: (shape, dtype, function that makes the array)}; an array is made when its file is written.
+    """
+    save_file = _library("numpy").save_file
+    shards, size = [[]], 0
+    for name, (shape, dtype, _) in tensors.items():
+        num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if shards[-1] and size + num_bytes > MAX_FILE_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += num_bytes
+    files = {}
+    for i, names in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        save_file({name: tensors[name][2]() for name in names}, str(directory / file), metadata)
+        files |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        (directory / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": files}, indent=2) + "\n")
+
+
+def _file_names(directory: Path) -> dict[str, str] | list[str]:
+    """{tensor: its file} of the index, or the one file. Raises `UserError` where there is neither."""
+    if (directory / INDEX).is_file():
+        index = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise UserError(f"{directory / INDEX} has no weight_map")
+        return index
+    if (directory / SINGLE).is_file():
+        return [SINGLE]
+    others = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    found = f"; {others[0]} is not read, as it is no safetensors file" if others else ""
+    raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}{found}")
+
+
+def _library(module: str = ""):
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError:
+        raise UserError("safetensors is not installed: pip install 'ttt-e2e[huggingface]'") from None
+    return getattr(safetensors, module) if module else safetensors
