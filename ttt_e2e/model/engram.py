@@ -17,7 +17,7 @@ with a prime P, the number of rows, and odd multipliers m (`multipliers`) for ea
 that JAX computes it without 64-bit integers, to the same rows on every platform.
 
 Shapes: `T` positions, `b` inner mini-batch, `D` model width, `W` width of the convolution, `N` heads (tables), `R` rows
-of all tables, `H` width of a row, or of a device's part of it, `E` = N H, `X` devices.
+of all tables, `H` width of a row, or of a device's part of it, `E` = N H.
 """
 
 import hashlib
@@ -36,12 +36,14 @@ from ttt_e2e.model.causal_conv import causal_conv, last_inputs
 from ttt_e2e.model.mixers import Context, Mixer
 from ttt_e2e.model.norm import RMSNorm
 from ttt_e2e.model.parameters import at_least_float32, matrix, parameter
-from ttt_e2e.model.parts import DATA
+from ttt_e2e.model.parts import AXIS as MODEL
+from ttt_e2e.model.parts import DATA, sum_to_all
 from ttt_e2e.model.passes import Pass
 
 LENGTHS = (2, 3)  # tokens of an n-gram
 DILATION = max(LENGTHS)  # of the convolution, so that the n-grams that it sees do not overlap
 LEAST = 1e-6  # |s| counts as at least this, where the square root has a derivative
+ROW_MULTIPLE = 64  # rows of all tables together are a multiple of it, so that the mesh axis `model` divides them
 TABLE_RATE = 5.0  # factor on the tables' learning rate, of the paper, as is that they do not decay
 
 
@@ -61,18 +63,19 @@ class Engram(Mixer):
     def __init__(self, config, rngs: nnx.Rngs, *, block: int):
         """block: index of its block, on which its hashes depend."""
         fields, D = config.engram, config.hidden_size
-        self.config, self.fields, self.block = config, fields, block
-        self.sizes = table_sizes(fields, block)
+        self.config, self.fields, self.block, self.sizes = config, fields, block, table_sizes(fields, block)
         R, N, H = sum(self.sizes), len(self.sizes), fields.head_dim
+        R += 0 if fields.one_row else -R % ROW_MULTIPLE
         legal = f"so much less that all tables of a block together have fewer than 2**31 rows, not {R}"
         require(R <= LARGEST, "config.model.engram.table_size", fields.table_size, legal)
         std = config.initializer_range
         rows = std * jax.random.normal(rngs.params(), (R, H), jnp.dtype(config.param_dtype))
         # Not cast as a whole, only the rows that are looked up.
-        self.table = parameter(rows, config, (None, "memory"), decays=False, rate=TABLE_RATE, is_cast=False)
+        self.table = parameter(rows, config, ("rows", "columns"), decays=False, rate=TABLE_RATE, is_cast=False)
         self.wk = matrix(rngs, (N * H, D), config, (None, "width"))
         self.wv = matrix(rngs, (N * H, D), config, (None, "width"), std=0.0 if fields.zero_init else None)
         self.key_norm, self.query_norm, self.conv_norm = (RMSNorm(D, config) for _ in range(3))
+        self.num_rows = R
         self.conv = parameter(jnp.zeros((D, fields.conv_width)), config, (None, None))  # the identity, at the start
 
     def whole(self, x_TD, compute: Pass, context: Context):  # noqa: D102 (see `Mixer`)
@@ -80,10 +83,8 @@ class Engram(Mixer):
 
     def extend(self, x_bD, compute: Pass, state: State, context: Context):  # noqa: D102
         ids_b = context.tokens + 1
-        e_bE = self._look_up(self.rows(ids_b, state.ids)).astype(x_bD.dtype)
-        key_bD = compute.product("engram.key", e_bE, self.wk[...])
-        value_bD = compute.product("engram.value", e_bE, self.wv[...])
-        y_bD, inputs = compute.call(self._mix, (x_bD, key_bD, value_bD), state.inputs, context.count)
+        e_bE = self._look_up(self.rows(ids_b, state.ids), x_bD.dtype)
+        y_bD, inputs = self.read_out(x_bD, e_bE, compute, state.inputs, context.count)
         return y_bD, State(last_inputs(ids_b, state.ids, context.count), inputs)
 
     def decode(self, x_1D, compute: Pass, prepared: State, draft: State, context: Context):  # noqa: D102
@@ -111,25 +112,36 @@ class Engram(Mixer):
         first_rows_N = np.cumsum((0, *self.sizes[:-1]), dtype=np.int32)
         return (hash_TN % np.asarray(self.sizes, np.uint32)).astype(jnp.int32) + first_rows_N
 
-    def _look_up(self, rows_TN):
+    def read_out(self, x_TD, e_TE, compute: Pass, before, count=None):
+        """Runs all behind the lookup: returns (y [T, D], the last inputs of the convolution).
+
+        before: the inputs of the convolution before these. count: number of tokens, as in a `Context`.
+        """
+        key_TD = compute.product("engram.key", e_TE, self.wk[...])
+        value_TD = compute.product("engram.value", e_TE, self.wv[...])
+        return compute.call(self._mix, (x_TD, key_TD, value_TD), before, count)
+
+    def _look_up(self, rows_TN, dtype):
         """Looks up rows, side by side [T, E].
 
-        Where the devices of the mesh axis `data` have other columns of the table each, they exchange what they look up,
-        not the table: each looks up the rows of all devices. So the table's cotangents need no sum over devices.
+        Devices exchange what they look up, not the table. Of the mesh axis `data`, each has other columns, and looks up
+        the rows of all; of the axis `model`, each has other rows, and the others' are 0 in a sum. So no cotangent of
+        the table needs a sum over devices.
         """
-        table_RH = self.table[...]
-        if table_RH.shape[1] == self.fields.head_dim:
-            e_TNH = table_RH[rows_TN]
-        else:
-            e_XTNH = table_RH[jax.lax.all_gather(rows_TN, DATA)]
-            e_TNH = jax.lax.all_to_all(e_XTNH, DATA, 0, 3, tiled=True)[0]
-        return e_TNH.reshape(len(rows_TN), -1)
+        T, table_RH = len(rows_TN), self.table[...]
+        R = len(table_RH)  # of this device
+        has_rows, has_columns = self.num_rows > R, self.fields.head_dim > table_RH.shape[1]
+        if has_columns:
+            rows_TN = jax.lax.all_gather(rows_TN, DATA, tiled=True)
+        if has_rows:
+            rows_TN -= R * jax.lax.axis_index(MODEL)
+        e_TNH = table_RH.at[rows_TN].get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(dtype)
+        if has_columns:
+            e_TNH = jax.lax.all_to_all(e_TNH, DATA, 0, 2, tiled=True)
+        return sum_to_all(e_TNH, has_rows).reshape(T, -1)
 
     def _mix(self, arrays, before, count):
-        """Runs all behind the projections: returns (y [T, D], the last inputs of the convolution).
-
-        arrays: hidden states, keys and values [T, D]. before: the convolution's inputs before them.
-        """
+        """Runs all behind the projections, as `read_out`; arrays: hidden states, keys and values [T, D]."""
         x_TD, key_TD, value_TD = arrays
         wide, D = at_least_float32(x_TD.dtype), x_TD.shape[1]
         key_TD, query_TD = self.key_norm(key_TD.astype(wide)), self.query_norm(x_TD.astype(wide))

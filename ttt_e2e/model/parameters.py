@@ -15,8 +15,8 @@ class Traits(NamedTuple):
     """What the code that shards and trains a parameter knows of it, apart from its shape.
 
     A dimension is named "vocabulary", "width" (of the model), "heads" (columns of several heads, or one number a head),
-    "head_width", "mlp" or "memory" (columns of Engram's tables); None is one that is never sharded. cluster/mesh.py
-    says over which mesh axis each of them is sharded.
+    "head_width", "mlp", or "rows" or "columns" (of Engram's tables, which devices do not gather); None is one that is
+    never sharded. cluster/mesh.py says over which mesh axis each of them is sharded.
     """
 
     axes: tuple  # names of its last dimensions
