@@ -365,7 +365,7 @@ def test_its_products_are_counted(token_store):
     assert more == 3 * (2 * 2 * 16 * 12 + 2 * 4 * 16)
 
 
-# ------------------------------------------------------------------------------------------------------------ the config
+# ----------------------------------------------------------------------------------------------------------- the config
 
 
 def test_each_block_with_one_is_a_stack_of_its_own_and_others_keep_their_names():

@@ -83,9 +83,8 @@ def _section(cls, name: str, fields: dict):
         if field not in defaults:
             raise UserError(f"config.{name} has no field {field!r}: {suggestion(field, defaults)}")
         at, kind = f"{name}.{field}", type(defaults[field])
-        values[field] = (
-            _section(kind, at, value) if dataclasses.is_dataclass(kind) else coerce(f"config.{at}", value, kind)
-        )
+        is_section = dataclasses.is_dataclass(kind)
+        values[field] = _section(kind, at, value) if is_section else coerce(f"config.{at}", value, kind)
     if nested:
         sections = ((mixer, _section(of, f"{name}.{mixer}", fields.get(mixer, {}))) for mixer, of in nested.items())
         values["mixer_sections"] = tuple(sections)
