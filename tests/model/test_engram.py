@@ -17,22 +17,24 @@ from tests.inner.test_exact import assert_equal, gradients
 from tests.test_own_mixer import COVER, POLICIES
 from tests.tiny_run import tiny_run
 from tests.train.test_division import gradient_program, make_config
+from ttt_e2e.checkpoints.params import load_params
 from ttt_e2e.cluster.mesh import make_mesh
 from ttt_e2e.config import OptimizerConfig, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.state import load_state, save_state
-from ttt_e2e.model import Transformer, abstract_transformer, parameter_traits
+from ttt_e2e.model import Transformer, abstract_model, abstract_transformer, parameter_traits
 from ttt_e2e.model.engram import Engram
 from ttt_e2e.model.parameters import merge, split
 from ttt_e2e.model.passes import Pass
 from ttt_e2e.targets.program import collectives
 from ttt_e2e.train.flops import model_flops_per_token
+from ttt_e2e.train.loop import train
 from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.steps import take_policies
 
 # Shapes: T positions, D model width, E width of all rows of an n-gram, N heads (tables).
 GOLDEN = Path(__file__).parents[1] / "data" / "engram" / "engram_layer.npz"
-FIELDS = {"blocks": "1", "table_size": 5, "num_heads": 2, "head_dim": 3}
+FIELDS = {"blocks": "1", "table_size": 5, "num_heads": 2, "head_dim": 3, "compress_tokens": False}
 T = 6 * b
 
 
@@ -142,6 +144,14 @@ def test_n_grams_spread_over_the_rows_and_no_two_heads_agree():
         assert len(counts) == size and abs(counts.var() / counts.mean() - 1) < 0.2
     alike = rows_TN[:, :1] == rows_TN
     assert (alike[:, 1:].mean(axis=0) < 0.01).all()
+
+
+def test_alike_tokens_are_one():
+    layer = engram_of(compress_tokens=True)
+    tokens_T = jnp.asarray([3, 200, 256, 7])
+    assert layer.ids(tokens_T).tolist() == [4, 201, 257, 8]
+    layer.alike.set_value(layer.alike.get_value().at[200].set(3))
+    assert layer.ids(tokens_T).tolist() == [4, 4, 257, 8]
 
 
 # ----------------------------------------------------------------------------------------------------- in a whole model
@@ -349,6 +359,22 @@ def test_devices_exchange_rows_and_no_table(head_dim, moves_the_table):
     assert (received > table.nbytes / 8) == moves_the_table
 
 
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+def test_a_run_keeps_the_tokens_that_are_alike_by_its_tokenizer(optimizer, token_store, tmp_path, caplog):
+    """Of the 31 tokens of the store, ten are white space if they are bytes. Training does not change them."""
+    fields = {"model": {"engram": FIELDS | {"blocks": "0", "compress_tokens": True}, "param_dtype": "bfloat16"}}
+    fields |= {"train": {"num_steps": 3}, "optimizer": {"name": optimizer}}
+    expected = np.arange(31)
+    expected[[9, 10, 11, 12, 13, 28, 29, 30]] = 9
+    for name, tokenizer, alike in (("run", "bytes", expected), ("other", "", np.arange(31))):
+        config = tiny_run(token_store, **fields, data={"tokenizer": tokenizer})
+        assert np.isfinite(train(config, tmp_path / name)["loss"])
+        params = load_params(tmp_path / name, abstract_model(config.model)[1])
+        np.testing.assert_array_equal(params["slow"]["prefix"]["engram"]["alike"], [alike])
+        assert ("to Engram, no two tokens are alike" in caplog.text) == (tokenizer == "")
+        caplog.clear()
+
+
 def test_positions_are_not_divided(token_store):
     fields = {"model": {"engram": FIELDS | {"blocks": "0"}}, "mesh": {"data": 4, "model": 2}}
     config = tiny_run(token_store, **fields)
@@ -403,13 +429,18 @@ def test_a_config_without_one_does_not_mention_it():
         ({"blocks": "0", "num_fast_blocks": 4}, "empty, as all blocks have a fast MLP"),
         ({"table_size": 0}, "config.model.engram.table_size is 0, but it must be at least 1"),
         ({"table_size": 2**30}, f"at most {(2**31 - 1) // 4}, as all 4 tables of a block together"),
+        (
+            {"vocab_size": 2**24 + 1, "compress_tokens": True},
+            "config.model.vocab_size is 16777217, but it must be at",
+        ),
         ({"num_heads": 0}, "config.model.engram.num_heads is 0, but it must be at least 1 and at most 1024"),
         ({"tables": 3}, "config.model.engram has no field 'tables': did you mean 'table_size'?"),
     ],
 )
 def test_what_is_not_legal_is_refused_in_a_line(fields, message):
-    fields = {"num_fast_blocks": 1} | fields
-    model = {"num_hidden_layers": 4, "num_fast_blocks": fields.pop("num_fast_blocks"), "engram": FIELDS | fields}
+    model = {"num_hidden_layers": 4, "num_fast_blocks": 1}
+    model |= {name: value for name, value in fields.items() if name in ("num_fast_blocks", "vocab_size")}
+    model |= {"engram": FIELDS | {name: value for name, value in fields.items() if name not in model}}
     with pytest.raises(UserError) as error:
         from_config_dict({"model": model})
     assert message in str(error.value) and "\n" not in str(error.value)

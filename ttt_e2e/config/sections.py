@@ -41,6 +41,12 @@ class EngramConfig:
     )
     head_dim: int = field(64, "width of a row.", least=1)
     conv_width: int = field(4, "positions that the causal convolution sees, each the third before the next.", least=1)
+    compress_tokens: bool = field(
+        True,
+        "tokens whose texts differ in case and surrounding white space only, and otherwise in what Unicode calls "
+        "compatible (NFKC), are one token in n-grams. A run finds them when it begins, by `data.tokenizer`, or the "
+        "tokenizer that the token store names, and keeps them with its parameters; without a tokenizer there are none.",
+    )
     zero_init: bool = field(
         False,
         "start with a projection of 0, so that the model computes at first exactly what it does without Engram. It "

@@ -10,6 +10,8 @@ from ttt_e2e.config.fields import LARGEST, check, coerce, each_field, require, s
 from ttt_e2e.config.sections import MIXER_FILES, MIXER_SECTIONS, MIXERS, Config, ModelConfig
 from ttt_e2e.errors import UserError
 
+LARGEST_FLOAT_ID = 2**24  # ids are kept in float32 there, which has all integers up to this one
+
 _SECTIONS = {part.name: type(part.default) for part in dataclasses.fields(Config)}
 
 
@@ -156,6 +158,9 @@ def _check_engram(model: ModelConfig) -> None:
     require(prefix > 0, f"{at}.blocks", blocks, "empty, as all blocks have a fast MLP")
     are_indices = all(name.isascii() and name.isdigit() and len(name) < 10 and int(name) < prefix for name in names)
     require(are_indices and len(set(map(int, names))) == len(names), f"{at}.blocks", blocks, legal)
+    if model.engram.compress_tokens:
+        legal = f"at most {LARGEST_FLOAT_ID} where config.model.engram.compress_tokens is True"
+        require(model.vocab_size <= LARGEST_FLOAT_ID, "config.model.vocab_size", model.vocab_size, legal)
     num_tables = 2 * model.engram.num_heads
     most = LARGEST // num_tables
     legal = f"at most {most}, as all {num_tables} tables of a block together must have fewer than 2**31 rows"

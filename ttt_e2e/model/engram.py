@@ -9,7 +9,8 @@ A branch of a block, which stands before the mixer and adds y to the hidden stat
     v       gate u
     y       v + SiLU(a causal depthwise convolution of norm(v), of dilation 3)
 
-Of the tokens t_0 (the newest), t_1, t_2 (0 for a bigram), each counted from 1, with 0 where there is none, the hash is
+Tokens whose texts are alike count as one (`with_alike`). Of the tokens t_0 (the newest), t_1, t_2 (0 for a bigram),
+each counted from 1, with 0 where there is none, the hash is
 
     (m_0 t_0 xor m_1 t_1 xor m_2 t_2) mod P,    the products being modulo 2**32
 
@@ -17,7 +18,8 @@ with a prime P, the number of rows, and odd multipliers m (`multipliers`) for ea
 that JAX computes it without 64-bit integers, to the same rows on every platform.
 
 Shapes: `T` positions, `b` inner mini-batch, `D` model width, `W` width of the convolution, `N` heads (tables), `R` rows
-of all tables, `H` width of a row, or of a device's part of it, `E` = N H.
+of all tables, `H` width of a row, or of a device's part of it, `E` = N H,
+`V` vocabulary.
 """
 
 import hashlib
@@ -35,7 +37,7 @@ from ttt_e2e.config.fields import LARGEST, require
 from ttt_e2e.model.causal_conv import causal_conv, last_inputs
 from ttt_e2e.model.mixers import Context, Mixer
 from ttt_e2e.model.norm import RMSNorm
-from ttt_e2e.model.parameters import at_least_float32, matrix, parameter
+from ttt_e2e.model.parameters import at_least_float32, constant, matrix, parameter, parameter_name
 from ttt_e2e.model.parts import AXIS as MODEL
 from ttt_e2e.model.parts import DATA, sum_to_all
 from ttt_e2e.model.passes import Pass
@@ -68,6 +70,8 @@ class Engram(Mixer):
         R += 0 if fields.one_row else -R % ROW_MULTIPLE
         legal = f"so much less that all tables of a block together have fewer than 2**31 rows, not {R}"
         require(R <= LARGEST, "config.model.engram.table_size", fields.table_size, legal)
+        if fields.compress_tokens:
+            self.alike = constant(jnp.arange(config.vocab_size), (None,))
         std = config.initializer_range
         rows = std * jax.random.normal(rngs.params(), (R, H), jnp.dtype(config.param_dtype))
         # Not cast as a whole, only the rows that are looked up.
@@ -82,7 +86,7 @@ class Engram(Mixer):
         return self.extend(x_TD, compute, self.empty(0), context)[0]
 
     def extend(self, x_bD, compute: Pass, state: State, context: Context):  # noqa: D102
-        ids_b = context.tokens + 1
+        ids_b = self.ids(context.tokens)
         e_bE = self._look_up(self.rows(ids_b, state.ids), x_bD.dtype)
         y_bD, inputs = self.read_out(x_bD, e_bE, compute, state.inputs, context.count)
         return y_bD, State(last_inputs(ids_b, state.ids, context.count), inputs)
@@ -98,6 +102,10 @@ class Engram(Mixer):
     def flops(self, seq_len: int) -> float:  # noqa: D102
         D, E = self.config.hidden_size, len(self.sizes) * self.fields.head_dim
         return 4 * D * E + 2 * self.fields.conv_width * D
+
+    def ids(self, tokens_T):
+        """Computes the ids of tokens [T] for the hash, counted from 1: alike tokens have the same."""
+        return (self.alike[...][tokens_T].astype(jnp.int32) if self.fields.compress_tokens else tokens_T) + 1
 
     def rows(self, ids_T, before_2):
         """Computes the rows of the table [T, N] of the n-grams that end at each token; ids count from 1.
@@ -151,6 +159,16 @@ class Engram(Mixer):
         inputs_TD = self.conv_norm(v_TD)
         convolved_TD = causal_conv(inputs_TD, self.conv[...], before, dilation=DILATION)
         return v_TD + jax.nn.silu(convolved_TD), last_inputs(inputs_TD, before, count)
+
+
+def with_alike(params: dict, alike_V) -> dict:
+    """Replaces in a model's parameters what says which tokens are alike: for each token, one that stands for it."""
+
+    def replace(path, leaf):
+        is_it = parameter_name(path).endswith(".engram.alike")
+        return jnp.broadcast_to(jnp.asarray(alike_V, leaf.dtype), leaf.shape) if is_it else leaf
+
+    return jax.tree_util.tree_map_with_path(replace, params)
 
 
 @lru_cache

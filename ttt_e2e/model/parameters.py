@@ -67,6 +67,11 @@ def vector(value, config, axis: str | None = None, *, decays: bool = True) -> nn
     return parameter(value, config, (axis,), decays=decays)
 
 
+def constant(value, axes: tuple) -> nnx.Param:
+    """Makes an array that is stored with the parameters and never trained, such as one of ids; kept in float32."""
+    return nnx.Param(jnp.asarray(value, jnp.float32), axes=axes, decays=False, rate=0.0, is_cast=False)
+
+
 def at_least_float32(dtype):
     """Returns float32, or `dtype` where that is wider: the dtype of norms, rotations, logits and losses."""
     return jnp.promote_types(dtype, jnp.float32)
