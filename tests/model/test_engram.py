@@ -362,6 +362,7 @@ def test_devices_exchange_rows_and_no_table(head_dim, moves_the_table):
 @pytest.mark.parametrize("optimizer", ("adamw", "muon"))
 def test_a_run_keeps_the_tokens_that_are_alike_by_its_tokenizer(optimizer, token_store, tmp_path, caplog):
     """Of the 31 tokens of the store, ten are white space if they are bytes. Training does not change them."""
+    caplog.set_level("INFO")
     fields = {"model": {"engram": FIELDS | {"blocks": "0", "compress_tokens": True}, "param_dtype": "bfloat16"}}
     fields |= {"train": {"num_steps": 3}, "optimizer": {"name": optimizer}}
     expected = np.arange(31)
