@@ -1,5 +1,6 @@
 """Engram: the released layer in numbers, its hash, and what every part of a model must do with it."""
 
+import dataclasses
 import hashlib
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from ttt_e2e.cluster.mesh import make_mesh
 from ttt_e2e.config import OptimizerConfig, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.state import load_state, save_state
+from ttt_e2e.inner.memory import held_bytes
 from ttt_e2e.model import Transformer, abstract_model, abstract_transformer, parameter_traits
 from ttt_e2e.model.engram import Engram
 from ttt_e2e.model.parameters import merge, split
@@ -384,6 +386,19 @@ def test_positions_are_not_divided(token_store):
     message = r"config.model.engram.blocks is '0', and Engram does not divide.*: config.mesh.prefix must be 'matrices'"
     with pytest.raises(UserError, match=message):
         take_policies(config, make_mesh(config.mesh))
+
+
+def test_a_large_table_takes_no_memory_but_its_own():
+    """It is stored with the parameters: the estimate of temporaries, by which "auto" chooses, leaves it out."""
+
+    def estimate(table_size):
+        sizes = {"num_fast_blocks": 1, "engram": FIELDS | {"table_size": table_size}}
+        config = from_config_dict({"model": sizes, "train": {"seq_len": 32}, "inner": {"mini_batch_size": 8}})
+        inner = dataclasses.replace(config.inner, trajectory="store", remat="mini_batch")
+        graphdef, params = abstract_model(config.model)
+        return held_bytes(inner, graphdef, **params, tokens=jax.ShapeDtypeStruct((2, 33), jnp.int32))
+
+    assert estimate(100_000) == estimate(100)
 
 
 def test_its_products_are_counted(token_store):
