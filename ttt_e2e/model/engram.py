@@ -50,7 +50,7 @@ TABLE_RATE = 5.0  # factor on the tables' learning rate, of the paper, as is tha
 
 
 class State(NamedTuple):
-    """What of a sequence the next tokens need."""
+    """What of a sequence the next tokens need. It has no cotangents, as no inner loop reads it: ids may be integers."""
 
     ids: jax.Array  # [2], the last tokens, int32, counted from 1; 0 where there is none
     inputs: jax.Array  # [3 (W - 1), D], the last inputs of the convolution
@@ -188,8 +188,8 @@ def table_sizes(fields: EngramConfig, block: int) -> tuple[int, ...]:
 def multipliers(block: int, num_heads: int) -> np.ndarray:
     """Makes the multipliers of the hashes of a block, [N, 3]: odd numbers, and 0 for the third token of a bigram.
 
-    They are the first four bytes, read as a little-endian number and made odd, of the BLAKE2b digest of the text "BLOCK
-    LENGTH HEAD TOKEN", in which TOKEN counts back from the newest.
+    They are BLAKE2b digests of 4 bytes, read as little-endian numbers and made odd, of the text "BLOCK LENGTH HEAD
+    TOKEN", in which TOKEN counts back from the newest.
     """
 
     def multiplier(*place: int) -> int:
