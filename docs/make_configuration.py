@@ -52,11 +52,11 @@ def resume_rules() -> str:
 
 
 def _sections() -> dict[str, object]:
-    """All sections with their defaults, by name; those of the package's mixers, `model.NAME`, come after `model`."""
+    """All sections with their defaults, by name; those in `model`, `model.NAME`, come after it."""
     default_config()  # imports the mixers, which declare them
     of_mixers = {f"model.{mixer}": MIXER_SECTIONS[mixer]() for mixer in MIXER_FILES if mixer in MIXER_SECTIONS}
-    model, *others = vars(Config()).items()
-    return dict([model]) | of_mixers | dict(others)
+    (_, model), *others = vars(Config()).items()
+    return {"model": model, "model.engram": model.engram} | of_mixers | dict(others)
 
 
 def _fields(section) -> list[dataclasses.Field]:

@@ -7,7 +7,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ttt_e2e.data.documents import standard_library
-from ttt_e2e.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+from ttt_e2e.data.tokenizers import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    alike_tokens,
+    load_tokenizer,
+    train_sentencepiece,
+)
 from ttt_e2e.errors import UserError
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -82,6 +88,27 @@ def test_sentencepiece_round_trip_and_compression_on_source_code(piece_tokenizer
         ids = piece_tokenizer.encode(text)
         assert piece_tokenizer.decode(ids) == text
         assert len(ids) < 0.75 * len(text.encode()) or len(text) < 200
+
+
+def test_bytes_are_alike_in_case_and_as_white_space():
+    alike = alike_tokens(ByteTokenizer(), 260)
+    expected = np.arange(260)
+    expected[ord("a") : ord("z") + 1] = np.arange(ord("A"), ord("Z") + 1)
+    expected[[9, 10, 11, 12, 13, 28, 29, 30, 31, 32]] = 9
+    np.testing.assert_array_equal(alike, expected)  # parts of characters, BOS and ids without a token by themselves
+    np.testing.assert_array_equal(alike_tokens(ByteTokenizer(), 100), expected[:100])
+
+
+def test_pieces_are_alike_whose_texts_are(piece_tokenizer):
+    alike = alike_tokens(piece_tokenizer, piece_tokenizer.vocab_size)
+    assert alike.dtype == np.int32 and len(set(alike.tolist())) < len(alike)
+    assert (alike <= np.arange(len(alike))).all() and np.array_equal(alike[alike], alike)
+    assert alike[0] == 0 and alike[piece_tokenizer.bos_id] == piece_tokenizer.bos_id
+    texts = [piece_tokenizer.decode([token]) for token in range(len(alike))]
+    for token, first in enumerate(alike):
+        assert first == token or texts[token].lower().strip() == texts[first].lower().strip()
+    self_id, also = piece_tokenizer.encode("self self")[[0, -1]]
+    assert alike[self_id] == alike[also]
 
 
 def test_training_is_deterministic_and_silent(tmp_path, capfd):

@@ -22,6 +22,7 @@ from ttt_e2e.model.parameters import Traits, parameter_name
 
 # Logical axis of a parameter (`Traits`) -> mesh axis that divides it.
 MESH_AXES = {"width": DATA, "vocabulary": MODEL, "heads": MODEL, "mlp": MODEL, "head_width": None, None: None}
+MESH_AXES |= {"rows": MODEL, "columns": DATA}
 BATCH = P("data")
 
 
@@ -115,6 +116,8 @@ def _leaf(name: str, traits: Traits, spec: P, model: ModelConfig, num_parts: int
     place = {axis: i - len(spec) for i, axis in enumerate(spec) if axis}
     data, divided = place.get(DATA, 0), place.get(MODEL, 0)
     leaf = Leaf(traits.is_cast, data, unsummed=() if data else (DATA,))
+    if "columns" in traits.axes:  # looked up where it is: neither gathered, nor are its cotangents scattered
+        return leaf._replace(data=0)
     whole = leaf._replace(gathered=divided)
     if by_sequence and name.startswith("slow.prefix"):  # each device has other positions: all cotangents are terms
         return whole._replace(sums=True, unsummed=leaf.unsummed + (() if divided else (MODEL,)))

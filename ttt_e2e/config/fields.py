@@ -51,9 +51,11 @@ def each_field(config) -> Iterator[tuple[str, dataclasses.Field, object]]:
 
 
 def _each_of_section(section: str, values) -> Iterator[tuple[str, dataclasses.Field, object]]:
-    """The same of one section, sections of mixers in it included."""
+    """The same of one section, sections in it included."""
     for f in dataclasses.fields(values):
-        if f.name != "mixer_sections":
+        if dataclasses.is_dataclass(f.default):
+            yield from _each_of_section(f"{section}.{f.name}", getattr(values, f.name))
+        elif f.name != "mixer_sections":
             yield section, f, getattr(values, f.name)
     for mixer, nested in getattr(values, "mixer_sections", ()):
         yield from _each_of_section(f"{section}.{mixer}", nested)

@@ -22,6 +22,49 @@ OPTIMIZERS = file_names("train/optimizers")
 
 
 @dataclass(frozen=True)
+class EngramConfig:
+    """[Engram](engram.md): tables of n-grams of two and three tokens, which some blocks look up by a hash."""
+
+    blocks: str = field(
+        "",
+        'the blocks that have one, as comma-separated indices that count from 0 over all blocks, such as `"2,6"`; '
+        "empty = none. They must be blocks without a fast MLP.",
+    )
+    table_size: int = field(
+        65_536,
+        "rows of a table: at least as many, as the tables of all heads have different primes. All tables of a block "
+        "together must have fewer than 2**31 rows.",
+        least=1,
+    )
+    num_heads: int = field(
+        8, "heads for the n-grams of either length, each with a hash and a table of its own.", least=1, most=1024
+    )
+    head_dim: int = field(64, "width of a row.", least=1)
+    conv_width: int = field(4, "positions that the causal convolution sees, each the third before the next.", least=1)
+    compress_tokens: bool = field(
+        True,
+        "tokens whose texts differ in case and surrounding white space only, and otherwise in what Unicode calls "
+        "compatible (NFKC), are one token in n-grams. A run finds them when it begins, by `data.tokenizer`, or the "
+        "tokenizer that the token store names, and keeps them with its parameters; without a tokenizer there are none.",
+    )
+    zero_init: bool = field(
+        False,
+        "start with a projection of 0, so that the model computes at first exactly what it does without Engram. It "
+        "learns from there.",
+    )
+    one_row: bool = field(
+        False,
+        "a control: tables of one row, for all n-grams alike. What is better without it is due to the memory, not to "
+        "the other parameters.",
+    )
+
+    @property
+    def block_indices(self) -> tuple[int, ...]:
+        """Indices of the blocks, in order."""
+        return tuple(sorted(map(int, self.blocks.split(",")))) if self.blocks else ()
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes of the network. Names are those of Hugging Face configurations where one exists."""
 
@@ -113,6 +156,8 @@ class ModelConfig:
         "needs `sliding_window` above 0; `attention` is full attention. The pattern's length must divide "
         "`num_hidden_layers`.",
     )
+
+    engram: EngramConfig = EngramConfig()
 
     # Fields of mixers that have some of their own, as (name of the mixer, its section): `config.model.NAME.FIELD`.
     mixer_sections: tuple[tuple[str, object], ...] = ()

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from ttt_e2e.config.fields import check, coerce, each_field, require, suggestion
+from ttt_e2e.config.fields import LARGEST, check, coerce, each_field, require, suggestion
 from ttt_e2e.config.sections import MIXER_FILES, MIXER_SECTIONS, MIXERS, Config, ModelConfig
 from ttt_e2e.errors import UserError
+
+LARGEST_FLOAT_ID = 2**24  # ids are kept in float32 there, which has all integers up to this one
 
 _SECTIONS = {part.name: type(part.default) for part in dataclasses.fields(Config)}
 
@@ -25,9 +27,11 @@ def default_config() -> ConfigDict:
 def to_dict(config: Config) -> dict:
     """The nested dict of a config that is stored as a run directory's `config.json`.
 
-    It has the fields of those mixers only that the model uses.
+    It has the fields of those mixers only that the model uses, and those of Engram if it has one.
     """
     values = dataclasses.asdict(config)
+    if not config.model.engram.blocks:
+        del values["model"]["engram"]
     sections = dict(values["model"].pop("mixer_sections"))
     values["model"] |= {mixer: sections[mixer] for mixer in config.model.mixers if mixer in sections}
     return values
@@ -80,7 +84,9 @@ def _section(cls, name: str, fields: dict):
             continue
         if field not in defaults:
             raise UserError(f"config.{name} has no field {field!r}: {suggestion(field, defaults)}")
-        values[field] = coerce(f"config.{name}.{field}", value, type(defaults[field]))
+        at, kind = f"{name}.{field}", type(defaults[field])
+        is_section = dataclasses.is_dataclass(kind)
+        values[field] = _section(kind, at, value) if is_section else coerce(f"config.{at}", value, kind)
     if nested:
         sections = ((mixer, _section(of, f"{name}.{mixer}", fields.get(mixer, {}))) for mixer, of in nested.items())
         values["mixer_sections"] = tuple(sections)
@@ -132,6 +138,8 @@ def _check_model(model: ModelConfig) -> None:
     )
     if model.mixer:
         _check_mixer(model)
+    if model.engram.blocks:
+        _check_engram(model)
 
 
 def _check_mixer(model: ModelConfig) -> None:
@@ -147,6 +155,22 @@ def _check_mixer(model: ModelConfig) -> None:
         model.mixer,
         f"a pattern whose length divides the {model.num_hidden_layers} blocks of num_hidden_layers",
     )
+
+
+def _check_engram(model: ModelConfig) -> None:
+    at, blocks, prefix = "config.model.engram", model.engram.blocks, model.num_prefix_blocks
+    legal = f"different indices of blocks without a fast MLP, 0 to {prefix - 1}, separated by commas"
+    names = blocks.split(",")
+    require(prefix > 0, f"{at}.blocks", blocks, "empty, as all blocks have a fast MLP")
+    are_indices = all(name.isascii() and name.isdigit() and len(name) < 10 and int(name) < prefix for name in names)
+    require(are_indices and len(set(map(int, names))) == len(names), f"{at}.blocks", blocks, legal)
+    if model.engram.compress_tokens:
+        legal = f"at most {LARGEST_FLOAT_ID} where config.model.engram.compress_tokens is True"
+        require(model.vocab_size <= LARGEST_FLOAT_ID, "config.model.vocab_size", model.vocab_size, legal)
+    num_tables = 2 * model.engram.num_heads
+    most = LARGEST // num_tables
+    legal = f"at most {most}, as all {num_tables} tables of a block together must have fewer than 2**31 rows"
+    require(model.engram.table_size <= most, f"{at}.table_size", model.engram.table_size, legal)
 
 
 def _check_run(config: Config) -> None:

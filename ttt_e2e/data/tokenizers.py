@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -119,6 +120,21 @@ class SentencePieceTokenizer:
             return len(processor.id_to_piece(i).replace(_SPACE_MARK, " ").encode())
 
         return np.array([count(i) for i in range(self.vocab_size)], np.int64)
+
+
+def alike_tokens(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """Finds for each token the first whose text is alike, int32 [vocab_size]: itself where there is none before it.
+
+    Texts are alike if they are the same in Unicode's NFKC form, in lower case, and without white space around them. A
+    token without a text, or with a part of a character, is like no other.
+    """
+    alike, firsts = np.arange(vocab_size, dtype=np.int32), {}
+    for token in range(min(vocab_size, tokenizer.vocab_size)):
+        text = tokenizer.decode([token])
+        if text and "\ufffd" not in text:
+            normal = unicodedata.normalize("NFKC", text).lower().strip()
+            alike[token] = firsts.setdefault(normal, token)
+    return alike
 
 
 def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:

@@ -190,7 +190,8 @@ def _describe(model: ModelConfig) -> str:
     kind = model_kind(model)
     names = {"window": f"window {model.sliding_window}", "attention": "full attention"}
     mixers = ", ".join(names.get(name, name) for name in dict.fromkeys(model.mixers))
-    return mixers if kind in ("window", "mixed") else kind if kind == "full" else f"{kind}, {mixers}"
+    described = mixers if kind in ("window", "mixed") else kind if kind == "full" else f"{kind}, {mixers}"
+    return f"{described}, engram in {model.engram.blocks}" if model.engram.blocks else described
 
 
 def _num_parameters(model: ModelConfig) -> int:

@@ -290,7 +290,8 @@ def _finish(graphdef, slow, state: ReaderState, part_b):
 
 def _learn(graphdef, config: Config, slow, state: ReaderState, part_b):
     """Runs the whole mini-batch, completed by `part_b`, and takes its inner step; returns as `_finish`."""
-    model, tokens_b1, context = merge(graphdef, state.fast, slow), _with_part(state, part_b), _context(state)
+    model, tokens_b1 = merge(graphdef, state.fast, slow), _with_part(state, part_b)
+    context = _context(state, tokens_b1[:-1])
     in_prefix, in_suffix = (
         {name: state.states[name] for name in stacks} for stacks in (model.prefix_stacks, model.suffix_stacks)
     )
@@ -314,7 +315,7 @@ def _predict(graphdef, slow, state: ReaderState):
     """Runs the newest token: logits [V] of the next one, and what the newest adds to the Drafts (keys, values, ...)."""
     model, count = merge(graphdef, state.fast, slow), _count(state)
     newest = jax.lax.dynamic_slice_in_dim(state.tokens, count, 1)
-    x_1D, added = model.decode(model.embed(newest), state.prepared, state.drafts, _context(state, count))
+    x_1D, added = model.decode(model.embed(newest), state.prepared, state.drafts, _context(state, newest, count))
     return model.logits(x_1D)[0], added
 
 
@@ -334,7 +335,8 @@ def _score(model: Transformer, state: ReaderState, tokens_b1, count=None):
     The first `count` inputs are tokens, the others padding (None = no padding); by causality no token's result depends
     on the padding.
     """
-    x_bD, entries = model.extend(model.embed(tokens_b1[:-1]), state.states, _context(state, count))
+    tokens_b = tokens_b1[:-1]
+    x_bD, entries = model.extend(model.embed(tokens_b), state.states, _context(state, tokens_b, count))
     return model.nll(x_bD, tokens_b1[1:]), entries
 
 
@@ -348,9 +350,9 @@ def _next_mini_batch(model: Transformer, state: ReaderState, entries: dict, toke
     }
 
 
-def _context(state: ReaderState, count=None) -> Context:
-    """Position of the unfinished mini-batch in its sequence, and the `count` of its positions that are tokens."""
-    return Context(start=state.position - _count(state), count=count)
+def _context(state: ReaderState, tokens, count=None) -> Context:
+    """Position of the unfinished mini-batch in its sequence, tokens, and the `count` of its positions that are some."""
+    return Context(start=state.position - _count(state), count=count, tokens=tokens)
 
 
 def _with_part(state: ReaderState, part_b):

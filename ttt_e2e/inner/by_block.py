@@ -112,7 +112,7 @@ def _dual_block(block_def, context: Context, u, fast, slow, state, x_B2bD):
     def run(directed, x_2bD, state):
         block = merge(block_def, directed, slow)
         x_2bD, entry = block.extend(x_2bD, DualPass(), state, context)
-        return x_2bD, block.mixer.advance(state, entry)
+        return x_2bD, block.advance(state, entry)
 
     return jax.vmap(run)(jax.tree.map(Directed, fast, u), x_B2bD, state)
 

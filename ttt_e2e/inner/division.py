@@ -22,9 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ttt_e2e.model.parts import AXIS as MODEL
-from ttt_e2e.model.parts import copy_to_all, sum_to_all
-
-DATA = "data"
+from ttt_e2e.model.parts import DATA, copy_to_all, sum_to_all
 
 
 class Leaf(NamedTuple):

@@ -100,7 +100,7 @@ def run_prefix(model: Transformer, tokens, inner: InnerConfig, division: Divisio
         return fetch_block(division.slow.of(stack), state)
 
     run = partial(model.run_prefix, remat=inner.remat != "keep", fetch=fetch_weights, parts=parts)
-    return jax.vmap(run)(x_BQD)
+    return jax.vmap(run)(x_BQD, tokens[:, :-1])
 
 
 def make_mini_batches(x_BQD, tokens, inner: InnerConfig, bos_id: int, division: Division = UNDIVIDED) -> MiniBatch:

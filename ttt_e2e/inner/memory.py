@@ -91,7 +91,8 @@ def _held(inner: InnerConfig, graphdef, division: Division, fast, slow, tokens) 
         return run_prefix(merge(graphdef, fast, slow), tokens, policies, division)
 
     def saved_by_prefix(remat):
-        return jax.vjp(partial(prefix, remat=remat), slow)[1]
+        saved = jax.tree.leaves(jax.vjp(partial(prefix, remat=remat), slow)[1])
+        return [a for a in saved if not any(a is w for w in jax.tree.leaves(slow))]  # weights are no temporaries
 
     held = {"prefix": saved_by_prefix(inner.remat), "prefix_block": ()}
     if inner.remat != "keep" and config.num_prefix_blocks:

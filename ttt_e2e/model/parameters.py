@@ -15,8 +15,8 @@ class Traits(NamedTuple):
     """What the code that shards and trains a parameter knows of it, apart from its shape.
 
     A dimension is named "vocabulary", "width" (of the model), "heads" (columns of several heads, or one number a head),
-    "head_width" or "mlp"; None is one that is never sharded. cluster/mesh.py says over which mesh axis each of them is
-    sharded.
+    "head_width", "mlp", or "rows" or "columns" (of Engram's tables, which devices do not gather); None is one that is
+    never sharded. cluster/mesh.py says over which mesh axis each of them is sharded.
     """
 
     axes: tuple  # names of its last dimensions
@@ -65,6 +65,11 @@ def matrix(
 def vector(value, config, axis: str | None = None, *, decays: bool = True) -> nnx.Param:
     """Makes a parameter [size] that is used in its own dtype, as a norm's weight is; `axis` names its dimension."""
     return parameter(value, config, (axis,), decays=decays)
+
+
+def constant(value, axes: tuple) -> nnx.Param:
+    """Makes an array that is stored with the parameters and never trained, such as one of ids; kept in float32."""
+    return nnx.Param(jnp.asarray(value, jnp.float32), axes=axes, decays=False, rate=0.0, is_cast=False)
 
 
 def at_least_float32(dtype):

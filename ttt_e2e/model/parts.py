@@ -19,6 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 AXIS = "model"
+DATA = "data"
 
 
 def copy_to_all(x, divided: bool):

@@ -64,10 +64,17 @@ def _fewest_stacks(kinds: tuple) -> tuple[Segment, ...]:
     return min(candidates, key=lambda found: (sum(len(segment.pattern) for segment in found), len(found)))
 
 
-def make_stacks(part: str, kinds: Sequence[str], config, rngs: nnx.Rngs, *, fast: bool) -> dict[str, Block]:
+class Kind(NamedTuple):
+    """What distinguishes blocks that cannot be in one stack."""
+
+    mixer: str
+    engram: int | None = None  # index of the block, if it has an Engram, whose hashes and tables are its own
+
+
+def make_stacks(part: str, kinds: Sequence[Kind], config, rngs: nnx.Rngs, *, fast: bool) -> dict[str, Block]:
     """Initialises the blocks of the prefix or the suffix independently, {name: stack}, in the order in which they run.
 
-    kinds: mixer of each block.
+    kinds: kind of each block.
     """
     keys = jax.random.split(rngs.params(), len(kinds))
     segments = segments_of(kinds, len(config.mixers))
@@ -76,10 +83,10 @@ def make_stacks(part: str, kinds: Sequence[str], config, rngs: nnx.Rngs, *, fast
     stacks, start = {}, 0
     for number, (pattern, periods) in enumerate(segments):
         stop = start + len(pattern) * periods
-        for i, mixer in enumerate(pattern):
+        for i, kind in enumerate(pattern):
 
-            def make(key, mixer=mixer, number=number):
-                return Block(config, nnx.Rngs(params=key), mixer=mixer, fast=fast, segment=number)
+            def make(key, kind=kind, number=number):
+                return Block(config, nnx.Rngs(params=key), **kind._asdict(), fast=fast, segment=number)
 
             graphdef = nnx.graphdef(nnx.eval_shape(lambda make=make: make(keys[0])))
             state = jax.vmap(lambda key, make=make: nnx.state(make(key)))(keys[start + i : stop : len(pattern)])
@@ -110,11 +117,11 @@ def by_segment(stacks: dict[str, Block]) -> list[dict[str, Block]]:
 
 
 class Stacks(nnx.Module):
-    """Holds stacks of blocks, and maps the methods of `Mixer` over all of their blocks.
+    """Holds stacks of blocks, and maps the methods of `Block` that make and change States over all of their blocks.
 
     States, Entries, Logs and Drafts (mixers/base.py) are those of one sequence, as {name of stack: pytree with a
     leading axis L over the blocks of the stack}. Each method below does for all blocks what the method of that name in
-    `Mixer` does for one.
+    `Block` does for one.
     """
 
     def _set_stacks(self, stacks: dict[str, Block]) -> None:
@@ -133,13 +140,13 @@ class Stacks(nnx.Module):
         return any(stack.mixer.grows for stack in self.stacks.values())
 
     def obstacle(self, use: str, stacks: dict[str, Block] | None = None) -> str:
-        """Says which mixer cannot serve a use (`Mixer.obstacle`) and why, or returns "" where all can.
+        """Says which mixer cannot serve a use (`Block.obstacle`) and why, or returns "" where all can.
 
         stacks: those to ask; None = all.
         """
         for stack in (self.stacks if stacks is None else stacks).values():
-            if obstacle := stack.mixer.obstacle(use):
-                return f"config.model.mixer names {stack.kind!r}, which {obstacle}"
+            if obstacle := stack.obstacle(use):
+                return obstacle
         return ""
 
     def empty(self, seq_len: int) -> dict:
@@ -147,7 +154,7 @@ class Stacks(nnx.Module):
 
         def of_stack(stack: Block):
             L = num_blocks(stack)
-            state = stack.mixer.empty(stack.mixer.capacity(seq_len))
+            state = stack.empty(stack.capacity(seq_len))
             return jax.tree.map(lambda a: jnp.broadcast_to(a, (L, *a.shape)), state)
 
         return {name: of_stack(stack) for name, stack in self.stacks.items()}
@@ -155,19 +162,19 @@ class Stacks(nnx.Module):
     def resize(self, states: dict, seq_len: int) -> dict:
         """Gives States room for a sequence of `seq_len` tokens."""
 
-        def of_stack(mixer, state):
-            return jax.vmap(lambda block_state: mixer.resize(block_state, mixer.capacity(seq_len)))(state)
+        def of_stack(stack: Block, state):
+            return jax.vmap(lambda block_state: stack.resize(block_state, stack.capacity(seq_len)))(state)
 
-        return {name: of_stack(self.stacks[name].mixer, state) for name, state in states.items()}
+        return {name: of_stack(self.stacks[name], state) for name, state in states.items()}
 
     def advance(self, states: dict, entries: dict) -> dict:
         """Computes the States after a mini-batch from those before it and its Entries."""
-        return {name: jax.vmap(self.stacks[name].mixer.advance)(state, entries[name]) for name, state in states.items()}
+        return {name: jax.vmap(self.stacks[name].advance)(state, entries[name]) for name, state in states.items()}
 
     def log(self, first: dict, entries_ML: dict) -> dict:
         """Makes the Logs of M mini-batches from the States before the first and all Entries (axes [M, L, ...])."""
         return {
-            name: jax.vmap(self.stacks[name].mixer.log, in_axes=(0, 1))(state, entries_ML[name])
+            name: jax.vmap(self.stacks[name].log, in_axes=(0, 1))(state, entries_ML[name])
             for name, state in first.items()
         }
 
@@ -177,29 +184,27 @@ class Stacks(nnx.Module):
 
         take: (array, start, size, axis) -> the slice of `size` entries from `start`.
         """
-        return {name: self.stacks[name].mixer.at(stack_log, i, take) for name, stack_log in log.items()}
+        return {name: self.stacks[name].at(stack_log, i, take) for name, stack_log in log.items()}
 
     def prepare(self, states: dict) -> dict:
         """Prepares States for `decode`, once for all tokens of a mini-batch."""
-        return {name: jax.vmap(self.stacks[name].mixer.prepare)(state) for name, state in states.items()}
+        return {name: jax.vmap(self.stacks[name].prepare)(state) for name, state in states.items()}
 
     def append(self, drafts: dict, added: dict, count) -> dict:
         """Adds a token to the Drafts, after the first `count` of the mini-batch."""
 
-        def of_stack(mixer, draft, added):
-            return jax.vmap(lambda *block: mixer.append(*block, count))(draft, added)
+        def of_stack(stack: Block, draft, added):
+            return jax.vmap(lambda *block: stack.append(*block, count))(draft, added)
 
-        return {name: of_stack(self.stacks[name].mixer, draft, added[name]) for name, draft in drafts.items()}
+        return {name: of_stack(self.stacks[name], draft, added[name]) for name, draft in drafts.items()}
 
     def draft(self, states: dict, b: int, entries: dict | None = None, count=0) -> dict:
         """Makes the Drafts after the first `count` tokens of a mini-batch of b, whose Entries are `entries`."""
 
-        def of_stack(mixer, state, entry):
-            return jax.vmap(lambda state, entry: mixer.draft(state, b, entry, count))(state, entry)
+        def of_stack(stack: Block, state, entry):
+            return jax.vmap(lambda state, entry: stack.draft(state, b, entry, count))(state, entry)
 
-        return {
-            name: of_stack(self.stacks[name].mixer, state, entries and entries[name]) for name, state in states.items()
-        }
+        return {name: of_stack(self.stacks[name], state, entries and entries[name]) for name, state in states.items()}
 
 
 def scan_blocks(

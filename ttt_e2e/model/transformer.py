@@ -4,6 +4,7 @@ Shapes: `T` positions, `b` inner mini-batch, `D` model width, `V` vocabulary, `L
 written for one sequence; callers batch it with `jax.vmap`.
 """
 
+import itertools
 from functools import lru_cache
 
 import jax
@@ -17,7 +18,7 @@ from ttt_e2e.model.norm import RMSNorm
 from ttt_e2e.model.parameters import Traits, at_least_float32, list_traits, matrix, split
 from ttt_e2e.model.passes import FirstOrderPass, Pass
 from ttt_e2e.model.sequence_parts import SequenceParts
-from ttt_e2e.model.stacks import Stacks, make_stacks, scan_blocks
+from ttt_e2e.model.stacks import Kind, Stacks, make_stacks, scan_blocks
 
 
 class Transformer(Stacks):
@@ -27,7 +28,8 @@ class Transformer(Stacks):
         self.config = config
         self.embedding = matrix(rngs, (config.vocab_size, config.hidden_size), config, ("vocabulary", "width"))
         stacks = {}
-        kinds = config.mixers * (config.num_hidden_layers // len(config.mixers))
+        mixers, with_engram = itertools.cycle(config.mixers), config.engram.block_indices
+        kinds = [Kind(next(mixers), i if i in with_engram else None) for i in range(config.num_hidden_layers)]
         prefix, suffix = kinds[: config.num_prefix_blocks], kinds[config.num_prefix_blocks :]
         for part, of_part in (("prefix", prefix), ("suffix", suffix)):
             if of_part:
@@ -52,17 +54,24 @@ class Transformer(Stacks):
         return self.embedding[...][tokens_T].astype(jnp.dtype(self.config.compute_dtype))
 
     def run_prefix(
-        self, x_TD, *, remat: bool = True, fetch=lambda name, state: state, parts: SequenceParts | None = None
+        self,
+        x_TD,
+        tokens_T=None,
+        *,
+        remat: bool = True,
+        fetch=lambda name, state: state,
+        parts: SequenceParts | None = None,
     ):
         """Runs all prefix blocks over a whole sequence, [T, D] to [T, D]; may be differentiated once.
 
         Args:
           x_TD: hidden states of the sequence, or of one device's part of it.
+          tokens_T: its tokens; only Engram needs them.
           remat: whether each block is rematerialised in the backward pass.
           fetch: makes the weights of a block from those stored, as in `scan_blocks`.
           parts: how the sequence is divided, where x_TD is one device's part of it.
         """
-        context = Context(parts=parts)
+        context = Context(parts=parts, tokens=tokens_T)
 
         def run_block(block: Block, x_TD):
             return block.whole(x_TD, FirstOrderPass(), context), None
@@ -77,7 +86,7 @@ class Transformer(Stacks):
         Args:
           x_bD: hidden states.
           states: {stack: States}, of all stacks or of some; only these stacks are run.
-          context: position of the mini-batch in the sequence.
+          context: position of the mini-batch in the sequence, and its tokens.
 
         Returns:
           Hidden states [b, D], and the Entries of the stacks that ran.
@@ -95,7 +104,7 @@ class Transformer(Stacks):
           x_1D: its embedding.
           prepared: the States before the mini-batch, as `prepare` returns them.
           drafts: the Drafts after the tokens of the mini-batch that came before this one.
-          context: `start` and `count` give the token's position.
+          context: `start` and `count` give the token's position, `tokens` the token itself.
 
         Returns:
           Hidden states [1, D], and for `append` what the token adds to the Drafts.

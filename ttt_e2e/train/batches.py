@@ -1,5 +1,6 @@
 """Token stores of a run, batches on the mesh, and the held-out loss. Shapes: `B` batch, `T` sequence."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +14,10 @@ from ttt_e2e.cluster.mesh import BATCH, local_rows
 from ttt_e2e.config import Config
 from ttt_e2e.data.pipeline import evaluation_batches
 from ttt_e2e.data.store import TokenStore
+from ttt_e2e.data.tokenizers import alike_tokens, load_tokenizer
 from ttt_e2e.errors import PreemptedError, UserError
+
+logger = logging.getLogger(__name__)
 
 
 class HeldOut(NamedTuple):
@@ -44,6 +48,23 @@ def open_store(config: Config, split: str) -> TokenStore:
         if ours != theirs and ours != "":  # an empty tokenizer means the store's
             raise UserError(f"config.data.{field} is {ours!r}, but token store {path} was prepared with {theirs!r}")
     return store
+
+
+def find_alike_tokens(config: Config, store: TokenStore) -> np.ndarray | None:
+    """Finds the tokens that Engram takes as one, by the text that the store's tokenizer has for them (`alike_tokens`).
+
+    Returns None where no block compresses tokens, or no tokenizer is known.
+
+    Raises:
+      UserError: the tokenizer cannot be read.
+    """
+    engram, spec = config.model.engram, store.tokenizer_spec or config.data.tokenizer
+    if not (engram.blocks and engram.compress_tokens):
+        return None
+    if not spec:
+        logger.info("no tokenizer is known: to Engram, no two tokens are alike")
+        return None
+    return alike_tokens(load_tokenizer(spec), config.model.vocab_size)
 
 
 def check_batch(field: str, batch_size: int, mesh, accumulation_steps: int = 1) -> None:

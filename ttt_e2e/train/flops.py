@@ -25,7 +25,7 @@ def model_flops_per_token(config: Config) -> float:
     transformer, mlp = abstract_transformer(model), 6 * model.hidden_size * model.intermediate_size
 
     def of_blocks(stacks: dict) -> float:
-        return sum(num_blocks(stack) * (stack.mixer.flops(seq_len) + mlp) for stack in stacks.values())
+        return sum(num_blocks(stack) * (stack.flops(seq_len) + mlp) for stack in stacks.values())
 
     prefix, suffix = of_blocks(transformer.prefix_stacks), of_blocks(transformer.suffix_stacks)
     if not model.num_fast_blocks:

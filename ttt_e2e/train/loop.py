@@ -15,11 +15,12 @@ from ttt_e2e.cluster.agreement import Exchange, watch_for_preemption
 from ttt_e2e.cluster.mesh import local_rows, make_mesh, shardings, with_shardings
 from ttt_e2e.config import Config
 from ttt_e2e.data.pipeline import training_batches
+from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import PreemptedError
 from ttt_e2e.kernels.attention import choice
 from ttt_e2e.model import abstract_model
 from ttt_e2e.runs import directory as run_directory
-from ttt_e2e.train.batches import check_batch, held_out_loss, open_store, to_device
+from ttt_e2e.train.batches import check_batch, find_alike_tokens, held_out_loss, open_store, to_device
 from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.step_log import StepLog
 from ttt_e2e.train.steps import TrainState, init_state, make_eval_step, make_train_step, take_policies
@@ -62,7 +63,7 @@ def _train(
     run_directory.record_start(workdir, overrides, policies.record())
     checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", config.checkpoint)))
     preemption = stack.enter_context(watch_for_preemption())
-    state, progress = restore_or_init(config, optimizer, mesh, checkpoints, train_store.fingerprint)
+    state, progress = restore_or_init(config, optimizer, mesh, checkpoints, train_store)
     first_step, next_batch = int(state.step), progress.get("next_batch", 0)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     train_step = make_train_step(config, optimizer, mesh, state_shardings, policies)
@@ -147,12 +148,12 @@ def _train(
 
 
 def restore_or_init(
-    config: Config, optimizer, mesh, checkpoints: Checkpoints, fingerprint: str
+    config: Config, optimizer, mesh, checkpoints: Checkpoints, store: TokenStore
 ) -> tuple[TrainState, dict]:
     """Makes the state to start from, sharded, and the progress that its checkpoint recorded, {} without a checkpoint.
 
     The first that there is: 1. the run's own newest checkpoint, 2. the parameters of `train.init_from` with a fresh
-    optimizer, 3. fresh parameters.
+    optimizer, 3. fresh parameters, and for Engram the tokens that are alike by the tokenizer of the token store.
     """
     abstract = jax.eval_shape(lambda: init_state(config, optimizer))
     state_shardings = shardings(abstract, mesh, config.model)
@@ -160,9 +161,10 @@ def restore_or_init(
     if newest := checkpoints.restore_newest(abstract):
         state, progress = newest
         logger.info("resuming from step %d of %s", progress["step"], checkpoints.directory)
-        check_position(progress, config, fingerprint)
+        check_position(progress, config, store.fingerprint)
         return state, progress
-    state = jax.jit(lambda: init_state(config, optimizer), out_shardings=state_shardings)()
+    alike_V = None if config.train.init_from else find_alike_tokens(config, store)
+    state = jax.jit(lambda: init_state(config, optimizer, alike_V), out_shardings=state_shardings)()
     if config.train.init_from:
         logger.info("taking the initial parameters from %s", config.train.init_from)
         state = state._replace(params=load_params(config.train.init_from, abstract.params))

@@ -25,6 +25,7 @@ from ttt_e2e.inner import Reading, inner_learning_rate, read_batch
 from ttt_e2e.inner.division import DATA, Division, complete, fetch
 from ttt_e2e.kernels.precision import matmul_precision
 from ttt_e2e.model import Transformer, abstract_model, abstract_transformer
+from ttt_e2e.model.engram import with_alike
 from ttt_e2e.model.parameters import split
 from ttt_e2e.train import policies
 from ttt_e2e.train.optimizers import gradient_norm, learning_rate_schedule
@@ -38,10 +39,15 @@ class TrainState(NamedTuple):
     step: jax.Array  # number of updates so far
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """Initialises parameters and optimizer state. Pure: under `jit` with shardings, each device makes its shards."""
+def init_state(config: Config, optimizer: optax.GradientTransformation, alike_V=None) -> TrainState:
+    """Initialises parameters and optimizer state. Pure: under `jit` with shardings, each device makes its shards.
+
+    alike_V: for each token, the one that stands for it in Engram's n-grams; None = each for itself.
+    """
     _, fast, slow = split(Transformer(config.model, nnx.Rngs(config.train.seed)))
     params = {"fast": fast, "slow": slow}
+    if alike_V is not None:
+        params = with_alike(params, alike_V)
     return TrainState(params, optimizer.init(params), jnp.int32(0))
 
 

@@ -45,6 +45,7 @@ class Context(NamedTuple):
     # of tokens of the mini-batch before this one.
     count: Any = None
     parts: SequenceParts | None = None  # how the sequence is divided, where the positions are one device's part of it
+    tokens: Any = None  # ids of the given positions, for Engram (engram.py); None where no block has one
 
 
 class Mixer(nnx.Module):
