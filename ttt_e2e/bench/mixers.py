@@ -24,7 +24,7 @@ def run(  # noqa: PLR0913 -- each is a flag
     mlp_width: int = 512,
     num_blocks: int = 2,
     vocab: int = 512,
-    window: int = 1024,
+    window: int = 256,
     mini_batch: int = 1024,
     batch: int = 1,
     dtype: str = "float32",

@@ -3,6 +3,8 @@
 Shapes: `T` positions, `C` channels, `W` width of the convolution, `P` = (W - 1) dilation positions before the first.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,10 +16,14 @@ def causal_conv(x_TC, weight_CW, before_PC, *, dilation: int = 1):
     before_PC: the inputs before the first position; zeros at the beginning of a sequence.
     """
     T, W = len(x_TC), weight_CW.shape[1]
-    inputs = jnp.concatenate([before_PC.astype(x_TC.dtype), x_TC])
-    weight_CW = weight_CW.astype(x_TC.dtype)
-    shifted = (jax.lax.slice_in_dim(inputs, w * dilation, w * dilation + T) for w in range(W))
-    return sum(weight_CW[:, w] * x_TC for w, x_TC in enumerate(shifted))
+
+    @partial(jax.checkpoint, prevent_cse=False)  # it costs little, and would leave W residuals of the size of x
+    def convolve(x_TC, weight_CW, before_PC):
+        inputs = jnp.concatenate([before_PC, x_TC])
+        shifted = (jax.lax.slice_in_dim(inputs, w * dilation, w * dilation + T) for w in range(W))
+        return sum(weight_CW[:, w] * x_TC for w, x_TC in enumerate(shifted))
+
+    return convolve(x_TC, *(a.astype(x_TC.dtype) for a in (weight_CW, before_PC)))
 
 
 def last_inputs(x_TC, before_PC, count=None):

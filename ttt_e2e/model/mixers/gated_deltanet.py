@@ -12,6 +12,7 @@ width of the convolution.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -130,9 +131,14 @@ class GatedDeltaNet(Mixer):
             state.memory,
             chunk_size=self.fields.chunk_size,
         )
-        o_NTV = self.norm(o_NTV) * jax.nn.silu(self._heads(projected["g"]).astype(wide))
+
+        @partial(jax.checkpoint, prevent_cse=False)  # it costs little, and would leave several float32 residuals
+        def gated(o_NTV, g_T):
+            o_NTV = self.norm(o_NTV) * jax.nn.silu(self._heads(g_T).astype(wide))
+            return o_NTV.swapaxes(0, 1).reshape(T, -1).astype(dtype)
+
         after = {name: last_inputs(projected[name], inputs, count) for name, inputs in before.items()}
-        return o_NTV.swapaxes(0, 1).reshape(T, -1).astype(dtype), State(memory, **after)
+        return gated(o_NTV, projected["g"]), State(memory, **after)
 
     def _heads(self, x_T):
         """Splits [T, N X] into heads [N, T, X]."""

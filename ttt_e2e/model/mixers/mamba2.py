@@ -14,6 +14,7 @@ state width, `W` width of the convolution.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -124,9 +125,14 @@ class Mamba2(Mixer):
         x_NTH = x_TI.reshape(T, -1, self.fields.head_dim).swapaxes(0, 1)
         step_NTH = (x_NTH * dt_TN.T[..., None]).astype(dtype)
         y_NTH, ssm = ssd(step_NTH, log_decay_TN.T, B_TS, C_TS, state.ssm, chunk_size=self.fields.chunk_size)
-        y_NTH += self.skip[...].astype(wide)[:, None, None] * x_NTH
-        y_TI = y_NTH.swapaxes(0, 1).reshape(T, -1) * jax.nn.silu(z_TI.astype(wide))
-        return self._normed(y_TI).astype(dtype), State(ssm, after_x, after_bc)
+
+        @partial(jax.checkpoint, prevent_cse=False)  # it costs little, and would leave several float32 residuals
+        def gated(y_NTH, x_NTH, z_TI):
+            y_NTH += self.skip[...].astype(wide)[:, None, None] * x_NTH
+            y_TI = y_NTH.swapaxes(0, 1).reshape(T, -1) * jax.nn.silu(z_TI.astype(wide))
+            return self._normed(y_TI).astype(dtype)
+
+        return gated(y_NTH, x_NTH, z_TI), State(ssm, after_x, after_bc)
 
     def _normed(self, y_TI):
         """Computes RMSNorm over all heads, also those of other devices."""
