@@ -277,7 +277,8 @@ def _help() -> str:
 
 def _config(values: flags.FlagValues) -> None:
     """Defines --config."""
-    string(values, "config", "Config file, FILE.py[:ARG]; override fields by --config.section.field=value.")
+    text = "Config file, FILE.py[:ARG], or config.json of a run; override fields by --config.section.field=value."
+    string(values, "config", text)
 
 
 def _trained_model(values: flags.FlagValues) -> None:

@@ -13,21 +13,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from ttt_e2e.checkpoints.params import load_params
 from ttt_e2e.cli import main
 from ttt_e2e.cluster.mesh import with_shardings
-from ttt_e2e.config import to_dict
 from ttt_e2e.data.store import TokenWriter, write_attributes
 from ttt_e2e.errors import UserError
-from ttt_e2e.flags import override
 from ttt_e2e.inner import read_sequence
 from ttt_e2e.interop import huggingface, huggingface_config
 from ttt_e2e.model import abstract_model
 from ttt_e2e.model.parameters import merge
 from ttt_e2e.runs.directory import load_config
-from ttt_e2e.train.loop import train
 
 safetensors = pytest.importorskip("safetensors.numpy")
 
@@ -208,10 +204,9 @@ def test_fast_mlps_learn_from_the_first_outer_step_on(with_fast_mlps, tmp_path):
     fields = {"train.init_from": with_fast_mlps, "data.path": tmp_path / "store", "train.num_steps": 2}
     fields |= {"train.global_batch_size": 2, "optimizer.warmup_steps": 1, "optimizer.weight_decay": 0, "mesh.data": 1}
     fields |= {"inner.trajectory": "store", "inner.remat": "mini_batch", "optimizer.learning_rate": 1e-3}
-    config = override(
-        ConfigDict(to_dict(load_config(with_fast_mlps))), [f"--config.{k}={v}" for k, v in fields.items()]
-    )
-    train(config, tmp_path / "run")  # the first update has rate 0
+    arguments = [f"--config={with_fast_mlps / 'config.json'}", f"--workdir={tmp_path / 'run'}"]
+    assert main(["train", *arguments, *(f"--config.{name}={value}" for name, value in fields.items())]) == 0
+    config = load_config(tmp_path / "run")  # of two updates, the first has rate 0
     _, abstract = abstract_model(config.model)
     placed = with_shardings(abstract, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     before, after = (load_params(run, placed) for run in (with_fast_mlps, tmp_path / "run"))
