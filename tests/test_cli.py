@@ -8,8 +8,10 @@ import pytest
 
 from tests.parity.golden import TRAINED_CASES, load_case
 from ttt_e2e.cli import main
-from ttt_e2e.config import default_config, to_dict
+from ttt_e2e.config import default_config, from_config_dict, to_dict
 from ttt_e2e.data.store import TokenWriter, write_attributes
+from ttt_e2e.errors import UserError
+from ttt_e2e.flags import load_config_file, override
 
 
 @pytest.fixture
@@ -177,3 +179,19 @@ def test_an_official_checkpoint_of_another_shape_is_refused(override, message, r
 def test_defaults_are_the_documented_sections():
     sections = "model inner train optimizer data mesh checkpoint log eval"
     assert set(default_config()) == set(sections.split())
+
+
+def test_the_config_of_a_run_is_a_config_file(tmp_path):
+    path = tmp_path / "config.json"
+    config = from_config_dict({"model": {"hidden_size": 64}})
+    path.write_text(json.dumps(to_dict(config)))
+    assert override(load_config_file(str(path)), []) == config
+    for content, message in (
+        ("{", "is not readable JSON"),
+        ('{"model": {"width": 3}}', "config.model has no field 'width'"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            load_config_file(str(path))
+    with pytest.raises(UserError, match="does not exist"):
+        load_config_file(str(tmp_path / "other.json"))

@@ -165,6 +165,11 @@ def import_(argv: list[str]) -> None:
             "a run, for --workdir too.",
         )
 
+        whole = {"window": "window of attention in all blocks", "num_fast_blocks": "last blocks that get a fast MLP"}
+        whole["fast_intermediate_size"] = "width of the fast MLPs; 0 = that of the other MLPs"
+        for name, text in whole.items():
+            flags.DEFINE_integer(name, 0, f"Of huggingface: {text}.", lower_bound=0, flag_values=values)
+
     values, overrides = parse(argv, define, "ttt-e2e import: convert a checkpoint of another program.")
     _require(values, "source", "checkpoint", "output")
     if values.source == "huggingface":
@@ -172,9 +177,10 @@ def import_(argv: list[str]) -> None:
             raise UserError(
                 f"--config is {values.config}, but the model's own config.json takes its place: leave it out"
             )
-        from ttt_e2e.interop.huggingface import import_model
+        from ttt_e2e.interop.huggingface import Additions, import_model
 
-        print(f"imported as {import_model(values.checkpoint, values.output, overrides)}")
+        additions = Additions(values.window, values.num_fast_blocks, values.fast_intermediate_size)
+        print(f"imported as {import_model(values.checkpoint, values.output, overrides, additions)}")
         return
     config = _resolve(values, overrides)
     from ttt_e2e.interop.official import import_checkpoint
@@ -271,7 +277,8 @@ def _help() -> str:
 
 def _config(values: flags.FlagValues) -> None:
     """Defines --config."""
-    string(values, "config", "Config file, FILE.py[:ARG]; override fields by --config.section.field=value.")
+    text = "Config file, FILE.py[:ARG], or config.json of a run; override fields by --config.section.field=value."
+    string(values, "config", text)
 
 
 def _trained_model(values: flags.FlagValues) -> None:

@@ -4,6 +4,7 @@ Flags are defined when the subcommand is known, so that each has its own.
 """
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ttt_e2e.config import Config, default_config, from_config_dict, suggestion
+from ttt_e2e.config import Config, default_config, from_config_dict, suggestion, to_dict
 from ttt_e2e.errors import UserError
 
 
@@ -54,14 +55,29 @@ def parse(
 def load_config_file(spec: str) -> ConfigDict:
     """Calls `get_config(ARG)` of a config file, "FILE.py:ARG" or "FILE.py", and returns its ConfigDict.
 
+    Or reads the `config.json` of a run.
+
     Raises:
       UserError: there is no such file, it raises an exception, or returns anything else.
     """
-    _, colon, arg = spec.partition(":")
+    path, colon, arg = spec.partition(":")
+    if path.endswith(".json"):
+        return _load_json(path)
     config = _call_config_file(spec, "get_config", *([arg] if colon else []))
     if not isinstance(config, ConfigDict):
         raise UserError(f"config file {spec}: get_config() gives {type(config).__name__}, but it takes a ConfigDict")
     return config
+
+
+def _load_json(path: str) -> ConfigDict:
+    """Reads the config of a `config.json`. Raises `UserError` if there is none, or it is damaged."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"config file {path} is not readable JSON: {error}") from None
+    return ConfigDict(to_dict(from_config_dict(values))).lock()
 
 
 def load_sweep(spec: str) -> dict[str, list]:

@@ -19,6 +19,7 @@ from ttt_e2e.cli import main
 from ttt_e2e.cluster.mesh import with_shardings
 from ttt_e2e.data.store import TokenWriter, write_attributes
 from ttt_e2e.errors import UserError
+from ttt_e2e.inner import read_sequence
 from ttt_e2e.interop import huggingface, huggingface_config
 from ttt_e2e.model import abstract_model
 from ttt_e2e.model.parameters import merge
@@ -143,6 +144,81 @@ def test_a_model_that_rotates_adjacent_pairs_is_exported_in_halves(imported, tmp
     _, again = load(tmp_path / "again")
     tokens = np.random.default_rng(0).integers(0, 96, (1, 40))
     np.testing.assert_allclose(logits(again, tokens), logits(model, tokens), rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- fast MLPs
+
+
+@pytest.fixture(scope="module")
+def with_fast_mlps(tmp_path_factory):
+    run = tmp_path_factory.mktemp("fast") / "run"
+    arguments = ["--source=huggingface", f"--checkpoint={DATA / 'qwen3_qk_norm' / 'model'}", f"--output={run}"]
+    arguments += ["--num_fast_blocks=1", "--fast_intermediate_size=40", "--config.inner.mini_batch_size=8"]
+    assert main(["import", *arguments, "--config.train.seq_len=64", "--config.data.bos_id=0"]) == 0
+    return run
+
+
+def readings(run, rates):
+    """(token NLL [T] at each inner rate, the gradient of the loss at the last, parameters)."""
+    config = load_config(run)
+    graphdef, abstract = abstract_model(config.model)
+    params = load_params(run, with_shardings(abstract, jax.sharding.SingleDeviceSharding(jax.devices()[0])))
+    tokens = np.random.default_rng(0).integers(1, 96, config.train.seq_len + 1)
+    inner = dataclasses.replace(config.inner, trajectory="store", remat="mini_batch")
+
+    def loss(params, rate):
+        reading = read_sequence(
+            graphdef, params["fast"], params["slow"], tokens, inner=inner, learning_rate=rate, bos_id=0
+        )
+        return reading.loss, reading.token_nll_T
+
+    program = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    results = [program(params, np.float32(rate)) for rate in rates]
+    return [nll for (_, nll), _ in results], results[-1][1], params
+
+
+def test_fast_mlps_change_nothing_at_first_whatever_the_inner_rate(with_fast_mlps, imported):
+    """And both they and their scale have a gradient."""
+    nlls, gradient, params = readings(with_fast_mlps, (0.0, 1.0))
+    _, base = load(imported["qwen3_qk_norm"])
+    tokens = np.random.default_rng(0).integers(1, 96, 65)
+    expected = base.nll(base.run_prefix(base.embed(tokens[:-1])), tokens[1:])
+    for nll_T in nlls:
+        np.testing.assert_allclose(nll_T, expected, rtol=0, atol=1e-5)
+    assert np.abs(gradient["fast"]["suffix"]["fast_mlp"]["w2"]).max() > 0
+    # The control: without the scale, inner steps of rate 1 on a model that was not trained for them are seen.
+    params["slow"]["suffix"]["fast_mlp_scale"] = params["slow"]["suffix"]["fast_mlp_scale"] * 0 + 1
+    config = load_config(with_fast_mlps)
+    graphdef, _ = abstract_model(config.model)
+    inner = dataclasses.replace(config.inner, trajectory="store", remat="mini_batch")
+    options = {"inner": inner, "learning_rate": 1.0, "bos_id": 0}
+    unscaled = read_sequence(graphdef, params["fast"], params["slow"], tokens, **options)
+    assert np.abs(unscaled.token_nll_T - expected).max() > 1e-3
+
+
+def test_fast_mlps_learn_from_the_first_outer_step_on(with_fast_mlps, tmp_path):
+    writer = TokenWriter(tmp_path / "store", "train", 96)
+    writer.append(np.random.default_rng(0).integers(1, 96, 8 * 64 + 1))
+    writer.close()
+    write_attributes(tmp_path / "store", {"vocab_size": 96})
+    fields = {"train.init_from": with_fast_mlps, "data.path": tmp_path / "store", "train.num_steps": 2}
+    fields |= {"train.global_batch_size": 2, "optimizer.warmup_steps": 1, "optimizer.weight_decay": 0, "mesh.data": 1}
+    fields |= {"inner.trajectory": "store", "inner.remat": "mini_batch", "optimizer.learning_rate": 1e-3}
+    arguments = [f"--config={with_fast_mlps / 'config.json'}", f"--workdir={tmp_path / 'run'}"]
+    assert main(["train", *arguments, *(f"--config.{name}={value}" for name, value in fields.items())]) == 0
+    config = load_config(tmp_path / "run")  # of two updates, the first has rate 0
+    _, abstract = abstract_model(config.model)
+    placed = with_shardings(abstract, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    before, after = (load_params(run, placed) for run in (with_fast_mlps, tmp_path / "run"))
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, after)
+    assert moved["fast"]["suffix"]["fast_mlp"]["w2"] > 5e-4
+    assert moved["slow"]["suffix"]["fast_mlp_scale"] > 5e-4
+
+
+def test_a_window_for_all_blocks():
+    theirs = json.loads((DATA / "qwen3_hybrid_layers" / "model" / "config.json").read_text())
+    config = huggingface.make_config(theirs, DATA, DATA, [], huggingface.Additions(window=8))
+    assert config.model.windows == (8,) and config.model.mixers == ("window",)
 
 
 # -------------------------------------------------------------------------------------------------------------- traps

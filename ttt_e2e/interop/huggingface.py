@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 
 from ttt_e2e.checkpoints.params import load_params, save_params
@@ -21,14 +22,18 @@ from ttt_e2e.config import Config, default_config
 from ttt_e2e.errors import UserError
 from ttt_e2e.flags import override
 from ttt_e2e.interop import huggingface_config, safetensors_files
-from ttt_e2e.model import abstract_model, abstract_transformer
-from ttt_e2e.model.parameters import parameter_name
+from ttt_e2e.model import Transformer, abstract_model, abstract_transformer
+from ttt_e2e.model.parameters import parameter_name, split
 from ttt_e2e.model.stacks import block_indices
 from ttt_e2e.runs.directory import write_config
 from ttt_e2e.runs.files import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 MAX_SEQ_LEN = 2048  # of the config of an imported model, whose own context may be far longer
+MINI_BATCHES = 16  # of a sequence, in the config of a model with fast MLPs
+# Initial scale of the output of fast MLPs. Their last matrix is 0, so that they add nothing before an inner step; with
+# this scale what they add after some is too little to see, as inner steps are smaller by it, too.
+FAST_LAYER_SCALE = 1e-3
 
 
 class Rule(NamedTuple):
@@ -67,10 +72,27 @@ class Source(NamedTuple):
     stacked: bool
 
 
-def import_model(checkpoint, output, overrides: list[str]) -> Path:
+class Additions(NamedTuple):
+    """What is added to an imported model for it to learn while it reads."""
+
+    window: int = 0  # of the attention of all blocks; 0 = as it is
+    num_fast_blocks: int = 0  # last blocks that get a fast MLP
+    fast_intermediate_size: int = 0  # width of the fast MLPs; 0 = that of the others
+
+
+NOTHING = Additions()
+
+
+def import_model(checkpoint, output, overrides: list[str], additions: Additions = NOTHING) -> Path:
     """Makes the run directory `output` of a model directory as `save_pretrained` writes it.
 
-    overrides: of its config, as flags `--config.SECTION.FIELD=VALUE`.
+    Fast MLPs, which no file has, begin with random first matrices and a last one of zeros.
+
+    Args:
+      checkpoint: the model directory.
+      output: the run directory.
+      overrides: of its config, as flags `--config.SECTION.FIELD=VALUE`.
+      additions: window and fast MLPs.
 
     Raises:
       UserError: the directory, a file or a tensor is missing, damaged or of another shape, or the model has what ours
@@ -82,14 +104,15 @@ def import_model(checkpoint, output, overrides: list[str]) -> Path:
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json: it takes a directory as save_pretrained writes it")
     theirs = read_json(directory / "config.json")
-    config = make_config(theirs, directory, output, overrides)
+    config = make_config(theirs, directory, output, overrides, additions)
     tensors = safetensors_files.Tensors(directory)
     _, abstract = abstract_model(config.model)
     sources = _sources(config)
     _check(tensors, abstract, sources, config)
     mesh = make_mesh(config.mesh)
     placed = with_shardings(abstract, shardings(abstract, mesh, config.model))
-    params = jax.tree_util.tree_map_with_path(lambda path, leaf: _read(tensors, sources, path, leaf), placed)
+    fresh = _fresh(config, placed, sources)
+    params = jax.tree_util.tree_map_with_path(lambda path, leaf: _read(tensors, sources, fresh, path, leaf), placed)
     save_params(output / "checkpoints", params, progress_of(0, 0, config))
     for name in TOKENIZER_FILES:
         if (directory / name).is_file():
@@ -99,12 +122,24 @@ def import_model(checkpoint, output, overrides: list[str]) -> Path:
     return output
 
 
-def make_config(theirs: dict, directory: Path, output: Path, overrides: list[str]) -> Config:
+def make_config(
+    theirs: dict, directory: Path, output: Path, overrides: list[str], additions: Additions = NOTHING
+) -> Config:
     """The config of an imported model."""
     config: ConfigDict = default_config()
     config.model.update(huggingface_config.to_model(theirs))
     seq_len = min(MAX_SEQ_LEN, int(theirs.get("max_position_embeddings") or MAX_SEQ_LEN))
     config.train.seq_len = config.inner.mini_batch_size = seq_len
+    if additions.window:
+        config.model.update(sliding_window=additions.window, mixer="")
+    if additions.num_fast_blocks:
+        width = additions.fast_intermediate_size or config.model.intermediate_size
+        config.model.update(
+            num_fast_blocks=additions.num_fast_blocks,
+            fast_intermediate_size=width,
+            fast_layer_scale=FAST_LAYER_SCALE,
+        )
+        config.inner.mini_batch_size = max(1, seq_len // MINI_BATCHES)
     bos_id = theirs.get("bos_token_id")
     config.data.bos_id = (bos_id[0] if isinstance(bos_id, list) else bos_id) or 0
     for name in TOKENIZER_FILES[:2]:
@@ -170,7 +205,7 @@ def _check(tensors: safetensors_files.Tensors, abstract, sources: dict[str, Sour
         unused.discard("lm_head.weight")
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         name = parameter_name(path)
-        if name not in sources:
+        if name not in sources:  # of a fast MLP
             continue
         source = sources[name]
         shape = leaf.shape[1:] if source.stacked else leaf.shape
@@ -190,8 +225,24 @@ def _check(tensors: safetensors_files.Tensors, abstract, sources: dict[str, Sour
         raise UserError(f"the model has no place for tensors of {tensors.directory}: {', '.join(sorted(unused)[:5])}")
 
 
-def _read(tensors: safetensors_files.Tensors, sources: dict[str, Source], path, leaf):
-    """Reads a parameter into a sharded array: each device's part, tensor by tensor."""
+def _fresh(config: Config, placed, sources: dict[str, Source]) -> dict[str, jax.Array]:
+    """Initialises the parameters that no file has, those of fast MLPs: {name: sharded array}."""
+    leaves = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(placed)}
+    shardings_of = {name: leaf.sharding for name, leaf in leaves.items() if name not in sources}
+
+    def initialise():
+        _, fast, slow = split(Transformer(config.model, nnx.Rngs(config.train.seed)))
+        made = jax.tree_util.tree_leaves_with_path({"fast": fast, "slow": slow})
+        fresh = {parameter_name(path): leaf for path, leaf in made}
+        return {name: fresh[name] * (not name.endswith("fast_mlp.w2")) for name in shardings_of}
+
+    return jax.jit(initialise, out_shardings=shardings_of)() if shardings_of else {}
+
+
+def _read(tensors: safetensors_files.Tensors, sources: dict[str, Source], fresh: dict[str, jax.Array], path, leaf):
+    """Reads a parameter into a sharded array, each device's part, tensor by tensor; or takes it from `fresh`."""
+    if parameter_name(path) in fresh:
+        return fresh[parameter_name(path)]
     source = sources[parameter_name(path)]
 
     def part(index):
