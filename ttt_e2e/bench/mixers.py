@@ -33,8 +33,8 @@ def run(  # noqa: PLR0913 -- each is a flag
     """Measures loss and gradient of a small model of each mixer; writes the results to `output`, returns the rows.
 
     All blocks of a model have the same mixer, with the defaults of its config section, but for Gated DeltaNet's heads,
-    which are as many as those of attention. The mixer `e2e` is `window` with
-    a fast MLP in every block, and the meta-gradient through an inner step on each `mini_batch` tokens.
+    which are as many as those of attention. Blocks are rematerialised (`inner.remat="mini_batch"`). The mixer `e2e` is
+    `window` with a fast MLP in every block, and the meta-gradient through an inner step on each `mini_batch` tokens.
 
     Returns:
       A row for each mixer and length: `num_parameters`; `flops` of the compiled program's matrix products, `temp_bytes`
@@ -76,7 +76,11 @@ def _config(name: str, model: dict, train: dict, mini_batch: int) -> Config:
         heads, width = model["num_attention_heads"], model["hidden_size"]
         model = model | {name: {"num_heads": heads, "head_dim": max(1, 3 * width // (4 * heads))}}
     fields = {"mixer": "window" if learns else name, "num_fast_blocks": model["num_hidden_layers"] if learns else 0}
-    inner = {"mini_batch_size": min(mini_batch, train["seq_len"]) if learns else train["seq_len"]}
+    # Rematerialised, as long sequences are trained; otherwise "auto" keeps everything that this machine has memory for.
+    inner = {
+        "mini_batch_size": min(mini_batch, train["seq_len"]) if learns else train["seq_len"],
+        "remat": "mini_batch",
+    }
     return from_config_dict({"model": model | fields, "inner": inner, "train": train, "mesh": {"data": 1}})
 
 
