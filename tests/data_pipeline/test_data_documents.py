@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from ttt_e2e.data.documents import Document, find_documents, standard_library
+from ttt_e2e.data.documents import find_documents, standard_library
+from ttt_e2e.data.readers import Document
 from ttt_e2e.errors import UserError
 
 

@@ -1,26 +1,18 @@
-"""Finds and reads documents: plain text, Markdown, Python source, JSON lines, and the embedded corpus.
-
-A document is a whole file, or one line of a `.jsonl` file. One document at a time is in memory.
-"""
+"""Finds the documents of a corpus: files, directories and globs, and the embedded corpus."""
 
 import glob
-import gzip
-import io
-import json
 import os
 import re
 import sysconfig
-import tokenize
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
+from ttt_e2e.data.readers import LEGAL_SUFFIXES, Document, kind, read, suffix
 from ttt_e2e.errors import UserError
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-LEGAL_INPUTS = f"'stdlib', or a file, directory or glob of {' '.join(SUFFIXES)}, each plain or with .gz appended"
+LEGAL_INPUTS = f"'stdlib', or a file, directory or glob of {LEGAL_SUFFIXES}"
 
 # Names of what is no library code, is vendored, or differs from one build of the interpreter to the next.
 _STDLIB_EXCLUDED = re.compile(
@@ -29,51 +21,90 @@ _STDLIB_EXCLUDED = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text. `name` is its path relative to the corpus, with "/" between parts; for JSON lines, with ":LINE"."""
+@dataclass
+class Skipped:
+    """Records that were skipped: how many, and what was wrong with the first."""
 
-    name: str
-    text: str
+    count: int = 0
+    first: str = ""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Document files below `root`, by sorted relative names. Iterating it reads their documents one at a time.
+    """Document files, each a path and its name. Iterating it reads their documents one at a time, and repeatedly.
 
-    It can be iterated repeatedly. Raises UserError, naming file and line, where a file is damaged or not UTF-8, or a
-    line is not JSON or has no `text`.
+    `text_field` is the field of a record that has its text, "a.b" for one in another. Raises UserError, naming file and
+    line, where a file is damaged or a record is bad: not UTF-8, no JSON, or without the field. With `skips_bad_records`
+    it skips bad records.
     """
 
-    root: Path
-    names: tuple[str, ...]
+    spec: str
+    files: tuple[tuple[Path, str], ...]
+    left_out: dict[str, int] = field(default_factory=dict)  # number of files of unsupported suffixes, by suffix
+    text_field: str = "text"
+    skips_bad_records: bool = False
 
     def __iter__(self) -> Iterator[Document]:
-        for name in self.names:
-            yield from _read(self.root / name, name)
+        return self.documents(Skipped())
+
+    def documents(self, skipped: Skipped) -> Iterator[Document]:
+        """Reads the documents, and counts in `skipped` the records that it skips."""
+        for path, name in self.files:
+            for document in read(path, name, self.text_field):
+                if isinstance(document, Document):
+                    yield document
+                elif self.skips_bad_records:
+                    skipped.count += 1
+                    skipped.first = skipped.first or document.reason
+                else:
+                    raise UserError(document.reason)
 
     def num_bytes(self) -> int:
         """Total size of the files on disk, compressed where they are."""
-        return sum((self.root / name).stat().st_size for name in self.names)
+        return sum(path.stat().st_size for path, _ in self.files)
 
 
 def standard_library() -> Corpus:
     """The Python sources of the running interpreter's standard library, without its tests: about 10 MB of code."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = (name for name in _names_below(root, _STDLIB_EXCLUDED) if name.endswith(".py"))
-    return Corpus(root, tuple(names))
+    return Corpus("stdlib", tuple((root / name, name) for name in names))
 
 
-def find_documents(input_spec: str | os.PathLike) -> Corpus:
-    """Finds the documents of "stdlib", a file, a directory (all supported files below it), or a glob.
+def find_documents(
+    inputs: str | os.PathLike | Sequence[str], *, text_field: str = "text", skips_bad_records: bool = False
+) -> Corpus:
+    """Finds the documents of one or more inputs, in their order, each file once.
 
-    Raises UserError if nothing matches, or if a named or matched file has an unsupported suffix.
+    An input is "stdlib", a file, a directory (all supported files below it), or a glob; a string may hold several, with
+    commas between. Raises UserError if an input matches nothing, or names or matches a file of an unsupported suffix.
     """
-    spec = os.path.expanduser(os.fspath(input_spec))
+    specs = split_inputs([inputs] if isinstance(inputs, str | os.PathLike) else inputs)
+    files, left_out = {}, Counter()
+    for spec in specs:
+        found = _find(os.path.expanduser(spec))
+        left_out.update(found.left_out)
+        for path, name in found.files:
+            files.setdefault(os.path.abspath(path), (path, name))
+    return Corpus(",".join(specs), tuple(files.values()), dict(sorted(left_out.items())), text_field, skips_bad_records)
+
+
+def split_inputs(inputs: Sequence[str | os.PathLike]) -> list[str]:
+    """Divides inputs at commas, other than in the name of a file that exists."""
+    inputs = [os.fspath(each) for each in inputs]
+    divided = ([each] if os.path.exists(os.path.expanduser(each)) else each.split(",") for each in inputs)
+    return [spec for specs in divided for spec in specs if spec]
+
+
+def _find(spec: str) -> Corpus:
+    """Finds the documents of one input."""
+    left_out = Counter()
     if spec == "stdlib":
         return standard_library()
     if os.path.isdir(spec):
-        root, names = Path(spec), [name for name in _names_below(Path(spec)) if _kind(name)]
+        root, all_names = Path(spec), _names_below(Path(spec))
+        names = [name for name in all_names if kind(name)]
+        left_out.update(suffix(name) for name in all_names if not kind(name))
     elif os.path.isfile(spec):
         root, names = Path(spec).parent, [Path(spec).name]
     else:
@@ -82,11 +113,19 @@ def find_documents(input_spec: str | os.PathLike) -> Corpus:
         matches = (Path(match) for match in glob.iglob(spec, recursive=True))
         names = sorted(match.relative_to(root).as_posix() for match in matches if match.is_file())
     if not names:
-        raise UserError(f"input {spec!r}: no document found; legal: {LEGAL_INPUTS}")
+        others = f" (but {counted(left_out)})" if left_out else ""
+        raise UserError(f"input {spec!r}: no document found{others}; legal: {LEGAL_INPUTS}")
     for name in names:
-        if not _kind(name):
-            raise UserError(f"input {root / name}: unsupported suffix {Path(name).suffix!r}; legal: {LEGAL_INPUTS}")
-    return Corpus(root, tuple(names))
+        if not kind(name):
+            raise UserError(f"input {root / name}: unsupported suffix {suffix(name)!r}; legal: {LEGAL_INPUTS}")
+    return Corpus(spec, tuple((root / name, name) for name in names), left_out)
+
+
+def counted(left_out: dict[str, int]) -> str:
+    """Numbers of files by suffix in words: "3 files of .png, 1 of no suffix"."""
+    return ", ".join(
+        f"{count} {'file' if count == 1 else 'files'} of {name or 'no suffix'}" for name, count in left_out.items()
+    )
 
 
 def _names_below(root: Path, excluded: re.Pattern = re.compile("(?!)")) -> list[str]:
@@ -97,57 +136,3 @@ def _names_below(root: Path, excluded: re.Pattern = re.compile("(?!)")) -> list[
         below = Path(directory).relative_to(root)
         names += [(below / file).as_posix() for file in files if not excluded.fullmatch(file)]
     return sorted(names)
-
-
-def _kind(name: str) -> str:
-    """The suffix, without .gz, that says how to read a file; "" where it is not supported."""
-    suffix = Path(name.removesuffix(".gz")).suffix
-    return suffix if suffix in SUFFIXES else ""
-
-
-def _read(path: Path, name: str) -> Iterator[Document]:
-    """Reads the documents of one file. Raises UserError where it is damaged or cannot be read."""
-    try:
-        with gzip.open(path, "rb") if name.endswith(".gz") else path.open("rb") as file:
-            if _kind(name) == ".jsonl":
-                yield from _read_json_lines(file, path, name)
-            else:
-                yield Document(name, _decode(file.read(), path, is_python=_kind(name) == ".py"))
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged gzip file ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _decode(data: bytes, path: Path, is_python: bool) -> str:
-    """Decodes a whole file, with line ends as they are. Python sources may declare an encoding; others are UTF-8.
-
-    Raises UserError, naming the line, for bytes that are not valid in the encoding.
-    """
-    try:
-        encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0] if is_python else "utf-8-sig"
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: byte {data[error.start]:#04x} is not valid {error.encoding}") from None
-    except SyntaxError as error:
-        raise UserError(f"{path}: {error.msg}; legal: UTF-8, or an encoding declared as Python does") from None
-
-
-def _read_json_lines(file: BinaryIO, path: Path, name: str) -> Iterator[Document]:
-    """Reads the field `text` of each line, a JSON object. Raises UserError, naming the line, where there is none."""
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not a line of JSON in UTF-8 ({error})") from None
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f'{path}:{number}: no string "text"; legal: one object a line, as {{"text": "..."}}')
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f'{path}:{number}: "text" has half of a surrogate pair, which is no character') from None
-        yield Document(f"{name}:{number}", text)

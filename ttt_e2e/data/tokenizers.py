@@ -1,4 +1,6 @@
-"""Encodes text as token ids and decodes them: by bytes, or by a SentencePiece model, which can be trained here."""
+"""Encodes text as token ids and decodes them: by bytes, by a SentencePiece model, which can be trained here, or by the
+`tokenizer.json` of a Hugging Face model.
+"""
 
 import hashlib
 import io
@@ -13,9 +15,11 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
+from ttt_e2e.data.pieces import cut
+from ttt_e2e.data.tokenizer_json import CONFIG_NAME, JsonTokenizer, is_tiktoken
 from ttt_e2e.errors import UserError
 
-LEGAL_SPECS = "'bytes' or the path of a SentencePiece model ending in '.model'"
+LEGAL_SPECS = "'bytes' or the path of a SentencePiece model ending in '.model', or of a tokenizer.json"
 
 # A vocabulary is trained on at most this many lines, sampled uniformly, each cut into pieces of this many characters.
 # That takes some tens of MB for ordinary text, and 1 GB at most.
@@ -27,11 +31,17 @@ _MIN_VOCAB_SIZE = 259  # every byte, BOS, the unknown piece that SentencePiece i
 _SPACE_MARK = "\u2581"
 
 
+_BEFORE_SPACE = re.compile("(?<=[^\\W_])(?= )")
+# Changed by every normalisation that SentencePiece has, and by a space put before a text.
+_PROBE = "a  \tB\u00a0\uff21\ufb01e\u0301 "
+
+
 class Tokenizer(Protocol):
     """The interface of a tokenizer. Its ids are below `vocab_size`."""
 
     vocab_size: int
     bos_id: int
+    eos_id: int  # after a text, in models that were trained elsewhere; -1 for none
     fingerprint: str  # equal for equal tokenizers
 
     def encode(self, text: str) -> np.ndarray:
@@ -52,6 +62,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     bos_id = 256
+    eos_id = -1
     fingerprint = "bytes"
 
     def encode(self, text: str) -> np.ndarray:
@@ -84,22 +95,43 @@ class SentencePieceTokenizer:
         except RuntimeError:
             loaded = False
         if not loaded:
+            if is_tiktoken(model):
+                raise UserError(
+                    f"tokenizer {path}: a table of tiktoken's, as Llama 3 has it, which lacks how text is cut into words;"
+                    " legal: the tokenizer.json of the same model on Hugging Face"
+                )
             raise UserError(f"tokenizer {path}: not a SentencePiece model; legal: {LEGAL_SPECS}")
         self.fingerprint = hashlib.blake2b(model, digest_size=8).hexdigest()
         self.vocab_size = self._processor.vocab_size()
         self.bos_id = self._processor.bos_id()
+        self.eos_id = self._processor.eos_id()
         if self.bos_id < 0:
             raise UserError(f"tokenizer {path}: the model has no BOS piece; train it with one (bos_id >= 0)")
         pieces = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         self._space_mark_ids = pieces if all(map(self._processor.is_byte, pieces)) else []
+        self._before_space = _BEFORE_SPACE if self._has_no_piece_across_spaces() else None
 
     def encode(self, text: str) -> np.ndarray:
         """Encodes `text` as token ids, int32 [num_tokens], without BOS."""
+        parts = [self._encode(part) for part in cut(text, self._before_space)]
+        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+    def _encode(self, text: str) -> np.ndarray:
         if not self._space_mark_ids or _SPACE_MARK not in text:
             return np.asarray(self._processor.encode(text), np.int32)
         # Encoded as its three bytes, a literal space mark is not decoded to a space.
         ids = [[*self._space_mark_ids, *part] for part in self._processor.encode(text.split(_SPACE_MARK))]
         return np.asarray(list(itertools.chain(*ids))[len(self._space_mark_ids) :], np.int32)
+
+    def _has_no_piece_across_spaces(self) -> bool:
+        """Whether the tokens of a text are those of its two parts, wherever it is cut between a letter and a space.
+
+        They are if no piece has a space after another character, and the text is encoded as it is.
+        """
+        if self._processor.normalize(_PROBE) != _PROBE.replace(" ", _SPACE_MARK):
+            return False
+        pieces = (self._processor.id_to_piece(i) for i in range(self.vocab_size))
+        return not any(re.search(f"[^{_SPACE_MARK}]{_SPACE_MARK}", piece) for piece in pieces)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes `ids` to text; BOS and other control pieces, and ids outside the vocabulary, are skipped."""
@@ -138,12 +170,26 @@ def alike_tokens(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 
 
 def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
-    """Loads the tokenizer "bytes", or that of a path that ends in ".model". Raises UserError for any other `spec`."""
+    """Loads the tokenizer "bytes", or that of a path that ends in ".model" or ".json".
+
+    Raises UserError for any other `spec`, and for files that are no such tokenizer.
+    """
     if spec == "bytes":
         return ByteTokenizer()
     if os.fspath(spec).endswith(".model"):
         return SentencePieceTokenizer(spec)
+    if os.fspath(spec).endswith(".json"):
+        return JsonTokenizer(spec)
     raise UserError(f"tokenizer {os.fspath(spec)!r}: unknown; legal: {LEGAL_SPECS}")
+
+
+def files_of(spec: str | os.PathLike) -> list[epath.Path]:
+    """The files of the tokenizer `spec` of `load_tokenizer`, the one that `spec` names first."""
+    if spec == "bytes":
+        return []
+    path = epath.Path(spec)
+    beside = path.parent / CONFIG_NAME
+    return [path, beside] if path.suffix == ".json" and beside.exists() else [path]
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, output_path: str | os.PathLike) -> None:
