@@ -15,6 +15,8 @@ from ttt_e2e.config import Config, suggestion, to_dict
 from ttt_e2e.errors import EXIT_REQUEUE, PreemptedError, UserError
 from ttt_e2e.flags import load_config_file, override, parse, string
 
+_INPUTS = "a file, directory or glob of .txt .md .py .jsonl, plain, .gz or .zst, or of .parquet"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code.
@@ -55,18 +57,33 @@ def prepare(argv: list[str]) -> None:
     """Tokenise text into a token store."""
 
     def define(values):
-        string(values, "input", "stdlib, or a file, directory or glob of .txt .md .py .jsonl, plain or .gz.")
-        string(values, "tokenizer", "bytes, a SentencePiece MODEL.model, or train:VOCAB to train one on the input.")
+        several = {"flag_values": values}
+        flags.DEFINE_multi_string("input", [], f"stdlib, or {_INPUTS}; several: with commas, or repeated.", **several)
+        string(values, "tokenizer", "bytes, a MODEL.model or tokenizer.json, or train:VOCAB to train one on the input.")
         string(values, "output", "Directory of the token store to write.")
         flags.DEFINE_integer("min_tokens", 0, "Leave out shorter documents.", lower_bound=0, flag_values=values)
+        flags.DEFINE_float("val_fraction", 0.05, "Share of documents that is held out.", flag_values=values)
+        flags.DEFINE_multi_string("val_input", [], "Held-out documents, instead of a share of the input.", **several)
+        string(values, "text_field", "Field of a record that has its text; a.b is one in another.", "text")
+        string(values, "on_bad_record", "fail, or skip to go on without records that have no text.", "fail")
+        string(values, "part", "I/N: only the part I, from 0, of N, for --merge.")
+        flags.DEFINE_list("merge", [], "Stores of all N parts, A,B,...: makes one of them, without input.", **several)
         flags.DEFINE_integer("num_workers", -1, "Tokenising processes; -1 = one per core.", flag_values=values)
 
     values, _ = parse(argv, define, "ttt-e2e prepare: tokenise text into a token store.")
-    _require(values, "input", "tokenizer", "output")
-    from ttt_e2e.data.prepare import prepare
+    _require(values, "output")
+    from ttt_e2e.data.prepare import merge, prepare
 
-    workers = {} if values.num_workers < 0 else {"num_workers": values.num_workers}
-    summary = prepare(values.input, values.tokenizer, values.output, min_tokens=values.min_tokens, **workers)
+    if values.merge:
+        if values.input or values.tokenizer:
+            raise UserError("--merge takes the stores of parts, and no --input or --tokenizer")
+        summary = merge(values.merge, values.output)
+    else:
+        _require(values, "input", "tokenizer")
+        names = ("min_tokens", "val_fraction", "val_input", "text_field", "on_bad_record", "part")
+        options = {name: values[name].value for name in names}
+        workers = {} if values.num_workers < 0 else {"num_workers": values.num_workers}
+        summary = prepare(values.input, values.tokenizer, values.output, **options, **workers)
     print(json.dumps(summary, indent=2, default=str))
 
 

@@ -330,13 +330,16 @@ class DataConfig:
     """The token store, and the order in which it is read."""
 
     path: str = field(
-        "", "the token store: a directory made by `prepare`, or a `gs://` or `s3://` URL. Needed.", resume=FREE
+        "",
+        "the token store: a directory made by `prepare`, or a `gs://` or `s3://` URL. Or a mixture of several with one "
+        'tokenizer, `"a:0.7,b:0.3"`: of 10 sequences, 7 are from a. Needed.',
+        resume=FREE,
     )  # the token store's fingerprint is in the checkpoint
     train_split: str = field("train", "split to train on.", resume=FREE)  # so is that of the split
     eval_split: str = field("val", "split to evaluate on.", resume=LOGGED)
     tokenizer: str = field(
         "",
-        '`"bytes"` or a SentencePiece `.model` file; empty = as the token store records. Training and evaluation work '
+        '`"bytes"`, a SentencePiece `.model` file or a `tokenizer.json`; empty = as the token store records. Training and evaluation work '
         "on tokens and do not read it.",
         resume=FREE,  # compared with the token store
     )

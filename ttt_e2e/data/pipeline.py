@@ -11,6 +11,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from ttt_e2e.data.mixture import Mixture
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import UserError
 
@@ -19,7 +20,7 @@ _ENDLESS = 2**52
 
 
 def training_batches(  # noqa: PLR0913 -- plain values: `data` knows nothing of the config
-    store: TokenStore,
+    store: TokenStore | Mixture,
     *,
     seq_len: int,
     global_batch_size: int,
@@ -34,19 +35,21 @@ def training_batches(  # noqa: PLR0913 -- plain values: `data` knows nothing of 
     """Yields training batches, int32 [len(rows), seq_len + 1], without end, from batch number `start_batch` on.
 
     Each epoch visits every sequence once, in an order of its own; a batch may contain the end of one epoch and the
-    beginning of the next. `rows` (a slice or an array of indices) are the rows of the global batch that this process
+    beginning of the next. In a mixture the stores take turns by their weights, each in epochs of its own. `rows` (a slice or an array of indices) are the rows of the global batch that this process
     reads. Threads read up to `prefetch` batches ahead, in `num_workers` processes if that is not 0; closing the
     iterator stops them. Raises UserError, also while iterating, where the store is too small or damaged, or has a token
     id that is not below `vocab_size`.
     """
-    order = grain.MapDataset.range(store.num_sequences(seq_len))
-    if shuffle:
-        if not 0 <= seed < 2**32:
-            raise UserError(f"data.seed {seed}: legal: 0 to 2**32 - 1")
-        order = order.shuffle(seed=seed)
-    # Grain's default, `reseed_each_epoch`, is what gives each epoch its own order.
-    batches = order.repeat(_ENDLESS // len(order)).batch(global_batch_size)[start_batch:]
-    batches = batches.map(lambda indices: store.sequences(indices[rows], seq_len, vocab_size))
+    if shuffle and not 0 <= seed < 2**32:
+        raise UserError(f"data.seed {seed}: legal: 0 to 2**32 - 1")
+    if isinstance(store, Mixture):
+        starts, read = store.starts(seq_len), store.numbered
+        orders = [_order(*bounds, shuffle, seed + i) for i, bounds in enumerate(zip(starts, starts[1:]))]
+        order = grain.MapDataset.mix(orders, store.weights)
+    else:
+        order, read = _order(0, store.num_sequences(seq_len), shuffle, seed), store.sequences
+    batches = order.batch(global_batch_size)[start_batch:]
+    batches = batches.map(lambda indices: read(indices[rows], seq_len, vocab_size))
     ahead = max(prefetch // max(num_workers, 1), 1)
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=min(ahead, 4), prefetch_buffer_size=ahead))
     if num_workers:
@@ -57,8 +60,17 @@ def training_batches(  # noqa: PLR0913 -- plain values: `data` knows nothing of 
     return iter(batches)
 
 
+def _order(start: int, stop: int, shuffle: bool, seed: int) -> grain.MapDataset:
+    """The numbers from `start` to `stop` - 1 in epochs without end, where `shuffle`, each in an order of its own."""
+    order = grain.MapDataset.range(start, stop)
+    if shuffle:
+        order = order.shuffle(seed=seed % 2**32)
+    # Grain's default, `reseed_each_epoch`, is what gives each epoch its own order.
+    return order.repeat(_ENDLESS // len(order))
+
+
 def evaluation_batches(
-    store: TokenStore,
+    store: TokenStore | Mixture,
     *,
     seq_len: int,
     num_sequences: int,

@@ -2,93 +2,166 @@
 
 import contextlib
 import hashlib
-import heapq
-import itertools
+import logging
 import multiprocessing
 import os
 import shutil
 import signal
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 from tqdm import tqdm
 
-from ttt_e2e.data.documents import Corpus, Document, find_documents
+from ttt_e2e.data.documents import Corpus, Document, Skipped, counted, find_documents
+from ttt_e2e.data.parts import SPLITS, merged_attributes, numbers_of, part_of, write_merged
+from ttt_e2e.data.readers import kind
+from ttt_e2e.data.splits import held_out_rule
 from ttt_e2e.data.store import TokenStore, TokenWriter, read_attributes, write_attributes
-from ttt_e2e.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from ttt_e2e.data.tokenizers import Tokenizer, files_of, load_tokenizer, train_sentencepiece
 from ttt_e2e.errors import UserError
 
-SPLITS = ("train", "val")
+log = logging.getLogger(__name__)
 
-_FORMAT_VERSION = 1
+# 2: held-out documents are chosen by their texts. 1: by their names.
+_FORMAT_VERSION = 2
 _TASK_CHARACTERS = 2**18
-# In corpora of at most this many documents, the held-out ones are chosen from the list of all names.
-_MAX_LISTED = 1024
 # With fewer bytes of input, starting workers takes longer than they save.
 _MIN_PARALLEL_BYTES = 4 << 20
+# Settings that older versions did not have, as they were then.
+_OLDER = {"val_input": "", "text_field": "text", "on_bad_record": "fail", "part": ""}
 
 
-def prepare(
-    input: str,
+@dataclass
+class LeftOut:
+    """What the input has and the store has not."""
+
+    short: int = 0  # documents that are empty or of fewer than `min_tokens` tokens
+    copies: int = 0  # documents of the input that are also in `val_input`
+    bad_records: Skipped = field(default_factory=Skipped)
+
+    def as_dict(self, files: dict[str, int]) -> dict[str, Any]:
+        """The numbers as an attribute of the store; `files` are those by suffix that were not read."""
+        bad = self.bad_records
+        numbers = {"short_documents": self.short, "copies_of_val": self.copies, "bad_records": bad.count}
+        return {"files": files, **numbers} | ({"first_bad_record": bad.first} if bad.count else {})
+
+    def in_words(self, files: dict[str, int]) -> str:
+        """The numbers in a line, "" where nothing was left out."""
+        bad = self.bad_records
+        parts = [
+            counted(files),
+            f"{bad.count} bad records, the first {bad.first}" if bad.count else "",
+            f"{self.short} documents that are empty or too short" if self.short else "",
+            f"{self.copies} documents that the held-out input has too" if self.copies else "",
+        ]
+        return "; ".join(part for part in parts if part)
+
+
+def prepare(  # noqa: PLR0913 -- the flags of a command
+    input: str | Sequence[str],
     tokenizer: str,
     output: str | os.PathLike,
     *,
     min_tokens: int = 0,
     val_fraction: float = 0.05,
+    val_input: str | Sequence[str] = "",
+    text_field: str = "text",
+    on_bad_record: str = "fail",
+    part: str = "",
     num_workers: int = os.cpu_count() or 1,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Tokenizes a corpus into a token store at `output`, a local directory; returns a summary of the store.
 
-    `input` is what `find_documents` takes; `tokenizer` is "bytes", the path of a SentencePiece model, or "train:VOCAB"
-    to train one of VOCAB entries on the training documents. Each document is written as BOS and its tokens; empty ones
-    and those of fewer than `min_tokens` tokens are left out. A share `val_fraction` of the documents is held out as the
-    split `val`, chosen by a hash of their names. At most a few documents per worker are in memory.
+    `input` is what `find_documents` takes, as is `text_field`; `tokenizer` is what `load_tokenizer` takes, or
+    "train:VOCAB" to train a SentencePiece model of VOCAB entries on the training documents. Each document is written as
+    BOS and its tokens; empty ones and those of fewer than `min_tokens` tokens are left out. A share `val_fraction` of
+    the documents is held out as the split `val`, chosen by a hash of their texts; or the split is `val_input`, and
+    documents of `input` that are also there are left out. `on_bad_record` is "fail", or "skip" to go on without records
+    that are no JSON, not UTF-8, or have no text. `part` "I/N", I from 0, prepares one of N parts of the files, for
+    `merge`. At most a few documents per worker are in memory.
 
     The summary is the store's attributes (`tokenizer`, `vocab_size`, `bos_id`, `num_documents` and `num_tokens` by
-    split, ...), `output`, and `already_prepared`: whether `output` existed, made from the same files with the same
-    settings, and was left as it is. Raises UserError for bad arguments and inputs, any other existing `output`, and an
-    empty split. The store is written under a temporary name, and removed if an exception ends it early.
+    split, `left_out`, ...), `output`, and `already_prepared`: whether `output` existed, made from the same files with
+    the same settings, and was left as it is. Raises UserError for bad arguments and inputs, any other existing
+    `output`, and an empty split. The store is written under a temporary name, and removed if an exception ends it.
     """
     output, tokenizer = _local_directory(output), os.fspath(tokenizer)
-    _check_arguments(tokenizer, min_tokens, val_fraction)
-    corpus = find_documents(input)
+    _check_arguments(tokenizer, min_tokens, val_fraction, on_bad_record, part)
+    options = {"text_field": text_field, "skips_bad_records": on_bad_record == "skip"}
+    corpus = find_documents(input, **options)
+    held_out = find_documents(val_input, **options) if val_input else None
     settings = {
-        "input": os.fspath(input),
+        "input": corpus.spec,
         "tokenizer": tokenizer,
-        "files_digest": _files_digest(corpus, tokenizer),
+        "files_digest": _files_digest(corpus, held_out, tokenizer),
         "min_tokens": min_tokens,
         "val_fraction": val_fraction,
+        "val_input": held_out.spec if held_out else "",
+        "text_field": text_field,
+        "on_bad_record": on_bad_record,
+        "part": part,
         "version": _FORMAT_VERSION,
     }
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         return _existing(output, settings)
 
-    is_held_out = _held_out_rule(corpus, min_tokens, val_fraction)
+    is_held_out = held_out_rule(corpus, held_out, min_tokens, val_fraction)
+    with _new_directory(output) as directory:
+        model = _provide_tokenizer(tokenizer, corpus, is_held_out, directory, progress)
+        loaded = load_tokenizer(model)
+        ours, left_out = part_of(corpus, part), LeftOut()
+        theirs = part_of(held_out, part) if held_out else None
+        with _executor(model, ours, num_workers) as executor:
+            texts = _texts(ours, theirs, is_held_out, left_out, progress)
+            tokenized = _tokenized(texts, loaded, executor, max_pending=2 * num_workers)
+            counts = _write(tokenized, loaded, directory, min_tokens, left_out)
+        if not part:
+            _check_splits(counts["num_documents"], min_tokens)
+        name = model if model == "bytes" else Path(model).name
+        about = {"tokenizer": name, "vocab_size": loaded.vocab_size, "bos_id": loaded.bos_id}
+        lacks = {"left_out": left_out.as_dict(ours.left_out)}
+        write_attributes(directory, about | counts | lacks | {"prepared_from": settings})
+    if words := left_out.in_words(ours.left_out):
+        log.info("left out: %s", words)
+    return _summary(output, already_prepared=False)
+
+
+def merge(stores: Sequence[str | os.PathLike], output: str | os.PathLike) -> dict[str, Any]:
+    """Makes a store at `output` of the parts at `stores`, to which it refers; returns what `prepare` returns.
+
+    Its tokens are those of the store that `prepare` makes of the whole corpus. Raises UserError where `stores` are not
+    all the parts of one corpus, and for any other existing `output`.
+    """
+    output = _local_directory(output)
+    attributes = merged_attributes(stores, output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if output.is_dir() and (output / "zarr.json").exists() and read_attributes(output) == attributes:
+            return _summary(output, already_prepared=True)
+        raise UserError(f"output {output}: exists already; delete it, or choose another output")
+    with _new_directory(output) as directory:
+        write_merged(attributes, output, directory)
+    return _summary(output, already_prepared=False)
+
+
+@contextlib.contextmanager
+def _new_directory(output: Path) -> Iterator[Path]:
+    """Makes a directory that gets the name `output` when the context ends, and is removed if an exception ends it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial-{uuid.uuid4().hex[:8]}")
     partial.mkdir()
     try:
-        model = _provide_tokenizer(tokenizer, corpus, is_held_out, partial, progress)
-        loaded = load_tokenizer(model)
-        with _executor(model, corpus, num_workers) as executor:
-            documents = _progress(corpus, "tokenizing", progress)
-            tokenized = _tokenized(documents, is_held_out, loaded, executor, max_pending=2 * num_workers)
-            counts = _write(tokenized, loaded, partial, min_tokens)
-        tokenizer_name = model if model == "bytes" else Path(model).name
-        about = {"tokenizer": tokenizer_name, "vocab_size": loaded.vocab_size, "bos_id": loaded.bos_id}
-        write_attributes(partial, about | counts | {"prepared_from": settings})
+        yield partial
         partial.rename(output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return _summary(output, already_prepared=False)
 
 
 def _local_directory(output: str | os.PathLike) -> Path:
@@ -98,34 +171,40 @@ def _local_directory(output: str | os.PathLike) -> Path:
     return Path(os.fspath(output)).expanduser().absolute()
 
 
-def _files_digest(corpus: Corpus, tokenizer: str) -> str:
-    """Digest, 16 hex digits, of the names and sizes of the document files, and of the tokenizer's model file."""
+def _files_digest(corpus: Corpus, held_out: Corpus | None, tokenizer: str) -> str:
+    """Digest, 16 hex digits, of the names and sizes of the document files, and of the tokenizer's files."""
     digest = hashlib.blake2b(digest_size=8)
-    for name in corpus.names:
-        digest.update(f"{name}\0{(corpus.root / name).stat().st_size}\n".encode("utf-8", "surrogateescape"))
-    if _is_model(tokenizer):
-        digest.update(epath.Path(tokenizer).read_bytes())
+    for each in filter(None, (corpus, held_out)):
+        for path, name in each.files:
+            digest.update(f"{name}\0{path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+    if not tokenizer.startswith("train:"):
+        for file in files_of(tokenizer):
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def _check_arguments(tokenizer: str, min_tokens: int, val_fraction: float) -> None:
+def _check_arguments(tokenizer: str, min_tokens: int, val_fraction: float, on_bad_record: str, part: str) -> None:
     """Raises UserError for an illegal value of an argument of `prepare`."""
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction {val_fraction}: legal: above 0 and below 1")
     if min_tokens < 0:
         raise UserError(f"min_tokens {min_tokens}: legal: 0 (keep every document) or more")
+    if on_bad_record not in ("fail", "skip"):
+        raise UserError(f"on_bad_record {on_bad_record!r}: legal: fail or skip")
+    if part:
+        numbers_of(part)
     if tokenizer.startswith("train:"):
         if not tokenizer.removeprefix("train:").isdecimal():
             raise UserError(f"tokenizer {tokenizer!r}: legal: train:VOCAB with a number, as in train:2048")
+        if part:
+            raise UserError(
+                f"tokenizer {tokenizer!r}: parts take one that is there already; train it by a store of its own"
+            )
     else:
         try:
             load_tokenizer(tokenizer)
         except UserError as error:
             raise UserError(f"{error}, or train:VOCAB") from None
-
-
-def _is_model(tokenizer: str) -> bool:
-    return tokenizer != "bytes" and not tokenizer.startswith("train:")
 
 
 def _existing(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -136,70 +215,67 @@ def _existing(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     except UserError:
         raise UserError(f"output {output}: exists already, and is no token store; {advice}") from None
     for name, value in settings.items():
-        if recorded.get(name) != value:
-            other = f"{name} {recorded.get(name)!r}, not {value!r}"
+        found = recorded.get(name, _OLDER.get(name))
+        # A store of an older version stays as it is, with its splits: runs go on with it.
+        if found != value and name != "version":
+            other = f"{name} {found!r}, not {value!r}"
             raise UserError(f"output {output}: exists already, made with other settings ({other}); {advice}")
     return _summary(output, already_prepared=True)
 
 
 def _summary(output: Path, already_prepared: bool) -> dict[str, Any]:
     """What `prepare` returns, read from the store at `output`."""
-    num_tokens = {split: TokenStore.open(output, split).num_tokens for split in SPLITS}
-    return read_attributes(output) | {
+    attributes = read_attributes(output)
+    if attributes.get("prepared_from", {}).get("part"):
+        num_tokens = attributes["num_tokens"]  # a split of a part may be empty
+    else:
+        num_tokens = {split: TokenStore.open(output, split).num_tokens for split in SPLITS}
+    return attributes | {
         "num_tokens": num_tokens,
         "output": os.fspath(output),
         "already_prepared": already_prepared,
     }
 
 
-def _name_hash(name: str) -> int:
-    """Hash of a document's name: an integer, uniform in [0, 2**64), the same on every machine."""
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
-def _held_out_rule(corpus: Corpus, min_tokens: int, val_fraction: float) -> Callable[[str], bool]:
-    """Makes the function that tells whether the document of a given name is held out.
-
-    In a corpus of at most `_MAX_LISTED` documents, those with the smallest hashes are held out: at least one, and not
-    all. In a larger one, those with a hash below a threshold are, so that adding documents moves none from one split to
-    the other. Raises UserError if there are fewer than two documents.
-    """
-    # No tokenizer makes more tokens than bytes, so these documents would be left out when they are tokenized, too.
-    long_enough = (document.name for document in corpus if len(document.text.encode()) >= max(min_tokens, 1))
-    names = list(itertools.islice(long_enough, _MAX_LISTED + 1))
-    if len(names) > _MAX_LISTED:
-        return lambda name: _name_hash(name) < val_fraction * 2**64
-    if len(names) < 2:
-        raise UserError(
-            f"input {corpus.root}: {len(corpus.names)} files with {len(names)} documents that can have"
-            f" {max(min_tokens, 1)} tokens or more; legal: two or more documents, as one is held out"
-        )
-    num_held_out = min(max(round(val_fraction * len(names)), 1), len(names) - 1)
-    return set(heapq.nsmallest(num_held_out, names, key=_name_hash)).__contains__
-
-
 def _provide_tokenizer(
     tokenizer: str, corpus: Corpus, is_held_out: Callable[[str], bool], directory: Path, progress: bool
 ) -> str:
-    """Trains or copies the tokenizer's model into `directory`; returns its path, or "bytes", for `load_tokenizer`."""
-    path = directory / "tokenizer.model"
+    """Trains or copies the tokenizer's files into `directory`; returns what `load_tokenizer` takes for it."""
     if tokenizer.startswith("train:"):
-        documents = _progress(corpus, "training the tokenizer", progress)
-        texts = (document.text for document in documents if not is_held_out(document.name))
+        path = directory / "tokenizer.model"
+        documents = _progress(corpus, corpus, "training the tokenizer", progress)
+        texts = (document.text for document in documents if not is_held_out(document.text))
         train_sentencepiece(texts, int(tokenizer.removeprefix("train:")), path)
-    elif _is_model(tokenizer):
-        path.write_bytes(epath.Path(tokenizer).read_bytes())
-    else:
-        return tokenizer
-    return os.fspath(path)
+        return os.fspath(path)
+    copies = []
+    for file in files_of(tokenizer):
+        copies.append(directory / (file.name if copies else f"tokenizer{file.suffix}"))
+        copies[-1].write_bytes(file.read_bytes())
+    return os.fspath(copies[0]) if copies else tokenizer
 
 
-def _progress(corpus: Corpus, what: str, progress: bool) -> Iterable[Document]:
+def _progress(documents: Iterable[Document], corpus: Corpus, what: str, progress: bool) -> Iterable[Document]:
     """Iterates over the documents of a corpus with a progress bar."""
-    # The number of documents of a .jsonl file is not known before its end.
-    num_documents = None if any(".jsonl" in name for name in corpus.names) else len(corpus.names)
-    return tqdm(corpus, what, num_documents, unit=" documents", disable=not progress)
+    # The number of records of a file is not known before its end.
+    has_records = any(kind(name) in (".jsonl", ".parquet") for _, name in corpus.files)
+    num_documents = None if has_records else len(corpus.files)
+    return tqdm(documents, what, num_documents, unit=" documents", disable=not progress)
+
+
+def _texts(
+    corpus: Corpus, held_out: Corpus | None, is_held_out: Callable[[str], bool], left_out: LeftOut, progress: bool
+) -> Iterator[tuple[str, str]]:
+    """Yields split and text of each document; counts in `left_out` what is in no split."""
+    for document in _progress(corpus.documents(left_out.bad_records), corpus, "tokenizing", progress):
+        if not is_held_out(document.text):
+            yield "train", document.text
+        elif held_out is None:
+            yield "val", document.text
+        else:
+            left_out.copies += 1
+    if held_out is not None:
+        for document in _progress(held_out.documents(left_out.bad_records), held_out, "tokenizing val", progress):
+            yield "val", document.text
 
 
 _worker_tokenizer: Tokenizer
@@ -228,14 +304,9 @@ def _executor(model: str, corpus: Corpus, num_workers: int) -> contextlib.Abstra
 
 
 def _tokenized(
-    documents: Iterable[Document],
-    is_held_out: Callable[[str], bool],
-    tokenizer: Tokenizer,
-    executor: Executor | None,
-    max_pending: int,
+    texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, executor: Executor | None, max_pending: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields split and tokens of each document, in order; at most `max_pending` tasks are submitted ahead."""
-    texts = ((SPLITS[is_held_out(document.name)], document.text) for document in documents)
     if executor is None:
         yield from ((split, tokenizer.encode(text)) for split, text in texts)
         return
@@ -262,25 +333,34 @@ def _tasks(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
 
 
 def _write(
-    tokenized: Iterable[tuple[str, np.ndarray]], tokenizer: Tokenizer, directory: Path, min_tokens: int
+    tokenized: Iterable[tuple[str, np.ndarray]],
+    tokenizer: Tokenizer,
+    directory: Path,
+    min_tokens: int,
+    left_out: LeftOut,
 ) -> dict[str, Any]:
-    """Writes both splits; returns `num_documents`, `num_tokens` and `digest`, each a dict by split.
-
-    Raises UserError where a split has no document.
-    """
+    """Writes both splits; returns `num_documents`, `num_tokens` and `digest`, each a dict by split."""
     writers = {split: TokenWriter(directory, split, tokenizer.vocab_size) for split in SPLITS}
     num_documents = dict.fromkeys(SPLITS, 0)
     for split, tokens in tokenized:
         if len(tokens) >= max(min_tokens, 1):
-            writers[split].append(np.concatenate([[tokenizer.bos_id], tokens]))
+            writers[split].append(np.array([tokenizer.bos_id]))
+            writers[split].append(tokens)
             num_documents[split] += 1
-    for split, writer in writers.items():
+        else:
+            left_out.short += 1
+    for writer in writers.values():
         writer.close()
-        if not num_documents[split]:
+    num_tokens = {split: writer.num_tokens for split, writer in writers.items()}
+    digest = {split: writer.digest for split, writer in writers.items()}
+    return {"num_documents": num_documents, "num_tokens": num_tokens, "digest": digest}
+
+
+def _check_splits(num_documents: dict[str, int], min_tokens: int) -> None:
+    """Raises UserError where a split has no document."""
+    for split, number in num_documents.items():
+        if not number:
             raise UserError(
                 f"min_tokens {min_tokens}: leaves no document for the split {split!r}"
                 f" ({sum(num_documents.values())} in all); legal: a smaller number, or more documents"
             )
-    num_tokens = {split: writer.num_tokens for split, writer in writers.items()}
-    digest = {split: writer.digest for split, writer in writers.items()}
-    return {"num_documents": num_documents, "num_tokens": num_tokens, "digest": digest}

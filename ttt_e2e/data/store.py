@@ -1,12 +1,14 @@
 """Reads and writes token stores: Zarr v3 groups with one 1-D array of unsigned integers per split, by TensorStore.
 
-Paths are local, or URLs that TensorStore supports (`gs://`, `s3://`). T is the sequence length: sequence n is the T + 1
+A store may also refer to others, its parts, whose tokens one after the other are its own (attribute `parts`). Paths are
+local, or URLs that TensorStore supports (`gs://`, `s3://`). T is the sequence length: sequence n is the T + 1
 tokens from n*T to n*T + T. Neighbours share one token, which is the last target of one and the first input of the next.
 """
 
 import hashlib
 import json
 import os
+import posixpath
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +24,14 @@ _CHUNK_TOKENS = 2**18
 _DTYPES = ("uint8", "uint16", "uint32", "uint64")
 _INT32_IDS = 2**31
 # Attributes that `prepare` writes and that are read again, with their types; other programs' stores may lack them.
-_ATTRIBUTES = {"tokenizer": str, "vocab_size": int, "bos_id": int, "num_tokens": dict, "prepared_from": dict}
+_ATTRIBUTES = {
+    "tokenizer": str,
+    "vocab_size": int,
+    "bos_id": int,
+    "num_tokens": dict,
+    "parts": list,
+    "prepared_from": dict,
+}
 
 
 class TokenStore:
@@ -43,31 +52,12 @@ class TokenStore:
         """
         path = os.fspath(path)
         attributes = read_attributes(path)
-        where = f"{path}/{split}"
-        metadata = _read_key(path, f"{split}/zarr.json")
-        if metadata is None:
-            raise UserError(f"{path}: no split {split!r}; it has {', '.join(_splits(path)) or 'none at all'}")
-        spec = {
-            "driver": "zarr3",
-            "kvstore": _kvstore(path, split),
-            # A missing chunk is a damaged store, not a run of token 0.
-            "fill_missing_data_reads": False,
-            # Stores do not change, so cached data need not be compared with the disk or the bucket again.
-            "recheck_cached_data": "open",
-            "context": {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}},
-        }
-        try:
-            array = ts.open(spec, read=True).result()
-        except ValueError as error:
-            raise UserError(f"{where}: damaged metadata ({_reason(error)})") from None
-        if array.ndim != 1 or array.dtype.name not in _DTYPES:
-            kind = f"{array.ndim}-D array of {array.dtype.name}"
-            raise UserError(f"{where}: is a {kind}; legal: a 1-D array of {' or '.join(_DTYPES)}")
+        array = _open_parts(path, split, attributes) if "parts" in attributes else _open_array(path, split, _context())
         if array.shape[0] == 0:
-            raise UserError(f"{where}: is empty; prepare the store again from a larger input")
+            raise UserError(f"{path}/{split}: is empty; prepare the store again from a larger input")
         if (recorded := attributes.get("num_tokens", {}).get(split, array.shape[0])) != array.shape[0]:
             raise UserError(
-                f"{where}: damaged metadata (it has {array.shape[0]} tokens, {path}/zarr.json says {recorded});"
+                f"{path}/{split}: damaged metadata (it has {array.shape[0]} tokens, {path}/zarr.json says {recorded});"
                 " copy or prepare the store again"
             )
         return cls(path, split, array, attributes)
@@ -81,7 +71,9 @@ class TokenStore:
 
         The attributes of a store made by `prepare` include a digest of all its tokens.
         """
-        identity = [self.attributes, self.split, self.num_tokens, self._array.dtype.name]
+        # Where its parts lie is nothing to the store.
+        attributes = {name: value for name, value in self.attributes.items() if name != "parts"}
+        identity = [attributes, self.split, self.num_tokens, self._array.dtype.name]
         return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     @property
@@ -226,6 +218,68 @@ def tokenizer_spec(path: str, attributes: dict[str, Any]) -> str:
     """The argument of `load_tokenizer` for the tokenizer of a store with these attributes; "" if they name none."""
     spec = attributes.get("tokenizer", "")
     return spec if spec in ("", "bytes") else f"{path.rstrip('/')}/{spec}"
+
+
+def _context() -> ts.Context:
+    """The cache of one store, which its parts share."""
+    return ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+
+
+def _open_array(path: str, split: str, context: ts.Context) -> ts.TensorStore:
+    """Opens the array of a split. Raises UserError if it is missing, damaged, or no array of tokens."""
+    where = f"{path}/{split}"
+    metadata = _read_key(path, f"{split}/zarr.json")
+    if metadata is None:
+        raise UserError(f"{path}: no split {split!r}; it has {', '.join(_splits(path)) or 'none at all'}")
+    spec = {
+        "driver": "zarr3",
+        "kvstore": _kvstore(path, split),
+        # A missing chunk is a damaged store, not a run of token 0.
+        "fill_missing_data_reads": False,
+        # Stores do not change, so cached data need not be compared with the disk or the bucket again.
+        "recheck_cached_data": "open",
+    }
+    try:
+        array = ts.open(spec, read=True, context=context).result()
+    except ValueError as error:
+        raise UserError(f"{where}: damaged metadata ({_reason(error)})") from None
+    if array.ndim != 1 or array.dtype.name not in _DTYPES:
+        kind = f"{array.ndim}-D array of {array.dtype.name}"
+        raise UserError(f"{where}: is a {kind}; legal: a 1-D array of {' or '.join(_DTYPES)}")
+    return array
+
+
+def _open_parts(path: str, split: str, attributes: dict[str, Any]) -> ts.TensorStore:
+    """Opens a split of a store that refers to parts: their arrays one after the other, those that are not empty.
+
+    Raises UserError if a part is missing, or is not the one that was merged.
+    """
+    arrays, context = [], _context()
+    for number, part in enumerate(attributes["parts"]):
+        try:
+            where, num_tokens, digest = part["path"], part["num_tokens"].get(split, 0), part["digest"].get(split)
+        except (TypeError, KeyError, AttributeError):
+            raise UserError(f"{path}/zarr.json: damaged metadata (parts); merge the store again") from None
+        if not num_tokens:
+            continue
+        where = _relative_to(path, where)
+        theirs = read_attributes(where)
+        array = _open_array(where, split, context)
+        their_digest = theirs.get("digest")
+        is_same = isinstance(their_digest, dict) and their_digest.get(split) == digest
+        if not is_same or array.shape[0] != num_tokens:
+            raise UserError(f"{where}: is not the part {number} that {path} was merged from; merge the store again")
+        arrays.append(array)
+    if not arrays:
+        known = sorted({name for part in attributes["parts"] for name, number in part["num_tokens"].items() if number})
+        raise UserError(f"{path}: no split {split!r}; it has {', '.join(known) or 'none at all'}")
+    return ts.concat(arrays, axis=0)
+
+
+def _relative_to(path: str, part: str) -> str:
+    """The path or URL of a part, which is relative to the store at `path`."""
+    scheme, separator, place = path.rpartition("://")
+    return scheme + separator + posixpath.normpath(posixpath.join(place, part))
 
 
 def write_attributes(path: str | os.PathLike, attributes: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ class SentencePieceTokenizer:
         if not loaded:
             if is_tiktoken(model):
                 raise UserError(
-                    f"tokenizer {path}: a table of tiktoken's, as Llama 3 has it, which lacks how text is cut into words;"
+                    f"tokenizer {path}: Llama 3's table of tiktoken, which does not say how text is cut into words;"
                     " legal: the tokenizer.json of the same model on Hugging Face"
                 )
             raise UserError(f"tokenizer {path}: not a SentencePiece model; legal: {LEGAL_SPECS}")

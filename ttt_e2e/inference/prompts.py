@@ -6,7 +6,8 @@ import numpy as np
 from etils import epath
 
 from ttt_e2e.config import Config
-from ttt_e2e.data.store import check_range, read_attributes, tokenizer_spec
+from ttt_e2e.data.mixture import recorded_tokenizer
+from ttt_e2e.data.store import check_range
 from ttt_e2e.data.tokenizers import Tokenizer, load_tokenizer
 from ttt_e2e.errors import UserError
 
@@ -21,14 +22,15 @@ def find_tokenizer(config: Config) -> Tokenizer:
     if data.tokenizer == "bytes" or (data.tokenizer and epath.Path(data.tokenizer).exists()):
         spec = data.tokenizer
     elif not data.path:
-        raise UserError(f"config.data.tokenizer is {data.tokenizer!r}, but it must be bytes or an existing .model file")
+        raise UserError(
+            f"config.data.tokenizer is {data.tokenizer!r}, but it must be bytes or an existing .model or tokenizer.json file"
+        )
     else:
-        attributes = read_attributes(data.path)
-        is_recorded = data.tokenizer in ("", attributes.get("tokenizer", ""))
-        spec = tokenizer_spec(data.path, attributes) if is_recorded else data.tokenizer
+        name, recorded = recorded_tokenizer(data.path)
+        spec = recorded if data.tokenizer in ("", name) else data.tokenizer
     if not spec:
         raise UserError(
-            f"config.data.tokenizer is '', and token store {data.path} does not say which made it: bytes, or a .model"
+            f"config.data.tokenizer is '', and token store {data.path} does not say which made it: bytes, a .model or a tokenizer.json"
         )
     tokenizer = load_tokenizer(spec)
     if tokenizer.vocab_size > config.model.vocab_size:

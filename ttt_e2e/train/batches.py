@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ttt_e2e.cluster.mesh import BATCH, local_rows
 from ttt_e2e.config import Config
+from ttt_e2e.data.mixture import Mixture, open_tokens
 from ttt_e2e.data.pipeline import evaluation_batches
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.data.tokenizers import alike_tokens, load_tokenizer
@@ -29,8 +30,8 @@ class HeldOut(NamedTuple):
     num_sequences: int
 
 
-def open_store(config: Config, split: str) -> TokenStore:
-    """Opens a split of the config's token store, and checks it against the config.
+def open_store(config: Config, split: str) -> TokenStore | Mixture:
+    """Opens a split of the config's token store, or mixture of stores, and checks it against the config.
 
     Raises:
       UserError: no such store or split, too few tokens, or prepared for another vocabulary.
@@ -38,7 +39,7 @@ def open_store(config: Config, split: str) -> TokenStore:
     path, ours = config.data.path, config.model.vocab_size
     if not path:
         raise UserError("config.data.path is '', but it must be the directory of a token store (see ttt-e2e prepare)")
-    store = TokenStore.open(path, split)
+    store = open_tokens(path, split)
     store.num_sequences(config.train.seq_len)  # raises where there is none
     if (theirs := store.attributes.get("vocab_size", ours)) > ours:
         raise UserError(f"config.model.vocab_size is {ours}, but token store {path} was prepared with {theirs}")
@@ -85,7 +86,7 @@ def to_device(local_batch: np.ndarray, mesh, batch_size: int) -> jax.Array:
 
 def held_out_loss(
     evaluate: Callable[[jax.Array, int], tuple[dict, jax.Array]],
-    store: TokenStore,
+    store: TokenStore | Mixture,
     config: Config,
     mesh,
     desc: str = "",

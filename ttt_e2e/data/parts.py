@@ -1,0 +1,123 @@
+"""Divides a corpus into parts that are prepared apart, and merges their stores into one that refers to them."""
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ttt_e2e.data.documents import Corpus
+from ttt_e2e.data.store import read_attributes, write_attributes
+from ttt_e2e.data.tokenizers import files_of
+from ttt_e2e.errors import UserError
+
+SPLITS = ("train", "val")
+
+
+def numbers_of(part: str) -> tuple[int, int]:
+    """The numbers I and N of a part "I/N". Raises UserError where it is none."""
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError(f"part {part!r}: legal: I/N with I from 0 to N - 1, as in 0/4")
+    return int(match[1]), int(match[2])
+
+
+def part_of(corpus: Corpus, part: str) -> Corpus:
+    """The files of `corpus` in the part "I/N", about an Nth of the bytes; all of them where `part` is "".
+
+    Files stay whole and in their order, so that the parts one after the other are the corpus.
+    """
+    if not part:
+        return corpus
+    index, count = numbers_of(part)
+    sizes = [path.stat().st_size for path, _ in corpus.files]
+    if count > len(sizes):
+        raise UserError(f"part {part}: parts have whole files, and the input has {len(sizes)}; legal: N up to that")
+    total, before, ours = sum(sizes) or 1, 0, []
+    for file, size in zip(corpus.files, sizes):
+        if min((2 * before + size) * count // (2 * total), count - 1) == index:
+            ours.append(file)
+        before += size
+    # The files that nobody reads are those of the corpus: the first part says so.
+    return dataclasses.replace(corpus, files=tuple(ours), left_out=corpus.left_out if index == 0 else {})
+
+
+def merged_attributes(stores: Sequence[str | os.PathLike], output: Path) -> dict[str, Any]:
+    """The attributes of a store at `output` that is the parts at `stores` one after the other, by their numbers.
+
+    Raises UserError where a store is no part, or they are not all parts of one corpus, each once.
+    """
+    parts = {}
+    for store in map(os.fspath, stores):
+        attributes = read_attributes(store)
+        part = attributes.get("prepared_from", {}).get("part")
+        if not part:
+            raise UserError(f"merge {store}: no part of a corpus; legal: stores made by ttt-e2e prepare --part=I/N")
+        index, count = numbers_of(part)
+        if index in parts:
+            raise UserError(f"merge {store}: part {part}, as {parts[index][0]}; legal: each part once")
+        parts[index] = store, attributes, count
+    first, expected, count = parts[min(parts)]
+    for store, attributes, _ in parts.values():
+        _check_alike(store, attributes, first, expected)
+    if missing := sorted(set(range(count)) - set(parts)):
+        raise UserError(f"merge: part {missing[0]}/{count} is missing; legal: all {count} parts")
+    ordered = [parts[index][:2] for index in range(count)]
+    return _merged(ordered, output)
+
+
+def _check_alike(store: str, attributes: dict, first: str, expected: dict) -> None:
+    """Raises UserError where two parts were prepared with different settings."""
+    ours, theirs = ({**each["prepared_from"]} for each in (attributes, expected))
+    ours["part"], theirs["part"] = (settings["part"].partition("/")[2] for settings in (ours, theirs))
+    for name in theirs:
+        if ours.get(name) != theirs[name]:
+            raise UserError(f"merge {store}: {name} {ours.get(name)!r}, but {first} has {theirs[name]!r}")
+
+
+def _merged(parts: list[tuple[str, dict]], output: Path) -> dict[str, Any]:
+    """The attributes of the store that `parts` make one after the other; each is its path and attributes."""
+    all_attributes = [attributes for _, attributes in parts]
+
+    def total(name: str) -> dict[str, int]:
+        return {split: sum(attributes[name][split] for attributes in all_attributes) for split in SPLITS}
+
+    digests = {split: [attributes["digest"][split] for attributes in all_attributes] for split in SPLITS}
+    digest = {
+        split: hashlib.blake2b("".join(each).encode(), digest_size=8).hexdigest() for split, each in digests.items()
+    }
+    first = all_attributes[0]
+    about = {name: first[name] for name in ("tokenizer", "vocab_size", "bos_id")}
+    counts = {"num_documents": total("num_documents"), "num_tokens": total("num_tokens"), "digest": digest}
+    refer = [
+        {
+            "path": Path(os.path.relpath(os.path.expanduser(store), output)).as_posix(),
+            "num_tokens": attributes["num_tokens"],
+            "digest": attributes["digest"],
+        }
+        for store, attributes in parts
+    ]
+    left_out = [attributes["left_out"] for attributes in all_attributes]
+    settings = first["prepared_from"] | {"part": ""}
+    return about | counts | {"left_out": _sum(left_out), "parts": refer, "prepared_from": settings}
+
+
+def _sum(left_out: list[dict]) -> dict[str, Any]:
+    """What parts left out, together."""
+    total = {name: sum(each[name] for each in left_out) for name in left_out[0] if isinstance(left_out[0][name], int)}
+    files = {name: number for each in left_out for name, number in each["files"].items()}
+    first = next((each["first_bad_record"] for each in left_out if "first_bad_record" in each), None)
+    return {"files": files, **total} | ({"first_bad_record": first} if first else {})
+
+
+def write_merged(attributes: dict[str, Any], output: Path, directory: Path) -> None:
+    """Writes into `directory` the store that is to be at `output`, with the attributes of `merged_attributes`."""
+    for split, number in attributes["num_documents"].items():
+        if not number:
+            raise UserError(f"merge: the parts have no document of the split {split!r}")
+    if attributes["tokenizer"] != "bytes":
+        for file in files_of(output / attributes["parts"][0]["path"] / attributes["tokenizer"]):
+            (directory / file.name).write_bytes(file.read_bytes())
+    write_attributes(directory, attributes)
