@@ -339,8 +339,8 @@ class DataConfig:
     eval_split: str = field("val", "split to evaluate on.", resume=LOGGED)
     tokenizer: str = field(
         "",
-        '`"bytes"`, a SentencePiece `.model` file or a `tokenizer.json`; empty = as the token store records. Training and evaluation work '
-        "on tokens and do not read it.",
+        '`"bytes"`, a SentencePiece `.model` file or a `tokenizer.json`; empty = as the token store records. '
+        "Training and evaluation work on tokens and do not read it.",
         resume=FREE,  # compared with the token store
     )
     bos_id: int = field(

@@ -1,6 +1,7 @@
 """Several token stores that are read as one, in given proportions: a mixture, "a:0.7,b:0.3"."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -80,7 +81,7 @@ class Mixture:
     def _order(self, seq_len: int) -> grain.MapDataset:
         """The numbers of the sequences in the order of the mixture."""
         starts = self.starts(seq_len)
-        ranges = [grain.MapDataset.range(start, stop) for start, stop in zip(starts, starts[1:])]
+        ranges = [grain.MapDataset.range(start, stop) for start, stop in itertools.pairwise(starts)]
         return grain.MapDataset.mix(ranges, self.weights)
 
 

@@ -4,6 +4,7 @@ Grain shuffles and batches indices of sequences, not tokens. Batch s is a pure f
 number of processes, workers and restarts. Each process reads only its own rows of each batch.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,16 +36,17 @@ def training_batches(  # noqa: PLR0913 -- plain values: `data` knows nothing of 
     """Yields training batches, int32 [len(rows), seq_len + 1], without end, from batch number `start_batch` on.
 
     Each epoch visits every sequence once, in an order of its own; a batch may contain the end of one epoch and the
-    beginning of the next. In a mixture the stores take turns by their weights, each in epochs of its own. `rows` (a slice or an array of indices) are the rows of the global batch that this process
-    reads. Threads read up to `prefetch` batches ahead, in `num_workers` processes if that is not 0; closing the
-    iterator stops them. Raises UserError, also while iterating, where the store is too small or damaged, or has a token
-    id that is not below `vocab_size`.
+    beginning of the next. In a mixture the stores take turns by their weights, each in epochs of its own. `rows` (a
+    slice or an array of indices) are the rows of the global batch that this process reads. Threads read up to
+    `prefetch` batches ahead, in `num_workers` processes if that is not 0; closing the iterator stops them. Raises
+    UserError, also while iterating, where the store is too small or damaged, or has a token id that is not below
+    `vocab_size`.
     """
     if shuffle and not 0 <= seed < 2**32:
         raise UserError(f"data.seed {seed}: legal: 0 to 2**32 - 1")
     if isinstance(store, Mixture):
         starts, read = store.starts(seq_len), store.numbered
-        orders = [_order(*bounds, shuffle, seed + i) for i, bounds in enumerate(zip(starts, starts[1:]))]
+        orders = [_order(*bounds, shuffle, seed + i) for i, bounds in enumerate(itertools.pairwise(starts))]
         order = grain.MapDataset.mix(orders, store.weights)
     else:
         order, read = _order(0, store.num_sequences(seq_len), shuffle, seed), store.sequences

@@ -23,14 +23,15 @@ def find_tokenizer(config: Config) -> Tokenizer:
         spec = data.tokenizer
     elif not data.path:
         raise UserError(
-            f"config.data.tokenizer is {data.tokenizer!r}, but it must be bytes or an existing .model or tokenizer.json file"
+            f"config.data.tokenizer is {data.tokenizer!r}, but it must be bytes or an existing .model or .json file"
         )
     else:
         name, recorded = recorded_tokenizer(data.path)
         spec = recorded if data.tokenizer in ("", name) else data.tokenizer
     if not spec:
         raise UserError(
-            f"config.data.tokenizer is '', and token store {data.path} does not say which made it: bytes, a .model or a tokenizer.json"
+            f"config.data.tokenizer is '', and token store {data.path} does not say which made it:"
+            " bytes, a .model or a tokenizer.json"
         )
     tokenizer = load_tokenizer(spec)
     if tokenizer.vocab_size > config.model.vocab_size:
