@@ -24,6 +24,13 @@ def numbers_of(part: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def check_part(part: str, corpus: Corpus) -> None:
+    """Raises UserError where `part` is no "I/N", or a corpus has fewer than N files."""
+    _, count = numbers_of(part)
+    if count > (files := len(corpus.files)):
+        raise UserError(f"part {part}: parts have whole files, and the input has {files}; legal: N up to that")
+
+
 def part_of(corpus: Corpus, part: str) -> Corpus:
     """The files of `corpus` in the part "I/N", about an Nth of the bytes; all of them where `part` is "".
 
@@ -33,8 +40,6 @@ def part_of(corpus: Corpus, part: str) -> Corpus:
         return corpus
     index, count = numbers_of(part)
     sizes = [path.stat().st_size for path, _ in corpus.files]
-    if count > len(sizes):
-        raise UserError(f"part {part}: parts have whole files, and the input has {len(sizes)}; legal: N up to that")
     total, before, ours = sum(sizes) or 1, 0, []
     for file, size in zip(corpus.files, sizes):
         if min((2 * before + size) * count // (2 * total), count - 1) == index:

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ttt_e2e.data.documents import Corpus, Document, Skipped, counted, find_documents
-from ttt_e2e.data.parts import SPLITS, merged_attributes, numbers_of, part_of, write_merged
+from ttt_e2e.data.parts import SPLITS, check_part, merged_attributes, part_of, write_merged
 from ttt_e2e.data.readers import kind
 from ttt_e2e.data.splits import held_out_rule
 from ttt_e2e.data.store import TokenStore, TokenWriter, read_attributes, write_attributes
@@ -97,6 +97,8 @@ def prepare(  # noqa: PLR0913 -- the flags of a command
     options = {"text_field": text_field, "skips_bad_records": on_bad_record == "skip"}
     corpus = find_documents(input, **options)
     held_out = find_documents(val_input, **options) if val_input else None
+    if part:
+        check_part(part, corpus)
     settings = {
         "input": corpus.spec,
         "tokenizer": tokenizer,
@@ -191,8 +193,6 @@ def _check_arguments(tokenizer: str, min_tokens: int, val_fraction: float, on_ba
         raise UserError(f"min_tokens {min_tokens}: legal: 0 (keep every document) or more")
     if on_bad_record not in ("fail", "skip"):
         raise UserError(f"on_bad_record {on_bad_record!r}: legal: fail or skip")
-    if part:
-        numbers_of(part)
     if tokenizer.startswith("train:"):
         if not tokenizer.removeprefix("train:").isdecimal():
             raise UserError(f"tokenizer {tokenizer!r}: legal: train:VOCAB with a number, as in train:2048")

@@ -171,13 +171,15 @@ def _is_cut_into_words(spec: dict) -> bool:
     """Whether the tokens of a text are those of its two parts, wherever it is cut between a letter and white space.
 
     They are if it is cut into words there before anything else is done: by a known regular expression, with no
-    normaliser but NFC, which composes nothing with white space, and no added token that may have white space in it.
+    normaliser but NFC, which composes nothing with white space, and no added token across such a place or that depends
+    on what is beside it.
     """
     normalizer = spec.get("normalizer")
     if normalizer and normalizer["type"] != "NFC":
         return False
     for token in spec.get("added_tokens", []):
-        if not token["special"] and (token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"])):
+        looks_around = token["lstrip"] or token["rstrip"] or token["single_word"]
+        if not token["special"] and (looks_around or _END_OF_WORD.search(token["content"])):
             return False
     words = spec.get("pre_tokenizer") or {}
     first = words["pretokenizers"][0] if words.get("type") == "Sequence" and words["pretokenizers"] else words

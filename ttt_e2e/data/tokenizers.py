@@ -31,7 +31,7 @@ _MIN_VOCAB_SIZE = 259  # every byte, BOS, the unknown piece that SentencePiece i
 _SPACE_MARK = "\u2581"
 
 
-_BEFORE_SPACE = re.compile("(?<=[^\\W_])(?= )")
+_BEFORE_SPACE = re.compile(f"(?<=[^ {_SPACE_MARK}])(?= )")
 # Changed by every normalisation that SentencePiece has, and by a space put before a text.
 _PROBE = "a  \tB\u00a0\uff21\ufb01e\u0301 "
 
@@ -124,7 +124,7 @@ class SentencePieceTokenizer:
         return np.asarray(list(itertools.chain(*ids))[len(self._space_mark_ids) :], np.int32)
 
     def _has_no_piece_across_spaces(self) -> bool:
-        """Whether the tokens of a text are those of its two parts, wherever it is cut between a letter and a space.
+        """Whether the tokens of a text are those of its two parts, wherever it is cut before the first of some spaces.
 
         They are if no piece has a space after another character, and the text is encoded as it is.
         """
