@@ -123,6 +123,7 @@ def write_merged(attributes: dict[str, Any], output: Path, directory: Path) -> N
         if not number:
             raise UserError(f"merge: the parts have no document of the split {split!r}")
     if attributes["tokenizer"] != "bytes":
-        for file in files_of(output / attributes["parts"][0]["path"] / attributes["tokenizer"]):
+        first = os.path.normpath(output / attributes["parts"][0]["path"])
+        for file in files_of(f"{first}/{attributes['tokenizer']}"):
             (directory / file.name).write_bytes(file.read_bytes())
     write_attributes(directory, attributes)

@@ -117,21 +117,7 @@ def prepare(  # noqa: PLR0913 -- the flags of a command
     is_held_out = held_out_rule(corpus, held_out, min_tokens, val_fraction)
     with _new_directory(output) as directory:
         model = _provide_tokenizer(tokenizer, corpus, is_held_out, directory, progress)
-        loaded = load_tokenizer(model)
-        ours, left_out = part_of(corpus, part), LeftOut()
-        theirs = part_of(held_out, part) if held_out else None
-        with _executor(model, ours, num_workers) as executor:
-            texts = _texts(ours, theirs, is_held_out, left_out, progress)
-            tokenized = _tokenized(texts, loaded, executor, max_pending=2 * num_workers)
-            counts = _write(tokenized, loaded, directory, min_tokens, left_out)
-        if not part:
-            _check_splits(counts["num_documents"], min_tokens)
-        name = model if model == "bytes" else Path(model).name
-        about = {"tokenizer": name, "vocab_size": loaded.vocab_size, "bos_id": loaded.bos_id}
-        lacks = {"left_out": left_out.as_dict(ours.left_out)}
-        write_attributes(directory, about | counts | lacks | {"prepared_from": settings})
-    if words := left_out.in_words(ours.left_out):
-        log.info("left out: %s", words)
+        _fill(directory, corpus, held_out, is_held_out, model, settings, num_workers, progress)
     return _summary(output, already_prepared=False)
 
 
@@ -150,6 +136,34 @@ def merge(stores: Sequence[str | os.PathLike], output: str | os.PathLike) -> dic
     with _new_directory(output) as directory:
         write_merged(attributes, output, directory)
     return _summary(output, already_prepared=False)
+
+
+def _fill(
+    directory: Path,
+    corpus: Corpus,
+    held_out: Corpus | None,
+    is_held_out: Callable[[str], bool],
+    model: str,
+    settings: dict[str, Any],
+    num_workers: int,
+    progress: bool,
+) -> None:
+    """Writes the tokens and attributes of a store into `directory`; says what is left out."""
+    tokenizer, part, min_tokens = load_tokenizer(model), settings["part"], settings["min_tokens"]
+    ours, theirs = part_of(corpus, part), part_of(held_out, part) if held_out else None
+    left_out = LeftOut()
+    with _executor(model, ours, num_workers) as executor:
+        texts = _texts(ours, theirs, is_held_out, left_out, progress)
+        tokenized = _tokenized(texts, tokenizer, executor, max_pending=2 * num_workers)
+        counts = _write(tokenized, tokenizer, directory, min_tokens, left_out)
+    if not part:
+        _check_splits(counts["num_documents"], min_tokens)
+    name = model if model == "bytes" else Path(model).name
+    about = {"tokenizer": name, "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id}
+    lacks = {"left_out": left_out.as_dict(ours.left_out)}
+    write_attributes(directory, about | counts | lacks | {"prepared_from": settings})
+    if words := left_out.in_words(ours.left_out):
+        log.info("left out: %s", words)
 
 
 @contextlib.contextmanager
