@@ -30,7 +30,7 @@ KEY = jax.random.key(0)
 def continued(reader, settings, ids=PROMPT, bos_id=BOS, key=KEY):
     """The tokens generated after BOS and `ids`, and their NLL; the state before them and after."""
     before, _ = reader.read(reader.start(BOS), ids[None], learn=settings.learn != "none")
-    tokens = list(generate_tokens(reader, before, ids, settings, key, bos_id))
+    tokens = list(generate_tokens(reader, before, ids, settings, key, {bos_id}))
     return [t.id for t in tokens], [t.nll for t in tokens], before, tokens[-1].state
 
 

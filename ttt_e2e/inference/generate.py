@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -104,6 +104,7 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
     longest = max(map(len, prompt_ids)) + settings.max_new_tokens
     reader = load_reader(config, checkpoint, max_length or max(about["position"] + longest, 1))
     bos_id = config.data.bos_id or tokenizer.bos_id
+    ends = {tokenizer.eos_id: "eos", bos_id: "bos"}
     start = load_state(load_from, reader) if load_from else reader.start(bos_id)
     if (batch_size := len(start.tokens)) != 1:
         raise UserError(f"state {load_from} is of {batch_size} sequences, but prompts are continued one at a time")
@@ -111,7 +112,7 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
     streams = len(prompts) == 1
     with _open_output(output, streams) as file:
         for index, (prompt, ids) in enumerate(zip(prompts, prompt_ids)):
-            result, state = _continue(reader, start, ids, settings, index, tokenizer, bos_id, echo=streams)
+            result, state = _continue(reader, start, ids, settings, index, tokenizer, ends, echo=streams)
             if file:
                 file.write(json.dumps({"prompt": prompt, **result}) + "\n")
                 file.flush()
@@ -120,8 +121,10 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
         logger.info("saved the state after %d tokens in %s", state.position, save_to)
 
 
-def generate_tokens(reader: Reader, state: ReaderState, ids, settings: Settings, key, bos_id: int) -> Iterator[Token]:
-    """Yields generated tokens until BOS, which begins another document, or until `settings.max_new_tokens`.
+def generate_tokens(
+    reader: Reader, state: ReaderState, ids, settings: Settings, key, ends: Collection[int]
+) -> Iterator[Token]:
+    """Yields generated tokens until one of `ends`, or until `settings.max_new_tokens`.
 
     Args:
       reader: the reader that made `state`.
@@ -129,7 +132,7 @@ def generate_tokens(reader: Reader, state: ReaderState, ids, settings: Settings,
       ids: tokens of the prompt, to which the repetition penalty applies too.
       settings: number of tokens, sampling and learning; stop strings are left to the caller.
       key: random key of this sequence.
-      bos_id: the token to stop after.
+      ends: tokens to stop after, such as BOS, which begins another document.
     """
     seen_BV = np.zeros((1, reader.config.model.vocab_size), bool)
     seen_BV[0, ids] = True
@@ -143,7 +146,7 @@ def generate_tokens(reader: Reader, state: ReaderState, ids, settings: Settings,
         token = Token(int(token_id), float(nll), state)
         seen_BV[0, token.id] = True
         yield token
-        if token.id == bos_id:
+        if token.id in ends:
             return
 
 
@@ -158,7 +161,7 @@ def load_reader(config: Config, checkpoint, max_length: int) -> Reader:
     return Reader(graphdef, params, config, max_length=max_length)
 
 
-def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, bos_id: int, *, echo: bool):
+def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, ends: dict[int, str], *, echo: bool):
     """Reads a prompt and continues it; with `echo`, prints the text as it is generated.
 
     Returns `text`, `tokens`, `nll` and `ended_by` as a dict, and the state after the last token.
@@ -180,13 +183,13 @@ def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, bos
 
     bar = tqdm(total=settings.max_new_tokens, desc="generate", unit="token", disable=hidden, leave=False)
     with bar:
-        for token in generate_tokens(reader, state, ids, settings, key, bos_id):
+        for token in generate_tokens(reader, state, ids, settings, key, ends):
             state = token.state
             tokens.append(token.id)
             nlls.append(token.nll)
             bar.update()
-            if token.id == bos_id:
-                reason = "bos"
+            if token.id in ends:
+                reason = ends[token.id]
                 break
             text += give_out(stream.push(token.id))
             if stream.stopped:
