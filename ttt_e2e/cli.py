@@ -341,7 +341,8 @@ def _require(values: flags.FlagValues, *names: str) -> None:
     """Raises `UserError` where one of these flags is missing or empty."""
     for name in names:
         if not values[name].value:
-            raise UserError(f"--{name} is missing: {values[name].help}")
+            text = values[name].help.partition(";\n")[0]  # what follows is absl's, of flags that may be repeated
+            raise UserError(f"--{name} is missing: {text}")
 
 
 def _resolve(values: flags.FlagValues, overrides: list[str]) -> Config:

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import grain
 import numpy as np
 
 from ttt_e2e.data.store import TokenStore, read_attributes, tokenizer_spec
-from ttt_e2e.data.tokenizers import files_of
+from ttt_e2e.data.tokenizers import file_digest
 from ttt_e2e.errors import UserError
 
 _MEMBER = re.compile(r"(.+):([0-9.eE+-]+)")
@@ -38,6 +37,11 @@ class Mixture:
         """Digest, 16 hex digits, of the stores' fingerprints and weights."""
         identity = [[store.fingerprint for store in self.stores], self.weights]
         return hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
+
+    @property
+    def tokenizer_spec(self) -> str:
+        """The argument of `load_tokenizer` for the tokenizer that made the stores; "" if they do not name it."""
+        return next((spec for store in self.stores if (spec := store.tokenizer_spec)), "")
 
     def num_sequences(self, seq_len: int) -> int:
         """Number of sequences until the first store ends. Raises UserError if a store has none."""
@@ -117,9 +121,11 @@ def open_tokens(path: str, split: str) -> TokenStore | Mixture:
 
 def recorded_tokenizer(path: str) -> tuple[str, str]:
     """The tokenizer that `data.path` records: its name, and what `load_tokenizer` takes; "" where it records none."""
-    first = (members(path) or [(path, 1.0)])[0][0]
-    attributes = read_attributes(first)
-    return attributes.get("tokenizer", ""), tokenizer_spec(first, attributes)
+    for store, _ in members(path) or [(path, 1.0)]:
+        attributes = read_attributes(store)
+        if name := attributes.get("tokenizer", ""):
+            return name, tokenizer_spec(store, attributes)
+    return "", ""
 
 
 def _common_attributes(path: str, stores: Sequence[TokenStore]) -> dict[str, Any]:
@@ -138,23 +144,10 @@ def _common_attributes(path: str, stores: Sequence[TokenStore]) -> dict[str, Any
     return common
 
 
-def _tokenizer_digest(store: TokenStore) -> str:
-    """Digest of the files of the tokenizer of a store; "" where it names none."""
-    if not store.tokenizer_spec:
-        return ""
-    digest = hashlib.blake2b(digest_size=8)
-    for file in files_of(store.tokenizer_spec):
-        try:
-            digest.update(file.read_bytes())
-        except OSError as error:
-            raise UserError(f"tokenizer {os.fspath(file)}: cannot be read ({error.strerror or error})") from None
-    return digest.hexdigest()
-
-
 # What tells whether two stores were made with one tokenizer, with its name in messages.
 _IDENTITY = {
     "tokenizer": lambda store: store.attributes.get("tokenizer"),
     "vocab_size": lambda store: store.attributes.get("vocab_size"),
     "bos_id": lambda store: store.attributes.get("bos_id"),
-    "digest of the tokenizer's files": _tokenizer_digest,
+    "digest of the tokenizer": lambda store: file_digest(store.tokenizer_spec),
 }

@@ -192,6 +192,19 @@ def files_of(spec: str | os.PathLike) -> list[epath.Path]:
     return [path, beside] if path.suffix == ".json" and beside.exists() else [path]
 
 
+def file_digest(spec: str | os.PathLike) -> str:
+    """Digest of the file that the tokenizer `spec` names, or `spec` itself where it is "bytes" or "".
+
+    Raises UserError where the file cannot be read.
+    """
+    if spec in ("", "bytes"):
+        return os.fspath(spec)
+    try:
+        return hashlib.blake2b(epath.Path(spec).read_bytes(), digest_size=8).hexdigest()
+    except OSError as error:
+        raise UserError(f"tokenizer {spec}: cannot be read ({error.strerror or error})") from None
+
+
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, output_path: str | os.PathLike) -> None:
     """Trains a BPE vocabulary with byte fallback, by which every text can be encoded and decodes to itself.
 

@@ -15,7 +15,7 @@ from ttt_e2e.config import Config
 from ttt_e2e.data.mixture import Mixture, open_tokens
 from ttt_e2e.data.pipeline import evaluation_batches
 from ttt_e2e.data.store import TokenStore
-from ttt_e2e.data.tokenizers import alike_tokens, load_tokenizer
+from ttt_e2e.data.tokenizers import alike_tokens, file_digest, load_tokenizer
 from ttt_e2e.errors import PreemptedError, UserError
 
 logger = logging.getLogger(__name__)
@@ -43,11 +43,12 @@ def open_store(config: Config, split: str) -> TokenStore | Mixture:
     store.num_sequences(config.train.seq_len)  # raises where there is none
     if (theirs := store.attributes.get("vocab_size", ours)) > ours:
         raise UserError(f"config.model.vocab_size is {ours}, but token store {path} was prepared with {theirs}")
-    for field in ("bos_id", "tokenizer"):
-        ours = getattr(config.data, field)
-        theirs = store.attributes.get(field, ours)
-        if ours != theirs and ours != "":  # an empty tokenizer means the store's
-            raise UserError(f"config.data.{field} is {ours!r}, but token store {path} was prepared with {theirs!r}")
+    ours = config.data.bos_id
+    if ours != (theirs := store.attributes.get("bos_id", ours)):
+        raise UserError(f"config.data.bos_id is {ours!r}, but token store {path} was prepared with {theirs!r}")
+    ours, theirs = config.data.tokenizer, store.attributes.get("tokenizer", "")
+    if ours and theirs and ours != theirs and not _is_alike(ours, store.tokenizer_spec):
+        raise UserError(f"config.data.tokenizer is {ours!r}, but token store {path} was prepared with {theirs!r}")
     return store
 
 
@@ -66,6 +67,14 @@ def find_alike_tokens(config: Config, store: TokenStore) -> np.ndarray | None:
         logger.info("no tokenizer is known: to Engram, no two tokens are alike")
         return None
     return alike_tokens(load_tokenizer(spec), config.model.vocab_size)
+
+
+def _is_alike(ours: str, theirs: str) -> bool:
+    """Whether two tokenizers are the same by their files, wherever these lie."""
+    try:
+        return file_digest(ours) == file_digest(theirs)
+    except UserError:
+        return False
 
 
 def check_batch(field: str, batch_size: int, mesh, accumulation_steps: int = 1) -> None:
