@@ -91,6 +91,9 @@ BAD_INPUT = {
     "prepare --input=DIR/no --tokenizer=bytes --output=DIR/out": "DIR/no.*no document",
     "prepare --input=DIR --tokenizer=bytes --output=DIR/out": "DIR.*no document",
     "prepare --input=DIR --tokenizer=letters --output=DIR/out": "letters",
+    "prepare --tokenizer=bytes --output=DIR/out": "--input is missing: .*repeated.$",
+    "prepare --merge=DIR/a,DIR/b --output=DIR/out": "DIR/a: no token store there",
+    "prepare --merge=DIR/a --input=DIR --output=DIR/out": "--merge takes the stores of parts, and no --input",
     "report --workdirs=DIR --output=DIR/out": "DIR.*config.json",
 }
 

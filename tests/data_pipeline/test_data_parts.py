@@ -134,6 +134,22 @@ def test_a_part_that_is_gone_or_another(corpus, parts, tmp_path):
         TokenStore.open(tmp_path / "merged", "test")
 
 
+def test_damage_in_and_of_parts(parts, tmp_path):
+    merged = tmp_path / "merged"
+    merge(parts, merged)
+    (parts[2] / "train/c/0").write_bytes(b"garbage")
+    store = TokenStore.open(merged, "train")
+    assert len(store.stretch(0, 100)) == 100
+    with pytest.raises(UserError, match=r"merged/train: damaged data \(.*parts/2/train/c/0.*"):
+        store.stretch(0, store.num_tokens)
+    group = json.loads((merged / "zarr.json").read_text())
+    for damaged in ([1], [{}], [{"path": 1, "num_tokens": {}, "digest": {}}], [{"path": "../0", "num_tokens": 1}]):
+        group["attributes"]["parts"] = damaged
+        (merged / "zarr.json").write_text(json.dumps(group))
+        with pytest.raises(UserError, match=r"merged/zarr.json: damaged metadata \(parts\)"):
+            TokenStore.open(merged, "train")
+
+
 def test_copies_of_a_document_are_in_one_split(corpus, tmp_path):
     """Also copies under other names, in other files. Names alone would put some on both sides."""
     for path in list(corpus.glob("*.jsonl")):

@@ -183,6 +183,17 @@ def test_stops_before_a_stop_string(run, tmp_path):
     assert out == result["text"] + "\n" == free["text"][: free["text"].index(stop)] + "\n"
 
 
+def test_ends_with_the_tokenizer_s_eos(run, tmp_path, monkeypatch):
+    flags = ("--prompt=x", "--max_new_tokens=8", "--seed=5", f"--output={tmp_path / 'out.jsonl'}")
+    run(*flags)
+    (free,) = results(tmp_path / "out.jsonl")
+    monkeypatch.setattr(ByteTokenizer, "eos_id", free["tokens"][3])
+    run(*flags)
+    (result,) = results(tmp_path / "out.jsonl")
+    assert result["ended_by"] == "eos"
+    assert result["tokens"] == free["tokens"][: free["tokens"].index(ByteTokenizer.eos_id) + 1]
+
+
 def test_full_attention_has_as_much_room_as_is_needed_or_declared(run):
     """A model of one block, whose parameters serve full attention as well."""
     full = ("--config.model.sliding_window=0", "--prompt=abc", "--max_new_tokens=3")

@@ -257,12 +257,12 @@ def _open_parts(path: str, split: str, attributes: dict[str, Any]) -> ts.TensorS
     arrays, context = [], _context()
     for number, part in enumerate(attributes["parts"]):
         try:
-            where, num_tokens, digest = part["path"], part["num_tokens"].get(split, 0), part["digest"].get(split)
+            where = _relative_to(path, part["path"])
+            num_tokens, digest = part["num_tokens"].get(split, 0), part["digest"].get(split)
         except (TypeError, KeyError, AttributeError):
             raise UserError(f"{path}/zarr.json: damaged metadata (parts); merge the store again") from None
         if not num_tokens:
             continue
-        where = _relative_to(path, where)
         theirs = read_attributes(where)
         array = _open_array(where, split, context)
         their_digest = theirs.get("digest")
