@@ -112,10 +112,11 @@ def test_merge_refuses(corpus, parts, tmp_path):
     run(corpus, tmp_path / "whole")
     assert "whole: no part of a corpus" in refusal(*parts, tmp_path / "whole")
     assert "absent: no token store there" in refusal(*parts, tmp_path / "absent")
+    assert "gs://b/x: legal: local directories" in refusal("gs://b/x", *parts)
     run(corpus, tmp_path / "other", part="3/4", val_fraction=0.3, min_tokens=3)
     assert "other: min_tokens 3, but " in refusal(*parts[:3], tmp_path / "other")
     run(corpus, tmp_path / "third", part="2/3", val_fraction=0.3)
-    assert "part '3', but" in refusal(*parts[:2], tmp_path / "third")
+    assert "third: number of parts 3, but" in refusal(*parts[:2], tmp_path / "third")
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged/precious").write_text("mine")
     with pytest.raises(UserError, match=r"merged: exists already; delete it"):

@@ -6,6 +6,7 @@ import pytest
 
 from ttt_e2e.data import readers
 from ttt_e2e.data.documents import Skipped, find_documents
+from ttt_e2e.data.prepare import prepare
 from ttt_e2e.errors import UserError
 
 TEXTS = [f"text {i}, é\n" * (i % 7) for i in range(400)]
@@ -161,3 +162,32 @@ def test_missing_library(name, library, tmp_path, monkeypatch):
     (tmp_path / name).write_bytes(b"")
     monkeypatch.setitem(__import__("sys").modules, library, None)
     assert f"{name}: reading it takes {library}: pip install 'ttt-e2e[corpora]'" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cut.jsonl.zst", "cut.jsonl.zst: damaged zstd file"),
+        ("cut.parquet", "cut.parquet: damaged Parquet file"),
+        ("field.parquet", 'field.parquet: no column "meta.body"'),
+        ("field.jsonl", 'field.jsonl:2000: no string "meta.body"'),
+    ],
+)
+def test_what_cannot_be_read_leaves_nothing_half_written(name, reason, tmp_path):
+    """Also where it comes late: after more documents than are read to choose the held-out ones."""
+    good = [{"meta": {"body": f"text {i}"}} for i in range(2000)]
+    data = "".join(json.dumps(record) + "\n" for record in good).encode()
+    (tmp_path / "a.jsonl").write_bytes(data)
+    path = tmp_path / name
+    if name == "cut.jsonl.zst":
+        path.write_bytes(pytest.importorskip("zstandard").compress(data)[:-3])
+    elif name == "field.jsonl":
+        path.write_bytes(data[: data.rindex(b'{"meta"')] + b'{"meta": 5}\n')
+    else:
+        write_parquet(path, TEXTS)
+        path.write_bytes(path.read_bytes()[: -8 if name == "cut.parquet" else None])
+    with pytest.raises(UserError) as caught:
+        inputs = [str(tmp_path / "a.jsonl"), str(path)]
+        prepare(inputs, "bytes", tmp_path / "out/store", text_field="meta.body", progress=False)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    assert not list((tmp_path / "out").iterdir())

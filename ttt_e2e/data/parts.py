@@ -56,6 +56,8 @@ def merged_attributes(stores: Sequence[str | os.PathLike], output: Path) -> dict
     """
     parts = {}
     for store in map(os.fspath, stores):
+        if "://" in store:
+            raise UserError(f"merge {store}: legal: local directories; copy the parts and the merged store together")
         attributes = read_attributes(store)
         part = attributes.get("prepared_from", {}).get("part")
         if not part:
@@ -75,8 +77,9 @@ def merged_attributes(stores: Sequence[str | os.PathLike], output: Path) -> dict
 
 def _check_alike(store: str, attributes: dict, first: str, expected: dict) -> None:
     """Raises UserError where two parts were prepared with different settings."""
-    ours, theirs = ({**each["prepared_from"]} for each in (attributes, expected))
-    ours["part"], theirs["part"] = (settings["part"].partition("/")[2] for settings in (ours, theirs))
+    ours, theirs = (dict(each["prepared_from"]) for each in (attributes, expected))
+    for settings in (ours, theirs):
+        settings["number of parts"] = numbers_of(settings.pop("part"))[1]
     for name in theirs:
         if ours.get(name) != theirs[name]:
             raise UserError(f"merge {store}: {name} {ours.get(name)!r}, but {first} has {theirs[name]!r}")
