@@ -189,6 +189,10 @@ def test_the_config_of_a_run_is_a_config_file(tmp_path):
     config = from_config_dict({"model": {"hidden_size": 64}})
     path.write_text(json.dumps(to_dict(config)))
     assert override(load_config_file(str(path)), []) == config
+    assert "engram" not in to_dict(config)["model"]
+    more = ["--config.model.engram.blocks=1", "--config.model.mamba2.chunk_size=8", "--config.model.mixer=mamba2"]
+    model = override(load_config_file(str(path)), more).model
+    assert model.engram.blocks == "1" and model.section("mamba2").chunk_size == 8
     for content, message in (
         ("{", "is not readable JSON"),
         ('{"model": {"width": 3}}', "config.model has no field 'width'"),

@@ -113,13 +113,15 @@ def override(base: ConfigDict, overrides: list[str]) -> Config:
     Raises:
       UserError: an override names no field or has a value of the wrong type, or the resulting config is not legal.
     """
-    names = set(_field_names(default_config()))
+    defaults = default_config()
+    names = set(_field_names(defaults))
     for argument in overrides:
         name, equals, _ = argument.removeprefix("--config.").partition("=")
         if name not in names:
             raise UserError(f"unknown config field config.{name}: {suggestion(name, sorted(names))}")
         if not equals:
             raise UserError(f"config.{name} has no value: write --config.{name}=VALUE")
+    _fill_in(base, defaults)
     values = flags.FlagValues()
     argv = ["ttt-e2e", *overrides]
     try:
@@ -128,6 +130,16 @@ def override(base: ConfigDict, overrides: list[str]) -> Config:
     except (flags.IllegalFlagValueError, ValueError) as error:  # ValueError: an integer too long to print
         raise UserError(" ".join(str(error).split())) from None
     return from_config_dict(values.config)
+
+
+def _fill_in(values: ConfigDict, defaults: ConfigDict) -> None:
+    """Adds what a config lacks, so that it can be overridden: a run's has no sections of what its model does not use."""
+    with values.unlocked():
+        for name, default in defaults.items():
+            if name not in values:
+                values[name] = default
+            elif isinstance(default, ConfigDict) and isinstance(values[name], ConfigDict):
+                _fill_in(values[name], default)
 
 
 def _field_names(values: ConfigDict, prefix: str = "") -> Iterator[str]:

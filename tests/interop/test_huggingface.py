@@ -17,6 +17,7 @@ import pytest
 from ttt_e2e.checkpoints.params import load_params
 from ttt_e2e.cli import main
 from ttt_e2e.cluster.mesh import with_shardings
+from ttt_e2e.config import EngramConfig
 from ttt_e2e.data.store import TokenWriter, write_attributes
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner import read_sequence
@@ -51,7 +52,7 @@ def load(run):
 
 
 def logits(model, tokens_BT):
-    run = jax.jit(jax.vmap(lambda tokens_T: model.logits(model.run_prefix(model.embed(tokens_T)))))
+    run = jax.jit(jax.vmap(lambda tokens_T: model.logits(model.run_prefix(model.embed(tokens_T), tokens_T))))
     return run(tokens_BT)
 
 
@@ -221,6 +222,31 @@ def test_a_window_for_all_blocks():
     assert config.model.windows == (8,) and config.model.mixers == ("window",)
 
 
+# ------------------------------------------------------------------------------------------------------------- Engram
+
+
+def test_engram_is_added_to_a_model_and_changes_nothing_at_first(tmp_path):
+    """With `zero_init`; tokens are alike by the tokenizer: here, those of white space if they are bytes."""
+    run, case = tmp_path / "run", DATA / "qwen3_qk_norm"
+    sizes = {"blocks": "1", "table_size": 50, "num_heads": 2, "head_dim": 4, "zero_init": True}
+    overrides = [f"--config.model.engram.{name}={value}" for name, value in sizes.items()]
+    huggingface.import_model(case / "model", run, [*overrides, "--config.data.tokenizer=bytes"])
+    _, model = load(run)
+    [alike] = model.stacks["prefix_1"].engram.alike.get_value()
+    assert alike[9:14].tolist() == [9] * 5 and alike[32] == 9 and alike[64:].tolist() == list(range(64, 96))
+    with np.load(case / "golden.npz") as golden:
+        np.testing.assert_allclose(logits(model, golden["tokens"]), golden["logits"], rtol=0, atol=2e-4)
+
+
+def test_a_tokenizer_that_is_not_read_leaves_engram_without_alike_tokens(tmp_path):
+    """In a line that says so, or by `compress_tokens`."""
+    directory, overrides = damaged(tmp_path), ["--config.model.engram.blocks=0", "--config.model.engram.table_size=50"]
+    (directory / "tokenizer.json").write_text("{}")
+    refused(directory, tmp_path, r"tokenizer.json': unknown; .*compress_tokens=False\)", overrides)
+    huggingface.import_model(directory, tmp_path / "run", [*overrides, "--config.model.engram.compress_tokens=False"])
+    assert (tmp_path / "run" / "tokenizer.json").exists()
+
+
 # -------------------------------------------------------------------------------------------------------------- traps
 
 
@@ -264,9 +290,9 @@ def test_tensors_that_do_not_fit_are_named(trap, tmp_path):
     refused(directory, tmp_path, message)
 
 
-def refused(directory, tmp_path, message) -> None:
+def refused(directory, tmp_path, message, overrides=()) -> None:
     with pytest.raises(UserError, match=message) as error:
-        huggingface.import_model(directory, tmp_path / "run", [])
+        huggingface.import_model(directory, tmp_path / "run", list(overrides))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -343,6 +369,7 @@ def test_an_output_that_is_there_is_left_alone(tmp_path):
         ({"post_norm": True}, "config.model.post_norm is True, which transformers has in none"),
         ({"mixer": "mamba2"}, "config.model.mixer names 'mamba2', which transformers has in none"),
         ({"num_fast_blocks": 1}, "num_fast_blocks is 1, but transformers has no fast MLPs"),
+        ({"engram": EngramConfig(blocks="1")}, "config.model.engram.blocks is '1', but transformers has Engram in none"),
         ({"attention_bias": True, "qk_norm": True}, "has qk_norm and attention_bias"),
     ],
 )

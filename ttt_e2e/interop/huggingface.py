@@ -23,10 +23,12 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.flags import override
 from ttt_e2e.interop import huggingface_config, safetensors_files
 from ttt_e2e.model import Transformer, abstract_model, abstract_transformer
+from ttt_e2e.model.engram import with_alike
 from ttt_e2e.model.parameters import parameter_name, split
 from ttt_e2e.model.stacks import block_indices
 from ttt_e2e.runs.directory import write_config
 from ttt_e2e.runs.files import read_json
+from ttt_e2e.train.batches import find_alike_tokens
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 MAX_SEQ_LEN = 2048  # of the config of an imported model, whose own context may be far longer
@@ -86,7 +88,7 @@ NOTHING = Additions()
 def import_model(checkpoint, output, overrides: list[str], additions: Additions = NOTHING) -> Path:
     """Makes the run directory `output` of a model directory as `save_pretrained` writes it.
 
-    Fast MLPs, which no file has, begin with random first matrices and a last one of zeros.
+    Fast MLPs and Engram, which no file has, begin as in a new model, but the last matrix of a fast MLP with zeros.
 
     Args:
       checkpoint: the model directory.
@@ -111,7 +113,7 @@ def import_model(checkpoint, output, overrides: list[str], additions: Additions 
     _check(tensors, abstract, sources, config)
     mesh = make_mesh(config.mesh)
     placed = with_shardings(abstract, shardings(abstract, mesh, config.model))
-    fresh = _fresh(config, placed, sources)
+    fresh = _fresh(config, placed, sources, _alike_tokens(config, directory, output))
     params = jax.tree_util.tree_map_with_path(lambda path, leaf: _read(tensors, sources, fresh, path, leaf), placed)
     save_params(output / "checkpoints", params, progress_of(0, 0, config))
     for name in TOKENIZER_FILES:
@@ -185,7 +187,7 @@ def export_model(config: Config, checkpoint, output) -> Path:
 
 
 def _sources(config: Config) -> dict[str, Source]:
-    """{name of a parameter: where it is}; fast MLPs, which no file has, are not in it."""
+    """{name of a parameter: where it is}; fast MLPs and Engram, which no file has, are not in it."""
     transformer = abstract_transformer(config.model)
     sources = {f"slow.{rule.ours}": Source((rule.theirs,), rule.transposed, False) for rule in RULES}
     prefix = block_indices(transformer.prefix_stacks)
@@ -205,7 +207,7 @@ def _check(tensors: safetensors_files.Tensors, abstract, sources: dict[str, Sour
         unused.discard("lm_head.weight")
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         name = parameter_name(path)
-        if name not in sources:  # of a fast MLP
+        if name not in sources:  # of a fast MLP, or of Engram
             continue
         source = sources[name]
         shape = leaf.shape[1:] if source.stacked else leaf.shape
@@ -225,14 +227,22 @@ def _check(tensors: safetensors_files.Tensors, abstract, sources: dict[str, Sour
         raise UserError(f"the model has no place for tensors of {tensors.directory}: {', '.join(sorted(unused)[:5])}")
 
 
-def _fresh(config: Config, placed, sources: dict[str, Source]) -> dict[str, jax.Array]:
-    """Initialises the parameters that no file has, those of fast MLPs: {name: sharded array}."""
+def _alike_tokens(config: Config, directory: Path, output: Path) -> np.ndarray | None:
+    """Finds the tokens that Engram takes as one; the tokenizer is still in `directory`, and goes to `output`."""
+    tokenizer = Path(config.data.tokenizer)
+    is_theirs = tokenizer.parent == output.resolve()
+    return find_alike_tokens(config, str(directory / tokenizer.name) if is_theirs else config.data.tokenizer)
+
+
+def _fresh(config: Config, placed, sources: dict[str, Source], alike_V) -> dict[str, jax.Array]:
+    """Initialises the parameters that no file has, those of fast MLPs and Engram: {name: sharded array}."""
     leaves = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(placed)}
     shardings_of = {name: leaf.sharding for name, leaf in leaves.items() if name not in sources}
 
     def initialise():
         _, fast, slow = split(Transformer(config.model, nnx.Rngs(config.train.seed)))
-        made = jax.tree_util.tree_leaves_with_path({"fast": fast, "slow": slow})
+        params = {"fast": fast, "slow": slow}
+        made = jax.tree_util.tree_leaves_with_path(params if alike_V is None else with_alike(params, alike_V))
         fresh = {parameter_name(path): leaf for path, leaf in made}
         return {name: fresh[name] * (not name.endswith("fast_mlp.w2")) for name in shardings_of}
 

@@ -52,21 +52,26 @@ def open_store(config: Config, split: str) -> TokenStore | Mixture:
     return store
 
 
-def find_alike_tokens(config: Config, store: TokenStore) -> np.ndarray | None:
-    """Finds the tokens that Engram takes as one, by the text that the store's tokenizer has for them (`alike_tokens`).
+def find_alike_tokens(config: Config, tokenizer: str) -> np.ndarray | None:
+    """Finds the tokens that Engram takes as one, by the text that a tokenizer has for them (`alike_tokens`).
+
+    tokenizer: as `load_tokenizer` takes it; "" where none is known.
 
     Returns None where no block compresses tokens, or no tokenizer is known.
 
     Raises:
       UserError: the tokenizer cannot be read.
     """
-    engram, spec = config.model.engram, store.tokenizer_spec or config.data.tokenizer
+    engram = config.model.engram
     if not (engram.blocks and engram.compress_tokens):
         return None
-    if not spec:
+    if not tokenizer:
         logger.info("no tokenizer is known: to Engram, no two tokens are alike")
         return None
-    return alike_tokens(load_tokenizer(spec), config.model.vocab_size)
+    try:
+        return alike_tokens(load_tokenizer(tokenizer), config.model.vocab_size)
+    except UserError as error:
+        raise UserError(f"{error} (Engram needs none with config.model.engram.compress_tokens=False)") from None
 
 
 def _is_alike(ours: str, theirs: str) -> bool:

@@ -163,7 +163,8 @@ def restore_or_init(
         logger.info("resuming from step %d of %s", progress["step"], checkpoints.directory)
         check_position(progress, config, store.fingerprint)
         return state, progress
-    alike_V = None if config.train.init_from else find_alike_tokens(config, store)
+    tokenizer = store.tokenizer_spec or config.data.tokenizer
+    alike_V = None if config.train.init_from else find_alike_tokens(config, tokenizer)
     state = jax.jit(lambda: init_state(config, optimizer, alike_V), out_shardings=state_shardings)()
     if config.train.init_from:
         logger.info("taking the initial parameters from %s", config.train.init_from)
