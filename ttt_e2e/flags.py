@@ -133,7 +133,7 @@ def override(base: ConfigDict, overrides: list[str]) -> Config:
 
 
 def _fill_in(values: ConfigDict, defaults: ConfigDict) -> None:
-    """Adds what a config lacks, so that it can be overridden: a run's has no sections of what its model does not use."""
+    """Adds what a config lacks, for it to be overridden: that of a run has no sections that its model does not use."""
     with values.unlocked():
         for name, default in defaults.items():
             if name not in values:

@@ -116,6 +116,23 @@ def parse(page):
     return parser
 
 
+def test_models_with_engram_and_its_control_are_told_apart(tmp_path):
+    """Its tokens that are alike are no parameters: W_k, W_v, three norms, the convolution, and two tables."""
+    fields = {"blocks": "1", "table_size": 5, "num_heads": 1, "head_dim": 3}
+    engrams = {"without": {}, "with": fields, "control": fields | {"one_row": True}}
+    for name, engram in engrams.items():
+        path = make_run(tmp_path / name, kind="window", evaluated=False) / "config.json"
+        config = json.loads(path.read_text())
+        config["model"]["engram"] = engram
+        path.write_text(json.dumps(config))
+    rows = write_report([tmp_path / name for name in engrams], tmp_path / "out")["rows"]
+    described = [row["model"].removeprefix(rows[0]["model"]) for row in rows]
+    assert described == ["", ", engram in 1", ", engram of one row in 1"]
+    numbers, D = [row["num_parameters"] for row in rows], config["model"]["hidden_size"]
+    branch = 2 * 6 * D + 3 * D + 4 * D
+    assert [number - numbers[0] for number in numbers[1:]] == [branch + 64 * 3, branch + 2 * 3]
+
+
 def test_report_on_several_runs(tmp_path):
     workdirs = [make_run(tmp_path / kind, kind=kind) for kind in ("e2e", "window", "full")]
     summary = write_report(workdirs, tmp_path / "out" / "report")

@@ -26,6 +26,7 @@ from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.steps import init_state, make_train_step
 
 FIELDS = sorted(f"{section}.{name}" for section, fields in default_config().items() for name in fields)
+FIELDS += sorted(f"model.engram.{name}" for name in default_config().model.engram)
 WORDS = (
     *("", " ", "true", "false", "None", "[]", "{}", "()", "1,2", "1e3", "0x10", "1_000", "½", "-", "--", "\0", "\n"),
     *("nan", "inf", "-inf", "1e309", "1e-320", "-0.0", "0.1", "1.5", "1e-8", "9" * 5000),
@@ -84,6 +85,7 @@ def place(token_store, tmp_path_factory):
     """A directory with a config file of a tiny run."""
     directory = tmp_path_factory.mktemp("configs")
     fields = to_dict(tiny_run(token_store))
+    fields["model"]["engram"] = {"table_size": 5, "num_heads": 2, "head_dim": 3}
     for section, derived in (
         ("model", "head_dim num_key_value_heads fast_intermediate_size"),
         ("optimizer", "decay_steps"),
@@ -178,6 +180,7 @@ TINY = {
     "model.initializer_range": (0.0, 1e-30, 1e30),
     "model.rms_norm_eps": (1e-30, 1e30),
     "model.rope_theta": (1e-30, 1.0, 1e30),
+    "model.engram.blocks": ("0", "2,0"),
     "inner.mini_batch_size": (1, 4, 16, 32),
     "inner.gradient": ("exact", "reference", "first_order"),
     "inner.trajectory": ("auto", "store", "delta", "segment"),
@@ -192,7 +195,7 @@ TINY = {
     "optimizer.learning_rate": (0.0, 1e30),
     "optimizer.b1": (0.0,),
     "optimizer.clip_norm": (0.0, 1e-30),
-    "optimizer.train_only": ("", "fast", "norm", "."),
+    "optimizer.train_only": ("", "fast", "norm", "engram", "."),
     "data.seed": (2**32 - 1,),
     "data.bos_id": (0, 1),
     "mesh.data": (0, 1, 2, 8),

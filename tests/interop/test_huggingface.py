@@ -369,7 +369,7 @@ def test_an_output_that_is_there_is_left_alone(tmp_path):
         ({"post_norm": True}, "config.model.post_norm is True, which transformers has in none"),
         ({"mixer": "mamba2"}, "config.model.mixer names 'mamba2', which transformers has in none"),
         ({"num_fast_blocks": 1}, "num_fast_blocks is 1, but transformers has no fast MLPs"),
-        ({"engram": EngramConfig(blocks="1")}, "config.model.engram.blocks is '1', but transformers has Engram in none"),
+        ({"engram": EngramConfig(blocks="1")}, "config.model.engram.blocks is '1', but transformers has no Engram"),
         ({"attention_bias": True, "qk_norm": True}, "has qk_norm and attention_bias"),
     ],
 )

@@ -191,16 +191,19 @@ def _describe(model: ModelConfig) -> str:
     names = {"window": f"window {model.sliding_window}", "attention": "full attention"}
     mixers = ", ".join(names.get(name, name) for name in dict.fromkeys(model.mixers))
     described = mixers if kind in ("window", "mixed") else kind if kind == "full" else f"{kind}, {mixers}"
-    return f"{described}, engram in {model.engram.blocks}" if model.engram.blocks else described
+    engram = "engram of one row" if model.engram.one_row else "engram"
+    return f"{described}, {engram} in {model.engram.blocks}" if model.engram.blocks else described
 
 
 def _num_parameters(model: ModelConfig) -> int:
+    """Counts the parameters that can be trained."""
     import jax
 
-    from ttt_e2e.model import abstract_model
+    from ttt_e2e.model import abstract_model, parameter_traits
+    from ttt_e2e.model.parameters import parameter_name
 
-    _, params = abstract_model(model)
-    return sum(parameter.size for parameter in jax.tree.leaves(params))
+    leaves, traits = jax.tree_util.tree_leaves_with_path(abstract_model(model)[1]), parameter_traits(model)
+    return sum(leaf.size for path, leaf in leaves if traits[parameter_name(path)].rate)
 
 
 def _state_bytes(run: Run) -> int:

@@ -57,9 +57,7 @@ def from_model(model: ModelConfig) -> dict:
     if other := sorted(set(kinds) - set(LAYERS.values())):
         raise UserError(f"config.model.mixer names {other[0]!r}, which transformers has in none of these models")
     if model.engram.blocks:
-        raise UserError(
-            f"config.model.engram.blocks is {model.engram.blocks!r}, but transformers has Engram in none of these models"
-        )
+        raise UserError(f"config.model.engram.blocks is {model.engram.blocks!r}, but transformers has no Engram")
     if model.post_norm:
         raise UserError("config.model.post_norm is True, which transformers has in none of these models")
     if model.qk_norm and model.attention_bias:
