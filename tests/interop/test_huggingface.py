@@ -242,7 +242,7 @@ def test_a_tokenizer_that_is_not_read_leaves_engram_without_alike_tokens(tmp_pat
     """In a line that says so, or by `compress_tokens`."""
     directory, overrides = damaged(tmp_path), ["--config.model.engram.blocks=0", "--config.model.engram.table_size=50"]
     (directory / "tokenizer.json").write_text("{}")
-    refused(directory, tmp_path, r"tokenizer.json': unknown; .*compress_tokens=False\)", overrides)
+    refused(directory, tmp_path, r"^tokenizer .*tokenizer.json: .*compress_tokens=False\)$", overrides)
     huggingface.import_model(directory, tmp_path / "run", [*overrides, "--config.model.engram.compress_tokens=False"])
     assert (tmp_path / "run" / "tokenizer.json").exists()
 

@@ -14,6 +14,7 @@ from ttt_e2e.checkpoints.progress import check_position, progress_of
 from ttt_e2e.cluster.agreement import Exchange, watch_for_preemption
 from ttt_e2e.cluster.mesh import local_rows, make_mesh, shardings, with_shardings
 from ttt_e2e.config import Config
+from ttt_e2e.data.mixture import Mixture
 from ttt_e2e.data.pipeline import training_batches
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import PreemptedError
@@ -148,7 +149,7 @@ def _train(
 
 
 def restore_or_init(
-    config: Config, optimizer, mesh, checkpoints: Checkpoints, store: TokenStore
+    config: Config, optimizer, mesh, checkpoints: Checkpoints, store: TokenStore | Mixture
 ) -> tuple[TrainState, dict]:
     """Makes the state to start from, sharded, and the progress that its checkpoint recorded, {} without a checkpoint.
 
