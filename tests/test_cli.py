@@ -166,6 +166,8 @@ def test_an_official_checkpoint_imported_and_evaluated_gives_its_token_nll(name,
         ),
         ("--config.model.tie_word_embeddings=false", r"'language_model.lm_head.weight' is not in the checkpoint"),
         ("--config.model.num_fast_blocks=0", "no place for these parameters of the checkpoint: .*prime"),
+        ("--config.model.engram.blocks=0", "makes a parameter 'slow.prefix_0.*', but the released implementation has"),
+        ("--config.model.attention_bias=true", "makes a parameter 'slow.prefix.attention.bk', but the released"),
     ),
 )
 def test_an_official_checkpoint_of_another_shape_is_refused(override, message, run, tmp_path):

@@ -343,6 +343,15 @@ def test_a_damaged_file_is_named(damage, tmp_path):
     refused(directory, tmp_path, r"model.safetensors is no whole safetensors file: ")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [(["post_norm=true"], "attention_post_norm.weight"), (["mixer=mamba2", "mamba2.head_dim=48"], "mamba2.*")],
+)
+def test_parameters_that_no_such_model_has_are_named(overrides, name, tmp_path):
+    message = f"config.model makes a parameter 'slow.prefix.{name}', but models of Hugging Face have none"
+    refused(damaged(tmp_path), tmp_path, message, [f"--config.model.{override}" for override in overrides])
+
+
 def test_half_a_download_is_named(tmp_path):
     directory = damaged(tmp_path, "llama2_tied_mha")
     (directory / "model-00002-of-00005.safetensors").unlink()

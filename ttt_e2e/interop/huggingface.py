@@ -5,6 +5,7 @@ by each device only what it stores of them.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -207,7 +208,9 @@ def _check(tensors: safetensors_files.Tensors, abstract, sources: dict[str, Sour
         unused.discard("lm_head.weight")
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         name = parameter_name(path)
-        if name not in sources:  # of a fast MLP, or of Engram
+        if name not in sources:
+            if not re.search(r"\.(fast_mlp\w*|engram)\b", name):
+                raise UserError(f"config.model makes a parameter {name!r}, but models of Hugging Face have none")
             continue
         source = sources[name]
         shape = leaf.shape[1:] if source.stacked else leaf.shape

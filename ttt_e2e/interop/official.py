@@ -81,17 +81,24 @@ def from_official(official: dict[str, np.ndarray], like):
       A pytree of the structure and dtypes of `like`, of NumPy arrays.
 
     Raises:
-      UserError: a parameter is missing, has another shape or is not in the model; the message names it and its shapes.
+      UserError: a parameter is missing, has another shape, is not in the model, or in no official one; the message
+        names it and its shapes.
     """
     unused = set(official)
     leaves = jax.tree_util.tree_leaves_with_path(like)
     depth = {stack: _stack_depth(leaves, stack) for stack in ("prefix", "suffix")}
 
     def rearranged(path, leaf):
-        stack, _, name = _own_name(path).partition(".")
+        ours = _own_name(path)
+        stack, _, name = ours.partition(".")
         rows, shape = slice(None), leaf.shape
-        if stack not in depth:
-            theirs = _NAMES[_own_name(path)]
+        if ours not in _NAMES and (stack not in depth or name not in _FAST_NAMES | _BLOCK_NAMES):
+            raise UserError(
+                f"config.model makes a parameter {parameter_name(path)!r}, but the released implementation has none: "
+                "all blocks of its models have the same attention, without biases, and nothing else beside the MLPs"
+            )
+        if ours in _NAMES:
+            theirs = _NAMES[ours]
         elif name in _FAST_NAMES:
             theirs = _FAST + _FAST_NAMES[name]
         else:
