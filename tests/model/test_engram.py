@@ -415,6 +415,15 @@ def test_positions_are_not_divided(token_store):
         take_policies(config, make_mesh(config.mesh))
 
 
+def test_a_tokenizer_that_cannot_be_read_leaves_no_run_directory(token_store, tmp_path):
+    """One would refuse the change to the model that the message proposes."""
+    engram = FIELDS | {"blocks": "0", "compress_tokens": True}
+    config = tiny_run(token_store, model={"engram": engram}, data={"tokenizer": str(tmp_path / "none.model")})
+    with pytest.raises(UserError, match=r"none.model.*with config.model.engram.compress_tokens=False\)$"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_large_table_takes_no_memory_but_its_own():
     """It is stored with the parameters: the estimate of temporaries, by which "auto" chooses, leaves it out."""
 

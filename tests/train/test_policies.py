@@ -10,8 +10,10 @@ import pytest
 from tests.tiny_run import tiny_run
 from ttt_e2e.cluster.mesh import make_mesh
 from ttt_e2e.config import MeshConfig, from_config_dict
+from ttt_e2e.errors import UserError
 from ttt_e2e.model import abstract_model
 from ttt_e2e.train import policies
+from ttt_e2e.train.loop import train
 from ttt_e2e.train.steps import take_policies
 
 
@@ -101,3 +103,15 @@ def test_other_gradients_take_policies_too(token_store, gradient):
     config = tiny_run(token_store, inner={"gradient": gradient})
     inner = resolved(token_store, gradient=gradient)
     assert inner == dataclasses.replace(config.inner, trajectory="store", remat="keep")
+
+
+def test_an_engram_table_that_fits_no_device_is_refused_before_it_is_made(token_store, tmp_path, monkeypatch):
+    """Of this model, one that takes 10 % more than a device has, and the one that the message proposes."""
+    engram = {"blocks": "0", "num_heads": 2, "head_dim": 3, "compress_tokens": False}
+    config = tiny_run(token_store, model={"engram": engram | {"table_size": 40_000}})
+    monkeypatch.setattr(policies, "device_bytes", lambda mesh: int(4 * 4 * (4 * 40_000 * 3) / 1.1))
+    with pytest.raises(UserError, match=r"table_size is 40000, .* at most about 36\d\d\d on this mesh") as error:
+        train(config, tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    config = tiny_run(token_store, model={"engram": engram | {"table_size": 36_000}})
+    policies.check_tables(config, make_mesh(config.mesh))

@@ -11,18 +11,18 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ttt_e2e.checkpoints.manager import Checkpoints
 from ttt_e2e.checkpoints.params import load_params
 from ttt_e2e.checkpoints.progress import check_position, progress_of
+from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.cluster.agreement import Exchange, watch_for_preemption
 from ttt_e2e.cluster.mesh import local_rows, make_mesh, shardings, with_shardings
 from ttt_e2e.config import Config
-from ttt_e2e.data.mixture import Mixture
 from ttt_e2e.data.pipeline import training_batches
-from ttt_e2e.data.store import TokenStore
 from ttt_e2e.errors import PreemptedError
 from ttt_e2e.kernels.attention import choice
 from ttt_e2e.model import abstract_model
 from ttt_e2e.runs import directory as run_directory
 from ttt_e2e.train.batches import check_batch, find_alike_tokens, held_out_loss, open_store, to_device
 from ttt_e2e.train.optimizers import make_optimizer
+from ttt_e2e.train.policies import check_tables
 from ttt_e2e.train.step_log import StepLog
 from ttt_e2e.train.steps import TrainState, init_state, make_eval_step, make_train_step, take_policies
 
@@ -59,12 +59,16 @@ def _train(
     train_store = open_store(config, config.data.train_split)
     eval_store = open_store(config, config.data.eval_split) if config.eval.every_steps else None
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], config.model, mesh)
+    check_tables(config, mesh)
+    starts_anew = not (config.train.init_from or saved_steps(workdir / "checkpoints"))
+    tokenizer = train_store.tokenizer_spec or config.data.tokenizer
+    alike_V = find_alike_tokens(config, tokenizer) if starts_anew else None
     run_directory.claim(workdir, config)
     policies = take_policies(config, mesh)
     run_directory.record_start(workdir, overrides, policies.record())
     checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", config.checkpoint)))
     preemption = stack.enter_context(watch_for_preemption())
-    state, progress = restore_or_init(config, optimizer, mesh, checkpoints, train_store)
+    state, progress = restore_or_init(config, optimizer, mesh, checkpoints, train_store.fingerprint, alike_V)
     first_step, next_batch = int(state.step), progress.get("next_batch", 0)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     train_step = make_train_step(config, optimizer, mesh, state_shardings, policies)
@@ -149,12 +153,12 @@ def _train(
 
 
 def restore_or_init(
-    config: Config, optimizer, mesh, checkpoints: Checkpoints, store: TokenStore | Mixture
+    config: Config, optimizer, mesh, checkpoints: Checkpoints, fingerprint: str, alike_V: np.ndarray | None
 ) -> tuple[TrainState, dict]:
     """Makes the state to start from, sharded, and the progress that its checkpoint recorded, {} without a checkpoint.
 
     The first that there is: 1. the run's own newest checkpoint, 2. the parameters of `train.init_from` with a fresh
-    optimizer, 3. fresh parameters, and for Engram the tokens that are alike by the tokenizer of the token store.
+    optimizer, 3. fresh parameters, and for Engram the tokens that are alike (`find_alike_tokens`).
     """
     abstract = jax.eval_shape(lambda: init_state(config, optimizer))
     state_shardings = shardings(abstract, mesh, config.model)
@@ -162,10 +166,8 @@ def restore_or_init(
     if newest := checkpoints.restore_newest(abstract):
         state, progress = newest
         logger.info("resuming from step %d of %s", progress["step"], checkpoints.directory)
-        check_position(progress, config, store.fingerprint)
+        check_position(progress, config, fingerprint)
         return state, progress
-    tokenizer = store.tokenizer_spec or config.data.tokenizer
-    alike_V = None if config.train.init_from else find_alike_tokens(config, tokenizer)
     state = jax.jit(lambda: init_state(config, optimizer, alike_V), out_shardings=state_shardings)()
     if config.train.init_from:
         logger.info("taking the initial parameters from %s", config.train.init_from)

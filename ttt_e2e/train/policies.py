@@ -8,7 +8,7 @@ import os
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from ttt_e2e import targets
 from ttt_e2e.cluster.mesh import BATCH, partition_specs
@@ -16,7 +16,8 @@ from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner import memory
 from ttt_e2e.inner.division import Division
-from ttt_e2e.model import abstract_transformer
+from ttt_e2e.model import abstract_model, abstract_transformer
+from ttt_e2e.model.parameters import parameter_name
 from ttt_e2e.model.stacks import num_blocks
 
 logger = logging.getLogger(__name__)
@@ -125,12 +126,40 @@ def prefix_bytes(config: Config, sequences: int, num_parts: int, divided: str) -
     return fetched + 3 * sequences * numbers * size
 
 
+def check_tables(config: Config, mesh: Mesh) -> None:
+    """Raises `UserError` if a device cannot hold its part of Engram's tables, and what a training step has for each."""
+    _, params = abstract_model(config.model)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    specs = jax.tree.leaves(partition_specs(params, mesh, config.model))
+    tables = [
+        math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for (path, leaf), spec in zip(leaves, specs, strict=True)
+        if parameter_name(path).endswith(".engram.table")
+    ]
+    needed, memory_bytes = sum(tables) * (1 if config.optimizer.train_only else STATE_COPIES), device_bytes(mesh)
+    if needed > memory_bytes:
+        size = config.model.engram.table_size
+        raise UserError(
+            f"config.model.engram.table_size is {size}, whose tables take {needed / 2**30:.1f} GiB of a device in "
+            f"training, which has {memory_bytes / 2**30:.1f} GiB: it must be at most about "
+            f"{size * memory_bytes // needed} on this mesh, or head_dim or num_heads less"
+        )
+
+
 def free_bytes(params, mesh: Mesh) -> int:
     """Computes the bytes that a device of the mesh has for temporaries: its memory less its part of the training state.
 
-    Its memory is what it reports; on CPU, half of the machine's, divided among the CPU devices; for a device that is
-    only compiled for, that of its kind (targets/). `params` are shapes; the state is assumed to be divided over all
-    devices.
+    `params` are shapes; the state is assumed to be divided over all devices.
+    """
+    state = STATE_COPIES * sum(math.prod(p.shape) * jnp.dtype(p.dtype).itemsize for p in jax.tree.leaves(params))
+    return max(0, device_bytes(mesh) - state // mesh.size)
+
+
+def device_bytes(mesh: Mesh) -> int:
+    """Computes the bytes of memory that a device of the mesh has.
+
+    It is what the device reports; on CPU, half of the machine's, divided among the CPU devices; for a device that is
+    only compiled for, that of its kind (targets/).
     """
     device = mesh.devices.flat[0]
     here = device in jax.local_devices()
@@ -140,5 +169,4 @@ def free_bytes(params, mesh: Mesh) -> int:
         reported = int(target.memory_bytes * USABLE.get(target.platform, 1))
     if not reported:
         reported = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // jax.local_device_count()
-    state = STATE_COPIES * sum(math.prod(p.shape) * jnp.dtype(p.dtype).itemsize for p in jax.tree.leaves(params))
-    return max(0, reported - state // mesh.size)
+    return reported
