@@ -56,9 +56,11 @@ def _group(state_NHS, x_NGQH, log_decay_NGQ, B_1GQS, C_1GQS):
     y_NGQH = product("ngtu,nguh->ngth", weights, x_NGQH)
 
     to_end = jnp.exp(since_start[..., -1:] - since_start)
-    added = product("nguh,gus->nghs", (to_end[..., None] * x_NGQH).astype(x_NGQH.dtype), B_GQS)
+    # Chunks before heads, as the product has them: XLA would transpose its last dimensions for the other order, and on
+    # CPUs it cannot where bfloat16 is multiplied to float32.
+    added_GNHS = product("nguh,gus->gnhs", (to_end[..., None] * x_NGQH).astype(x_NGQH.dtype), B_GQS)
     # What the state before the group and the chunks add to the state before each chunk, and to that after the last.
-    parts = jnp.concatenate([state_NHS[:, None], added], axis=1)
+    parts = jnp.concatenate([state_NHS[:, None], added_GNHS.swapaxes(0, 1)], axis=1)
     since_group_start = jnp.pad(jnp.cumsum(since_start[..., -1], axis=-1), ((0, 0), (1, 0)))
     states = jnp.einsum("nij,njhs->nihs", segment_decay(since_group_start), parts)
     before_NGHS = states[:, :-1].astype(x_NGQH.dtype)

@@ -118,7 +118,7 @@ class Mamba2(Mixer):
         bc_TS2 = causal_conv(bc_TS2, self.conv_bc[...], state.bc) + self.conv_bc_bias[...].astype(dtype)
         B_TS, C_TS = jnp.split(copy_to_all(jax.nn.silu(bc_TS2), self.is_divided), 2, axis=-1)
 
-        dt_TN = jax.nn.softplus(dt_TN.astype(wide) + self.dt_bias[...])
+        dt_TN = jax.nn.softplus(dt_TN.astype(wide) + self.dt_bias[...].astype(wide))
         if count is not None:
             dt_TN = jnp.where((jnp.arange(T) < count)[:, None], dt_TN, 0)  # padding neither decays nor adds
         log_decay_TN = -jnp.exp(self.A_log[...].astype(wide)) * dt_TN
