@@ -37,12 +37,15 @@ MOST_INSIDE = 6  # curves whose legend has room in a panel
 
 
 def add_legend(figure, panel) -> None:
-    """Adds the legend of a panel's curves, in it, or beside the panels if there are many."""
+    """Adds the legend of a panel's curves, in it, or if there are many beside the panels, which keep their width."""
     handles, labels = panel.get_legend_handles_labels()
     if len(handles) <= MOST_INSIDE:
         panel.legend()
-    else:
-        figure.legend(handles, labels, loc="outside right upper")
+        return
+    legend = figure.legend(handles, labels, loc="outside right upper")
+    size = legend.get_window_extent(figure.canvas.get_renderer()).size / figure.dpi
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width + size[0], max(height, size[1] + 0.2))
 
 
 def make_figure(**options):

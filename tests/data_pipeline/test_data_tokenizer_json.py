@@ -108,6 +108,23 @@ def test_round_trip_and_bytes_of_ids(tokenizer):
     check()
 
 
+def test_a_space_that_the_tokenizer_puts_before_a_text_is_not_of_the_text(tmp_path):
+    spec = json.loads(byte_fallback(tmp_path / "tokenizer.json").read_text())
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spec["normalizer"]]}
+    spec["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    first, others = tokenizer.num_bytes(first=True), tokenizer.num_bytes()
+    for text in ("a", " a", "bcé", "\n", "  ", "漢 a"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert first[ids[:1]].sum() + others[ids[1:]].sum() == len(text.encode()) == others[ids].sum() - 1
+
+
+def test_only_a_space_that_is_put_there_is_left_out(tokenizer):
+    np.testing.assert_array_equal(tokenizer.num_bytes(first=True), tokenizer.num_bytes())
+
+
 def test_tokens_are_those_of_the_library(llama):
     ours, theirs = load_tokenizer(llama), tokenizers.Tokenizer.from_file(str(llama))
     for text in library_texts(30):

@@ -81,6 +81,39 @@ def test_bytes_of_ids_add_up_to_those_of_the_text(name, piece_tokenizer):
         assert num_bytes[tokenizer.encode(text)].sum() == len(text.encode())
 
     check()
+    np.testing.assert_array_equal(tokenizer.num_bytes(first=True), num_bytes)
+
+
+def test_a_space_that_the_tokenizer_puts_before_a_text_is_not_of_the_text(tmp_path):
+    """As in Llama 2 and Mistral: "a" and " a" are encoded as " a" and "  a"."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(library_texts(4)),
+        model_prefix=str(tmp_path / "llama"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        max_sentence_length=10**6,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(tmp_path / "llama.model")
+    first, others = tokenizer.num_bytes(first=True), tokenizer.num_bytes()
+
+    @quick
+    @given(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \t\n\r<>0123abc_():"))))
+    @example(" ")
+    @example("  def")
+    @example("\n")
+    @example("漢")
+    def check(text):
+        ids = tokenizer.encode(text.replace("▁", ""))
+        size = len(text.replace("▁", "").encode())
+        assert first[ids[:1]].sum() + others[ids[1:]].sum() == size
+        assert others[ids].sum() == size + (len(ids) > 0)  # what counting would be that forgets the space
+
+    check()
 
 
 def test_sentencepiece_round_trip_and_compression_on_source_code(piece_tokenizer):

@@ -10,7 +10,7 @@ import pytest
 from tests.evaluation.conftest import BOS, DOCUMENT_LENGTHS, FakeReader, T, make_run, without_fast_blocks
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.evaluation import token_losses
-from ttt_e2e.evaluation.context_lengths import ContextLengths, Settings, ratio
+from ttt_e2e.evaluation.context_lengths import ContextLengths, Settings, compared, ratio
 from ttt_e2e.evaluation.subject import Subject
 from ttt_e2e.inference.reader import Reader
 from ttt_e2e.runs.directory import load_config
@@ -57,7 +57,11 @@ def test_full_attention_and_lengths_that_end_within_a_mini_batch(store_path, tmp
     nll, is_target = np.load(tmp_path / "plain/token_nll.npy")[:3, -5:], tokens[:, -5:] != BOS
     entries = by_length(result)
     assert entries[T]["loss"] == pytest.approx(nll[is_target].mean(), rel=1e-5)
-    assert set(entries[T]) == {"length", "loss", "standard_error", "difference", "difference_standard_error"}
+    fields = {"length", "loss", "standard_error", "difference", "difference_standard_error", "bits_per_byte"}
+    assert set(entries[T]) == fields
+    # A byte a token: as many bytes as targets.
+    assert result["num_bytes"] == result["num_targets"]
+    assert entries[T]["bits_per_byte"] == pytest.approx(entries[T]["loss"] / np.log(2))
     assert entries[T]["difference"] == pytest.approx(entries[T]["loss"] - entries[5]["loss"])
 
 
@@ -94,6 +98,38 @@ def test_the_standard_error_is_that_of_a_mean_where_all_counts_are_equal_and_rep
     assert drawn[:, 1].mean() == pytest.approx(drawn[:, 0].std(), rel=0.05)
     assert ratio(np.array([3.0]), np.array([2.0])) == (1.5, None)
     assert ratio(np.zeros(2), np.zeros(2)) == (None, None)
+
+
+def test_two_runs_are_compared_by_stretch(config, workdir, store_path, tmp_path):
+    """The text of stretches differs more than models do: paired, the error is that of the differences alone."""
+    other = make_run(tmp_path / "other", store_path, seed=1)
+    for name, run, lengths in (("a", workdir, (8, 16, 32)), ("b", other, (16, 32)), ("c", other, (16, 24))):
+        evaluate(load_config(run), run, tmp_path / name, Settings(lengths, 8, num_stretches=6))
+    first, second, third = (ContextLengths().read(tmp_path / name) for name in "abc")
+    entries, ours, theirs = by_length({"lengths": compared(second, first)}), by_length(second), by_length(first)
+    assert list(entries) == [16, 32]
+    for length, entry in entries.items():
+        for suffix in ("", "_without_learning"):
+            assert entry[f"loss{suffix}"] == ours[length][f"loss{suffix}"]
+            expected = ours[length][f"loss{suffix}"] - theirs[length]["loss"]
+            assert entry[f"difference{suffix}"] == pytest.approx(expected)
+        sums = [{r["stretch"]: r["nll"] for r in each["records"] if r["length"] == length} for each in (second, first)]
+        counts = np.array([r["num_targets"] for r in second["records"] if r["length"] == length], float)
+        _, expected = ratio(np.array([sums[0][n] - sums[1][n] for n in range(6)]), counts)
+        assert 0 < expected == pytest.approx(entry["difference_standard_error"])
+        unpaired = np.hypot(ours[length]["standard_error"], theirs[length]["standard_error"])
+        assert entry["difference_standard_error"] != pytest.approx(unpaired, rel=0.01)
+    assert [entry["difference"] for entry in compared(first, first)] == [0, 0, 0]
+    assert [entry["difference_standard_error"] for entry in compared(first, first)] == [0, 0, 0]
+    # Stretches of another longest length are other text: no bars; and no difference where the first has no loss.
+    at_16, at_24 = compared(third, first)
+    assert at_16["difference"] is not None and at_16["difference_standard_error"] is None
+    assert at_24["difference"] is None
+    # Nor are there bars where records are gone, or are those of another result.
+    (tmp_path / "a/context_lengths.jsonl").rename(tmp_path / "b/context_lengths.jsonl")
+    for name, against in (("a", second), ("b", first)):
+        entries = compared(ContextLengths().read(tmp_path / name), against)
+        assert {entry["difference_standard_error"] for entry in entries} == {None}
 
 
 # ------------------------------------------------------------------------------------------------ killed and resumed

@@ -10,6 +10,7 @@ import pytest
 from ttt_e2e.config import default_config, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.base import evaluations
+from ttt_e2e.evaluation.plots import colors_of, costs_figure
 from ttt_e2e.evaluation.report import format_table, write_report
 from ttt_e2e.evaluation.runs import read_runs
 
@@ -136,16 +137,16 @@ def test_models_with_engram_and_its_control_are_told_apart(tmp_path):
 def test_report_on_several_runs(tmp_path):
     workdirs = [make_run(tmp_path / kind, kind=kind) for kind in ("e2e", "window", "full")]
     summary = write_report(workdirs, tmp_path / "out" / "report")
-    names = ["loss_by_position.png", "report.html", "report.json", "training.png"]
+    names = ["loss_by_position.png", "models.png", "report.html", "report.json", "training.png"]
     assert sorted(path.name for path in (tmp_path / "out" / "report").iterdir()) == names
-    for name in ("training", "loss_by_position"):
+    for name in ("training", "loss_by_position", "models"):
         with open(summary["files"][name], "rb") as file:
             assert file.read(8) == b"\x89PNG\r\n\x1a\n"
     assert json.loads((tmp_path / "out/report/report.json").read_text()) == summary["rows"]
     assert [row["kind"] for row in summary["rows"]] == ["e2e", "window", "full"]
 
     page = parse((tmp_path / "out/report/report.html").read_text())
-    assert len(page.sources) == 2 and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert len(page.sources) == 3 and all(source.startswith("data:image/png;base64,") for source in page.sources)
     text = " ".join(page.text)
     for row in summary["rows"]:
         assert row["run"] in text and f"{row['loss']:.4f}" in text
@@ -195,7 +196,7 @@ def test_long_contexts_are_plotted_and_tabulated_where_there_are_any(tmp_path):
         make_run(tmp_path / "new", evaluated=False),
     ]
     summary = write_report(runs, tmp_path / "report")
-    plots = {"training", "loss_by_position", "context_lengths", "needle"}
+    plots = {"training", "loss_by_position", "context_lengths", "needle", "models"}
     assert {name for name, path in summary["files"].items() if path.endswith(".png")} == plots
     assert json.loads((tmp_path / "report/report.json").read_text()) == summary["rows"]
     first, _, new = summary["rows"]
@@ -204,7 +205,7 @@ def test_long_contexts_are_plotted_and_tabulated_where_there_are_any(tmp_path):
     assert new["context_lengths"] is new["needle"] is new["generation"] is None
 
     page = parse((tmp_path / "report/report.html").read_text())
-    assert len(page.sources) == 4
+    assert len(page.sources) == 5
     cells = ["runs/<judge>", "3", "32", "50", "–", "2.5000", "1.2500", "2.3750", "1.2500"]
     at = page.text.index(cells[0])
     assert [text for text in page.text[at:] if text.strip()][: len(cells)] == cells
@@ -235,11 +236,7 @@ def test_several_runs_are_compared_with_the_first_at_each_length(tmp_path):
     ]
     _, bottom = evaluations()["context_lengths"].figure(read_runs(workdirs)).axes
     assert bottom.get_title(loc="left") == "Difference from a at the same length"
-    first, second, without = [
-        line.get_xydata().tolist()
-        for line in bottom.get_lines()
-        if len(line.get_xdata()) > 2 or line.get_marker() == "o"
-    ]
+    first, second, without = [line.get_xydata().tolist() for line in bottom.get_lines() if line.get_marker() == "o"]
     assert first == [[512, 0], [1024, 0], [2048, 0]]
     assert second == without == [[1024, 0.25], [2048, 0.25]]  # b's losses at 1024 are a's at 512
 
@@ -251,6 +248,42 @@ def test_many_runs_have_a_legend_beside_the_panels_and_colours_of_their_own(tmp_
     top, _ = figure.axes
     assert top.get_legend() is None and len(figure.legends) == 1
     assert len({line.get_color() for line in top.get_lines() if line.get_linestyle() == "-"} - {"#bbbbbb"}) == 8
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 20])
+def test_every_run_has_a_colour_of_its_own(count):
+    assert len(set(colors_of([None] * count))) == count
+
+
+def test_a_legend_of_long_names_takes_nothing_from_the_panels(tmp_path):
+    widths = []
+    for name in ("short", "a_very_long_name_of_a_run_such_as_sweeps_have_" * 2):
+        runs = read_runs([make_run(tmp_path / f"{name}{i}", kind="window") for i in range(8)])
+        figure = evaluations()["token_losses"].figure(runs)
+        figure.canvas.draw()
+        widths.append(figure.axes[0].get_window_extent().width)
+    assert widths[0] == pytest.approx(widths[1], rel=0.02)
+
+
+def test_costs_are_drawn_for_each_run(tmp_path):
+    rows = write_report([make_run(tmp_path / kind, kind=kind) for kind in ("e2e", "full")], tmp_path / "out")["rows"]
+    rows[1]["tokens_per_second"] = None
+    panels = costs_figure(rows, ["#000000", "#ffffff"]).axes
+    for panel, field in zip(panels, ("num_parameters", "state_bytes", "tokens_per_second")):
+        assert [bar.get_width() for bar in panel.patches] == [row[field] or 0 for row in rows]
+    assert panels[-1].texts[1].get_text() == "–"
+
+
+def test_differing_tokenizers_are_said(tmp_path):
+    workdirs = [make_run(tmp_path / kind, kind=kind) for kind in ("e2e", "window", "full")]
+    for workdir, tokenizer in zip(workdirs, ("bytes", "bytes", None)):
+        _add_metrics(workdir, {"tokenizer": tokenizer, "bits_per_byte": 1.0} if tokenizer else {})
+    assert "tokenizers differ" not in format_table(write_report(workdirs, tmp_path / "same")["rows"])
+    _add_metrics(workdirs[2], {"tokenizer": "0123", "bits_per_byte": 1.0})
+    summary = write_report(workdirs, tmp_path / "other")
+    assert "tokenizers differ" in format_table(summary["rows"])
+    assert "tokenizers differ" in (tmp_path / "other/report.html").read_text()
+    assert [row["tokenizer"] for row in summary["rows"]] == ["bytes", "bytes", "0123"]
 
 
 def test_costs_are_tabulated(tmp_path):
@@ -270,9 +303,7 @@ def test_costs_are_tabulated(tmp_path):
 def test_bits_per_byte_are_shown_where_there_are_any(tmp_path):
     workdirs = [make_run(tmp_path / kind, kind=kind) for kind in ("e2e", "full")]
     assert "bits/byte" not in format_table(write_report(workdirs, tmp_path / "none")["rows"])
-    metrics = workdirs[0] / "evaluation" / "metrics.json"
-    figures = {"bits_per_byte": 1.25, "bits_per_byte_without_learning": 1.5}
-    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | figures))
+    _add_metrics(workdirs[0], {"bits_per_byte": 1.25, "bits_per_byte_without_learning": 1.5})
     header, _, *lines = format_table(write_report(workdirs, tmp_path / "some")["rows"]).splitlines()
     at = header.index("bits/byte") + len("bits/byte")
     assert [line[:at].split()[-1] for line in lines[:4]] == ["1.2500", "1.5000", "-0.2500", "–"]
@@ -331,6 +362,11 @@ def test_a_run_with_nothing_but_broken_numbers_is_still_drawn(tmp_path):
     workdir = make_run(tmp_path / "run", evaluated=False)
     (workdir / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": Infinity}\n')
     assert write_report([workdir], tmp_path / "report")["rows"][0]["step"] == 2
+
+
+def _add_metrics(workdir, figures):
+    path = workdir / "evaluation" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | figures))
 
 
 def _remove(name):

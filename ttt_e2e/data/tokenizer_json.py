@@ -31,6 +31,7 @@ _WORDS = {
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+_SPACE_MARKS = "\u2581\u0120"  # what stands for a space in pieces of characters, and of bytes
 _END_OF_WORD = re.compile(r"(?<=[^\W_])(?=[ \n])")
 
 
@@ -84,10 +85,12 @@ class JsonTokenizer:
         """Decodes `ids` to text; special tokens, such as BOS, and ids outside the vocabulary are skipped."""
         return self._tokenizer.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
 
-    def num_bytes(self) -> np.ndarray:
+    def num_bytes(self, *, first: bool = False) -> np.ndarray:
         """Counts the UTF-8 bytes of the text of each id, [vocab_size].
 
-        If the tokenizer changes a text (normalises it, or puts a space before it), so do the counts.
+        If the tokenizer normalises a text, so do the counts.
+
+        first: of the first id of a text, without the space that some tokenizers put there.
         """
         added = {token["id"]: token for token in self._spec.get("added_tokens", [])}
         is_byte_level = any(part.get("type") == "ByteLevel" for part in _parts_of(self._spec))
@@ -101,10 +104,13 @@ class JsonTokenizer:
             elif has_bytes and re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
                 counts[i] = 1
             else:
-                counts[i] = len(piece.replace("\u2581", " ").encode())
+                counts[i] = len(piece.replace(_SPACE_MARKS[0], " ").encode())
         unknown = self._spec["model"].get("unk_token")
         if unknown in self._ids:
             counts[self._ids[unknown]] = 0
+        if first and counts[self.encode("a")].sum() == 2:
+            begins_with_space = [i for piece, i in self._ids.items() if piece[0] in _SPACE_MARKS and i not in added]
+            counts[begins_with_space] -= 1
         return counts
 
     def _around_a_text(self) -> tuple[list[int], list[int]]:

@@ -50,10 +50,11 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes `ids` to text; BOS and ids outside the vocabulary are skipped."""
 
-    def num_bytes(self) -> np.ndarray:
+    def num_bytes(self, *, first: bool = False) -> np.ndarray:
         """Counts the UTF-8 bytes of the text of each id, [vocab_size]; those of an encoded text add up to its own.
 
-        Ids that stand for no text, such as BOS, have 0.
+        Ids that stand for no text, such as BOS, have 0. Of the `first` id of a text, a space does not count that the
+        tokenizer itself puts there.
         """
 
 
@@ -73,8 +74,8 @@ class ByteTokenizer:
         """Decodes `ids` to text; malformed UTF-8 becomes U+FFFD, and ids that are no byte (BOS) are skipped."""
         return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
-    def num_bytes(self) -> np.ndarray:
-        """Counts 1 for each byte, and 0 for BOS."""
+    def num_bytes(self, *, first: bool = False) -> np.ndarray:
+        """Counts 1 for each byte, and 0 for BOS, wherever in a text."""
         return (np.arange(self.vocab_size) < 256).astype(np.int64)
 
 
@@ -137,19 +138,21 @@ class SentencePieceTokenizer:
         """Decodes `ids` to text; BOS and other control pieces, and ids outside the vocabulary, are skipped."""
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
-    def num_bytes(self) -> np.ndarray:
+    def num_bytes(self, *, first: bool = False) -> np.ndarray:
         """Counts the UTF-8 bytes of the text of each piece, [vocab_size].
 
-        If the model puts a space before every text (`add_dummy_prefix`), so do the counts.
+        first: of the first piece of a text, without the space that some models put there (`add_dummy_prefix`).
         """
         processor = self._processor
+        puts_space = processor.normalize("a").startswith(_SPACE_MARK)
 
         def count(i: int) -> int:
             if processor.is_byte(i):
                 return 1
             if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
                 return 0
-            return len(processor.id_to_piece(i).replace(_SPACE_MARK, " ").encode())
+            piece = processor.id_to_piece(i)
+            return len(piece.replace(_SPACE_MARK, " ").encode()) - (first and puts_space and piece[0] == _SPACE_MARK)
 
         return np.array([count(i) for i in range(self.vocab_size)], np.int64)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,8 +17,9 @@ from ttt_e2e.data.masking import is_target
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.base import Evaluation, register
 from ttt_e2e.evaluation.plots import colors_of
-from ttt_e2e.evaluation.records import Records
+from ttt_e2e.evaluation.records import Records, read_records
 from ttt_e2e.evaluation.subject import Subject
+from ttt_e2e.evaluation.text_bytes import TextBytes, bits_per_byte
 from ttt_e2e.figures import STYLE, add_legend, make_figure
 from ttt_e2e.settings import setting
 
@@ -66,8 +68,9 @@ class ContextLengths(Evaluation):
     caption = (
         "Loss by length of the context: the same last tokens of the same held-out stretches, as the context before "
         "them grows. Solid: as trained; dashed: the same model not learning. Bars: one standard error, over stretches. "
-        "Grey lines: the length that a model was trained at. Lower panel: differences between lengths, or of several "
-        "runs, from the first of them at the same length."
+        "Grey lines: the length that a model was trained at. Lower panel, of one run: difference from its shortest "
+        "length; of several: difference from the first of them at the same length, with bars where both read the same "
+        "stretches, paired by stretch."
     )
 
     def check(self, subject: Subject, settings: Settings) -> None:
@@ -110,14 +113,21 @@ class ContextLengths(Evaluation):
                     for i, record in enumerate(new):
                         record[f"nll{suffix}"] = float(nll[i, is_scored[i]].sum(dtype=np.float64))
                 records.add(new)
-        return records.finish(summarise(list(records.done.values()), settings, subject.step))
+        text = TextBytes.of(config)
+        num_bytes = text.count_sequences(store, num_stretches, longest, settings.scored_tokens) if text else 0
+        return records.finish(summarise(list(records.done.values()), settings, subject.step, num_bytes))
+
+    def read(self, folder: Path) -> dict | None:
+        """Reads the result, and its `records`; None where there is no result."""
+        result = super().read(folder)
+        return result and result | {"records": read_records(folder, self.name, result.get("about"))}
 
     def row(self, result: dict) -> list[dict]:
         """The list `lengths` of the result, one dict for each length."""
         return result["lengths"]
 
     def figure(self, runs: Sequence[Run]):
-        """Draws loss against context length, and below it the difference from the loss at the shortest length."""
+        """Draws loss against context length, and below it the difference from the shortest length or the first run."""
         import matplotlib
 
         with matplotlib.rc_context(STYLE):
@@ -126,9 +136,10 @@ class ContextLengths(Evaluation):
             lengths = set()
             with_result = [(run, color) for run, color in zip(runs, colors_of(runs)) if run.results[self.name]]
             first, others = with_result[0][0], with_result[1:]
-            reference = {e["length"]: e["loss"] for e in first.results[self.name]["lengths"]} if others else None
             for run, color in with_result:
-                lengths |= _draw_run(top, bottom, run, run.results[self.name]["lengths"], color, reference)
+                result = run.results[self.name]
+                entries = compared(result, first.results[self.name]) if others else result["lengths"]
+                lengths |= _draw_run(top, bottom, run, entries, color)
             top.set(title="Held-out loss of the same last tokens", ylabel="NLL (nats per token)")
             top.set_xscale("log", base=2)
             add_legend(figure, top)
@@ -140,10 +151,14 @@ class ContextLengths(Evaluation):
             return figure
 
 
-def summarise(records: list[dict], settings: Settings, step: int) -> dict:
+def summarise(records: list[dict], settings: Settings, step: int, num_bytes: int = 0) -> dict:
     """Computes the result: losses, differences from the shortest length, and standard errors, for each length.
 
-    records: one for each stretch and length; its `nll` is a sum over `num_targets` targets.
+    Args:
+      records: one for each stretch and length; its `nll` is a sum over `num_targets` targets.
+      settings: those of the evaluation.
+      step: step of the checkpoint.
+      num_bytes: bytes of the text of all targets; 0 = not known, and then the result has no bits per byte.
     """
     by_length = {length: [r for r in records if r["length"] == length] for length in settings.lengths}
     shortest = sorted(by_length[settings.lengths[0]], key=lambda r: r["stretch"])
@@ -158,6 +173,8 @@ def summarise(records: list[dict], settings: Settings, step: int) -> dict:
             loss, difference = ratio(sums, counts), ratio(sums - base, counts)
             entry |= {f"loss{suffix}": loss[0], f"standard_error{suffix}": loss[1]}
             entry |= {f"difference{suffix}": difference[0], f"difference_standard_error{suffix}": difference[1]}
+            if num_bytes:
+                entry[f"bits_per_byte{suffix}"] = bits_per_byte(float(sums.sum()), num_bytes)
         lengths.append(entry)
     return {
         "step": step,
@@ -165,7 +182,43 @@ def summarise(records: list[dict], settings: Settings, step: int) -> dict:
         "scored_tokens": settings.scored_tokens,
         "num_stretches": len(shortest),
         "num_targets": sum(r["num_targets"] for r in shortest),
+        **({"num_bytes": num_bytes} if num_bytes else {}),
     }
+
+
+def compared(result: dict, first: dict) -> list[dict]:
+    """The entries of a result, with the differences from the losses of another one, `first`, at the same length.
+
+    A difference is None where `first` has no loss, and its standard error where not both read the same stretches.
+    """
+    reference = {entry["length"]: entry["loss"] for entry in first["lengths"]}
+    is_same_text = bool(result["records"] and first["records"]) and _text(result) == _text(first)
+    entries = []
+    for entry in result["lengths"]:
+        length, entry = entry["length"], dict(entry)
+        ours, theirs = (_by_stretch(each["records"], length) if is_same_text else {} for each in (result, first))
+        counts = np.array([record["num_targets"] for record in ours.values()], np.float64)
+        for suffix in ("", "_without_learning"):
+            if (loss := entry.get(f"loss{suffix}")) is None:
+                continue
+            other, error = reference.get(length), None
+            if ours and ours.keys() == theirs.keys():
+                _, error = ratio(np.array([ours[n][f"nll{suffix}"] - theirs[n]["nll"] for n in ours]), counts)
+            entry[f"difference{suffix}"] = None if other is None else loss - other
+            entry[f"difference_standard_error{suffix}"] = error
+        entries.append(entry)
+    return entries
+
+
+def _text(result: dict) -> tuple:
+    """What tells whether stretches of the same number have the same scored tokens in two results."""
+    about = result["about"]
+    return about["data"], about.get("bos_id"), max(about["settings"]["lengths"]), result["scored_tokens"]
+
+
+def _by_stretch(records: list[dict], length: int) -> dict[int, dict]:
+    """The records of one length, by stretch."""
+    return {record["stretch"]: record for record in records if record["length"] == length}
 
 
 def ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float | None, float | None]:
@@ -182,26 +235,16 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float | None, float | N
     return float(mean), None if error is None else float(error)
 
 
-def _draw_run(top, bottom, run: Run, entries: list[dict], color: str, reference: dict | None) -> set[int]:
-    """Draws one run's losses in the upper panel and differences in the lower; returns its context lengths.
-
-    reference: {length: loss} to draw the differences from; None = those of the run's own lengths.
-    """
+def _draw_run(top, bottom, run: Run, entries: list[dict], color: str) -> set[int]:
+    """Draws one run's losses in the upper panel and differences in the lower; returns its context lengths."""
     at = [entry["length"] for entry in entries]
     for suffix, style, label in (("", "-", run.name), ("_without_learning", "--", f"{run.name}, not learning")):
         if f"loss{suffix}" not in entries[0]:
             continue
         marks = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.6}
         marks |= {"color": color, "linestyle": style, "label": label}
-        _draw(top, at, entries, f"loss{suffix}", f"standard_error{suffix}", marks)
-        if reference is None:
-            _draw(bottom, at, entries, f"difference{suffix}", f"difference_standard_error{suffix}", marks)
-            continue
-        # No bars: the losses of two runs on the same text err together, by how much is not in their results.
-        pairs = [(entry["length"], entry[f"loss{suffix}"], reference.get(entry["length"])) for entry in entries]
-        pairs = [(length, loss - other) for length, loss, other in pairs if None not in (loss, other)]
-        if pairs:
-            bottom.plot(*zip(*pairs), **{key: value for key, value in marks.items() if key != "capsize"})
+        _draw(top, entries, f"loss{suffix}", f"standard_error{suffix}", marks)
+        _draw(bottom, entries, f"difference{suffix}", f"difference_standard_error{suffix}", marks)
     trained = run.config.train.seq_len
     if min(at) <= trained <= max(at):
         for panel in (top, bottom):
@@ -209,7 +252,9 @@ def _draw_run(top, bottom, run: Run, entries: list[dict], color: str, reference:
     return set(at)
 
 
-def _draw(panel, at: list[int], entries: list[dict], field: str, error: str, marks: dict) -> None:
-    """Draws a line with bars of one standard error; leaves out values that are None."""
-    values, errors = ([np.nan if e[name] is None else e[name] for e in entries] for name in (field, error))
-    panel.errorbar(at, values, yerr=np.nan_to_num(errors), **marks)
+def _draw(panel, entries: list[dict], field: str, error: str, marks: dict) -> None:
+    """Draws a line with bars of one standard error; leaves out values and bars that are None."""
+    points = [(e["length"], e[field], e[error]) for e in entries if e[field] is not None]
+    if points:
+        at, values, errors = zip(*points)
+        panel.errorbar(at, values, yerr=[np.nan if e is None else e for e in errors], **marks)

@@ -36,6 +36,31 @@ def training_figure(runs: list[Run]):
         return figure
 
 
+def costs_figure(rows: list[dict], colors: list[str]):
+    """Draws parameters, bytes of state and tokens per second of each row of a report, with its color, as bars."""
+    import matplotlib
+
+    panels_of = {"num_parameters": "parameters", "state_bytes": "state (bytes)", "tokens_per_second": "tokens/s"}
+    with matplotlib.rc_context(STYLE):
+        names = [row["run"] for row in rows]
+        figure = make_figure(figsize=(8 + 0.08 * max(map(len, names)), 0.8 + 0.3 * len(rows)))
+        for panel, (field, title) in zip(figure.subplots(1, 3, sharey=True), panels_of.items()):
+            values = [row[field] or 0 for row in rows]
+            panel.barh(range(len(rows)), values, color=colors, height=0.7)
+            panel.set(title=title, xlim=(0, 1.3 * max(values) or 1))
+            panel.xaxis.set_visible(False)
+            panel.grid(visible=False)
+            panel.spines["bottom"].set_visible(False)
+            panel.tick_params(length=0)
+            text = matplotlib.ticker.EngFormatter(places=1, sep="")
+            for at, row in enumerate(rows):
+                label = "–" if row[field] is None else text(row[field])
+                panel.annotate(label, (row[field] or 0, at), (3, 0), textcoords="offset points", va="center")
+        panel.set_yticks(range(len(rows)), names)
+        panel.invert_yaxis()
+        return figure
+
+
 def _draw_smoothed(panel, run: Run, field: str, color: str, label: str | None = None) -> None:
     """Draws the logged values, faint, and their running mean over a thirtieth of the curve."""
     steps, values = _series(run.training, field)
@@ -70,5 +95,12 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def colors_of(runs: list[Run]) -> list[str]:
-    """Assigns a colour to each run, by its place in the list, so that it is the same in all figures."""
-    return [COLORS[i % len(COLORS)] for i in range(len(runs))]
+    """Assigns a colour to each run, by its place in the list, so that it is the same in all figures.
+
+    More runs than the palette has colours get those of a rainbow, in even steps.
+    """
+    if len(runs) <= len(COLORS):
+        return list(COLORS[: len(runs)])
+    from matplotlib import colormaps, colors
+
+    return [colors.to_hex(colormaps["turbo"](i / (len(runs) - 1))) for i in range(len(runs))]

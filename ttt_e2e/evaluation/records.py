@@ -78,6 +78,12 @@ class Records:
         return tuple(record[field] for field in self._key)
 
 
+def read_records(folder, name: str, about: dict | None) -> list[dict]:
+    """Reads the records in a directory that a result of this `about` was made of; [] where they are others, or gone."""
+    header, *records = _whole_lines(epath.Path(folder) / f"{name}.jsonl") or [{}]
+    return records if about and header.get("about") == about else []
+
+
 def _whole_lines(path: epath.Path) -> list[dict]:
     """Reads the objects of a JSONL file up to the first broken or unfinished line; [] where there is no file."""
     if not path.exists():

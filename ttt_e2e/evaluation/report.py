@@ -14,7 +14,7 @@ from ttt_e2e.config import ModelConfig, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation import token_losses
 from ttt_e2e.evaluation.base import Table, evaluations, number
-from ttt_e2e.evaluation.plots import training_figure
+from ttt_e2e.evaluation.plots import colors_of, costs_figure, training_figure
 from ttt_e2e.evaluation.runs import Run, read_runs
 from ttt_e2e.figures import require_matplotlib
 from ttt_e2e.runs.files import replace_bytes, replace_text
@@ -25,10 +25,16 @@ NOT_LEARNING_NOTE = (
     "Not learning: the same model with its inner learning rate at 0. That is what it costs to switch off what the "
     "model was trained to rely on, not what a model trained without it would lose."
 )
+COSTS_NOTE = (
+    "State: what one sequence has read, after so many tokens: KV caches, recurrent states, fast weights. Tokens/s: "
+    "median of the logged training steps; it compares only runs of one machine."
+)
 
 
 def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLike) -> dict:
     """Writes `report.html`, `report.json`, `training.png`, and a figure for each evaluation that some run has.
+
+    Of several runs, there is a figure of what they cost, too, `models.png`.
 
     Args:
       workdirs: run directories, in the order in which to show them; the lower panel of `loss_by_position.png` compares
@@ -52,7 +58,7 @@ def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLik
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be made a directory: {error.strerror}") from None
-    figures, files = _figures(runs), {}
+    figures, files = _figures(runs, rows), {}
     for name, (png, _) in figures.items():
         files[name] = output / f"{name}.png"
         replace_bytes(files[name], png)
@@ -73,12 +79,14 @@ def format_table(rows: Sequence[dict]) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _figures(runs: list[Run]) -> dict[str, tuple[bytes, str]]:
+def _figures(runs: list[Run], rows: list[dict]) -> dict[str, tuple[bytes, str]]:
     """Draws the figures that some run has results for: (PNG bytes, caption) by the name of the file, without .png."""
     figures = {}
     for name, evaluation in evaluations().items():
         if any(run.results[name] for run in runs) and (figure := evaluation.figure(runs)):
             figures[evaluation.figure_name or name] = (_png(figure), evaluation.caption)
+    if len(runs) > 1:
+        figures["models"] = (_png(costs_figure(rows, colors_of(runs))), COSTS_CAPTION)
     return figures | {"training": (_png(training_figure(runs)), TRAINING_CAPTION)}
 
 
@@ -148,6 +156,7 @@ def _row(run: Run, sections: tuple[int, str]) -> dict:
         "difference": None if without is None else loss - without,
         "token_loss": metrics.get("token_loss"),
         "token_loss_without_learning": metrics.get("token_loss_without_learning"),
+        "tokenizer": metrics.get("tokenizer"),
         "bits_per_byte": metrics.get("bits_per_byte"),
         "bits_per_byte_without_learning": metrics.get("bits_per_byte_without_learning"),
         "num_sequences": metrics.get("num_sequences"),
@@ -224,11 +233,7 @@ def _costs(rows: Sequence[dict]) -> Table:
         words, numbers = [row["run"], row["model"]], [rounded(row["num_parameters"]), state, str(row["seq_len"])]
         lines.append([*words, *numbers, rounded(row["tokens_per_second"])])
     header = ["run", "model", "parameters", "state, MB", "after", "tokens/s"]
-    note = (
-        "State: what one sequence has read, after so many tokens: KV caches, recurrent states, fast weights. Tokens/s: "
-        "median of the logged training steps; it compares only runs of one machine."
-    )
-    return Table(header, lines, 2, note)
+    return Table(header, lines, 2, COSTS_NOTE)
 
 
 def _table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
@@ -270,8 +275,11 @@ def _notes(rows: Sequence[dict]) -> list[str]:
     described = [f"{name} {' or '.join(positions)}" for name, positions in parts.items()]
     notes = ["Size: blocks x width, parameters. Losses in nats per token of held-out text; lower is better."]
     if any(row["bits_per_byte"] is not None for row in rows):
+        notes.append("Bits/byte: the same in bits for each byte of the text.")
+    if len({row["tokenizer"] for row in rows} - {None}) > 1:
         notes.append(
-            "Bits/byte: the same for each byte of the text; models of different tokenizers compare by it alone."
+            "The tokenizers differ: these models compare by bits/byte alone, as their tokens and positions are not the "
+            "same text."
         )
     if described:
         notes.append(f"Positions in context: {', '.join(described)}.")
@@ -317,6 +325,8 @@ pre {{ overflow-x: auto; font-size: 0.8rem; }}
 </body>
 </html>
 """
+
+COSTS_CAPTION = f"What the models cost. {COSTS_NOTE}"
 
 TRAINING_CAPTION = (
     "Training: loss of each logged step and its running mean (solid), held-out loss (dots); a training loss is that "

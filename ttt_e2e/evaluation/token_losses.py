@@ -6,7 +6,6 @@ Shapes: `B` sequences, `T` positions of a sequence.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,11 +14,11 @@ import numpy as np
 from etils import epath
 
 from ttt_e2e.config import Config
-from ttt_e2e.data.masking import is_target
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.base import Evaluation, read_result, register
 from ttt_e2e.evaluation.plots import colors_of
 from ttt_e2e.evaluation.subject import Subject
+from ttt_e2e.evaluation.text_bytes import TextBytes, bits_per_byte
 from ttt_e2e.figures import STYLE, add_legend, make_figure
 from ttt_e2e.runs.files import replace_text
 
@@ -184,29 +183,19 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
 
 
 def _bits_per_byte(config: Config, store: TokenStore, metrics: dict) -> dict:
-    """Computes the bytes of the targets' text, and the loss in bits for each; {} where the tokenizer is not known.
+    """Counts the bytes of the targets' text, and computes the loss in bits for each of them.
 
-    Models with different tokenizers can be compared by it: they predict the same bytes.
+    Returns the metrics `tokenizer` (its fingerprint), `num_bytes` and `bits_per_byte`, with learning and without; {}
+    where the tokenizer is not known.
     """
-    from ttt_e2e.inference.prompts import find_tokenizer
-
-    try:
-        num_bytes_V = find_tokenizer(config).num_bytes()
-    except UserError:
-        return {}
-    # Models may have more ids than their tokenizer: these are never in a text.
-    num_bytes_V = np.pad(num_bytes_V, (0, config.model.vocab_size - len(num_bytes_V)))
-    num_bytes, B = 0, config.eval.batch_size
-    for start in range(0, metrics["num_sequences"], B):
-        rows = range(start, min(start + B, metrics["num_sequences"]))
-        targets = store.sequences(rows, metrics["seq_len"], config.model.vocab_size)[:, 1:]
-        num_bytes += int(num_bytes_V[targets][is_target(targets, config.data.bos_id)].sum())
+    text = TextBytes.of(config)
+    num_bytes = text.count_sequences(store, metrics["num_sequences"], metrics["seq_len"]) if text else 0
     if not num_bytes:
         return {}
-    figures = {"num_bytes": num_bytes}
+    figures = {"tokenizer": text.tokenizer, "num_bytes": num_bytes}
     for suffix in ("", "_without_learning"):
         if (loss := metrics.get(f"token_loss{suffix}")) is not None:
-            figures[f"bits_per_byte{suffix}"] = loss * metrics["num_tokens"] / math.log(2) / num_bytes
+            figures[f"bits_per_byte{suffix}"] = bits_per_byte(loss * metrics["num_tokens"], num_bytes)
     return figures
 
 
