@@ -182,8 +182,12 @@ def import_(argv: list[str]) -> None:
             "a run, for --workdir too.",
         )
 
-        whole = {"window": "window of attention in all blocks", "num_fast_blocks": "last blocks that get a fast MLP"}
-        whole["fast_intermediate_size"] = "width of the fast MLPs; 0 = that of the other MLPs"
+        whole = {
+            "window": "window of attention in all blocks",
+            "attention_sinks": "first positions that the windows see, too",
+            "num_fast_blocks": "last blocks that get a fast MLP",
+            "fast_intermediate_size": "width of the fast MLPs; 0 = that of the other MLPs",
+        }
         for name, text in whole.items():
             flags.DEFINE_integer(name, 0, f"Of huggingface: {text}.", lower_bound=0, flag_values=values)
 
@@ -196,7 +200,7 @@ def import_(argv: list[str]) -> None:
             )
         from ttt_e2e.interop.huggingface import Additions, import_model
 
-        additions = Additions(values.window, values.num_fast_blocks, values.fast_intermediate_size)
+        additions = Additions(*(values[name].value for name in Additions._fields))
         print(f"imported as {import_model(values.checkpoint, values.output, overrides, additions)}")
         return
     config = _resolve(values, overrides)

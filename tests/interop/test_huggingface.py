@@ -218,8 +218,8 @@ def test_fast_mlps_learn_from_the_first_outer_step_on(with_fast_mlps, tmp_path):
 
 def test_a_window_for_all_blocks():
     theirs = json.loads((DATA / "qwen3_hybrid_layers" / "model" / "config.json").read_text())
-    config = huggingface.make_config(theirs, DATA, DATA, [], huggingface.Additions(window=8))
-    assert config.model.windows == (8,) and config.model.mixers == ("window",)
+    config = huggingface.make_config(theirs, DATA, DATA, [], huggingface.Additions(8, attention_sinks=3))
+    assert config.model.windows == (8,) and config.model.mixers == ("window",) and config.model.attention_sinks == 3
 
 
 # ------------------------------------------------------------------------------------------------------------- Engram
@@ -380,6 +380,7 @@ def test_an_output_that_is_there_is_left_alone(tmp_path):
         ({"num_fast_blocks": 1}, "num_fast_blocks is 1, but transformers has no fast MLPs"),
         ({"engram": EngramConfig(blocks="1")}, "config.model.engram.blocks is '1', but transformers has no Engram"),
         ({"attention_bias": True, "qk_norm": True}, "has qk_norm and attention_bias"),
+        ({"attention_sinks": 2, "sliding_window": 8}, "attention_sinks is 2, which transformers has in none"),
     ],
 )
 def test_models_that_cannot_be_expressed_are_not_exported(fields, message, tmp_path):

@@ -22,5 +22,8 @@ def test_parts_are_as_one(num_empty, window):
     ends = np.cumsum(sizes)[:-1]
     split = (np.split(a_GSH, ends, axis=1) for a_GSH in (k_GSH, v_GSH))
     parts = [Keys(*part) for part in zip(*split, np.split(visible_S, ends))]
-    expected_N1H = window_attention(q_N1H, k_GSH, v_GSH, window=window, num_empty=num_empty, backend="reference")
-    np.testing.assert_allclose(attend_one(q_N1H[:, 0], *parts), expected_N1H[:, 0], rtol=1e-12)
+    options = {"window": window, "num_empty": num_empty, "with_lse": True, "backend": "reference"}
+    expected_N1H, expected_N1 = window_attention(q_N1H, k_GSH, v_GSH, **options)
+    out_NH, lse_N = attend_one(q_N1H[:, 0], *parts)
+    np.testing.assert_allclose(out_NH, expected_N1H[:, 0], rtol=1e-12)
+    np.testing.assert_allclose(lse_N, expected_N1[:, 0], rtol=1e-12)

@@ -162,6 +162,17 @@ def test_a_parameter_that_does_not_decay_and_one_with_a_rate_of_its_own(name, tr
         assert parameter not in still or not np.allclose(update, plain[parameter], rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_fast_mlps_may_learn_at_a_rate_of_their_own(name, trees):
+    params, gradients = trees
+    config = OptimizerConfig(**vars(CONFIG) | {"name": name})
+    faster = OptimizerConfig(**vars(config) | {"fast_rate": 5.0})
+    plain = second_update(config, params, gradients)
+    for parameter, update in second_update(faster, params, gradients).items():
+        factor = 5 if parameter == "fast.suffix.fast_mlp.w1" else 1
+        np.testing.assert_allclose(update, factor * plain[parameter], rtol=1e-3, atol=1e-6)
+
+
 def test_muon_on_a_mesh_is_resumed_to_the_bit(token_store, tmp_path):
     config = tiny_run(
         token_store,

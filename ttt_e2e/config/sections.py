@@ -88,6 +88,12 @@ class ModelConfig:
     sliding_window: int = field(
         0, "the window k, in positions that a token attends to, itself included; 0 = full attention.", least=0
     )
+    attention_sinks: int = field(
+        0,
+        "first positions of a sequence that window attention sees beside its window, as if they stood just before it; "
+        "models that were trained with full attention need a few.",
+        least=0,
+    )
     rope_theta: float = field(500_000.0, "base of the RoPE frequencies.", above=0)
     rope_style: str = field(
         "interleaved",
@@ -289,6 +295,13 @@ class TrainConfig:
         "directory. Ignored where the run has a checkpoint of its own.",
         resume=LOGGED,
     )
+    base: str = field(
+        "",
+        "run directory of the model that `init_from` was made of, such as a pretrained one: before the first step, "
+        "held-out losses are compared with its own, and a difference of more than 0.05 nats ends the run; empty = no "
+        "comparison.",
+        resume=FREE,
+    )
 
 
 @dataclass(frozen=True)
@@ -317,6 +330,13 @@ class OptimizerConfig:
     weight_decay: float = field(0.1, "decoupled weight decay; it is multiplied by the learning rate.", least=0)
     clip_norm: float = field(
         1.0, "largest global norm of the meta-gradient, over all trained parameters; 0 = off.", least=0
+    )
+    fast_rate: float = field(
+        1.0,
+        "factor on the learning rate of fast MLPs, their norms and scales. Above 1 where they are new in a model that "
+        "was trained before.",
+        above=0,
+        resume=LOGGED,
     )
     train_only: str = field(
         "",

@@ -138,6 +138,11 @@ def _check_model(model: ModelConfig) -> None:
     )
     if model.mixer:
         _check_mixer(model)
+    if model.attention_sinks and "window" not in model.mixers:
+        raise UserError(
+            f"config.model.attention_sinks is {model.attention_sinks}, but it must be 0 where no block has window "
+            "attention (config.model.sliding_window, config.model.mixer)"
+        )
     if model.engram.blocks:
         _check_engram(model)
 

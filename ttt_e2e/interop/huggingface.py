@@ -79,6 +79,7 @@ class Additions(NamedTuple):
     """What is added to an imported model for it to learn while it reads."""
 
     window: int = 0  # of the attention of all blocks; 0 = as it is
+    attention_sinks: int = 0  # first positions that windows see, too
     num_fast_blocks: int = 0  # last blocks that get a fast MLP
     fast_intermediate_size: int = 0  # width of the fast MLPs; 0 = that of the others
 
@@ -135,6 +136,7 @@ def make_config(
     config.train.seq_len = config.inner.mini_batch_size = seq_len
     if additions.window:
         config.model.update(sliding_window=additions.window, mixer="")
+    config.model.attention_sinks = additions.attention_sinks
     if additions.num_fast_blocks:
         width = additions.fast_intermediate_size or config.model.intermediate_size
         config.model.update(

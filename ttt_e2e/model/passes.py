@@ -85,8 +85,9 @@ class Recording(Pass):
     def product(self, name: str, x_TD, w_DF, *, divided: bool = False):  # noqa: D102 (see `Pass`)
         return self._record(name, super().product(name, x_TD, w_DF, divided=divided))
 
-    def attention(self, name: str, *arrays, **options):  # noqa: D102
-        return self._record(name, super().attention(name, *arrays, with_lse=True, **options))[0]
+    def attention(self, name: str, *arrays, with_lse: bool = False, **options):  # noqa: D102
+        out, lse = self._record(name, super().attention(name, *arrays, with_lse=True, **options))
+        return (out, lse) if with_lse else out
 
     def _record(self, name: str, result):
         if name in self.results:
@@ -137,7 +138,7 @@ class DualPass(Pass):
         has_tangent = len(arrays_J[0]) == 2
         options |= {"derivatives": "reverse_of_tangent" if has_tangent else "first_order"}
         options |= {"recorded": self._recorded.get(name)}
-        return self.apply(lambda *arrays: window_attention(*arrays, **options), *arrays_J)
+        return self.call(lambda arrays: (window_attention(*arrays, **options), None), arrays_J)[0]
 
 
 def _parts(array_J):

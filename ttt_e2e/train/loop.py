@@ -23,6 +23,7 @@ from ttt_e2e.runs import directory as run_directory
 from ttt_e2e.train.batches import check_batch, find_alike_tokens, held_out_loss, open_store, to_device
 from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.policies import check_tables
+from ttt_e2e.train.start_check import check_start
 from ttt_e2e.train.step_log import StepLog
 from ttt_e2e.train.steps import TrainState, init_state, make_eval_step, make_train_step, take_policies
 
@@ -39,8 +40,8 @@ def train(config: Config, workdir, overrides: list[str] = ()) -> dict:
     up for when the run is resumed.
 
     Raises:
-      UserError: data, mesh, checkpoint or run directory do not fit the config; a metric became NaN or infinite; a save
-        failed.
+      UserError: data, mesh, checkpoint or run directory do not fit the config; the initial parameters lost what those
+        of `train.base` have; a metric became NaN or infinite; a save failed.
       PreemptedError: a signal asked to stop.
     """
     with ExitStack() as stack:
@@ -69,6 +70,8 @@ def _train(
     checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", config.checkpoint)))
     preemption = stack.enter_context(watch_for_preemption())
     state, progress = restore_or_init(config, optimizer, mesh, checkpoints, train_store.fingerprint, alike_V)
+    if config.train.base and not progress:
+        check_start(config, state.params, mesh)
     first_step, next_batch = int(state.step), progress.get("next_batch", 0)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     train_step = make_train_step(config, optimizer, mesh, state_shardings, policies)

@@ -22,7 +22,7 @@ class Keys(NamedTuple):
 
 
 def attend_one(q_NH, *parts: Keys):
-    """Attention of one query [N, H] to the visible keys of all parts: [N, H], in the dtype of the values.
+    """Attention of one query [N, H] to the visible keys of all parts: [N, H], in the dtype of the values; and lse [N].
 
     Each part has at least one key, and at least one part a visible one.
     """
@@ -34,7 +34,8 @@ def attend_one(q_NH, *parts: Keys):
     ]
     outs, lses = (jnp.stack(arrays) for arrays in zip(*results))
     out_G1RH = jnp.sum(jax.nn.softmax(lses, axis=0) * outs, axis=0)
-    return out_G1RH.reshape(q_NH.shape[0], -1).astype(parts[0].v_GSH.dtype)
+    out_NH = out_G1RH.reshape(q_NH.shape[0], -1).astype(parts[0].v_GSH.dtype)
+    return out_NH, jax.nn.logsumexp(lses, axis=0).reshape(-1)
 
 
 def _view(visible_S, num_rows: int) -> tiles.View:

@@ -82,37 +82,12 @@ class Attention(Mixer):
     def extend(self, x_bD, compute: Pass, state: KeyValues, context: Context):  # noqa: D102
         q_NbH, k_GbH, v_GbH = self._project(x_bD, compute)
         entry = KeyValues(compute.value(k_GbH), compute.value(v_GbH))
-        K, b = state.k.shape[1], x_bD.shape[-2]
-        q_NbH, k_GbH = (self._rotated(a, K + jnp.arange(b)) for a in (q_NbH, k_GbH))
-        out_NbH = compute.attention(
-            "attention",
-            *(q_NbH, k_GbH, v_GbH),
-            window=self.window,
-            num_empty=_num_empty(K, context),
-            # In arrays of their own, apart from the new keys: the inner gradient treats the cache as a constant, and so
-            # computes no cotangents for it.
-            cached_k=self._rotated(state.k, jnp.arange(K)),
-            cached_v=state.v,
-            backend=self.config.attention_backend,
-        )
-        return self._output(out_NbH, compute), entry
+        return self._output(self._attend(q_NbH, k_GbH, v_GbH, compute, state, context), compute), entry
 
     def decode(self, x_1D, compute: Pass, prepared: KeyValues, draft: KeyValues, context: Context):
         """Runs one token, as `Mixer.decode`. Reads the KV cache in place: copies no key, rotates only the new one."""
-        q_N1H, k_G1H, v_G1H = self._project(x_1D, compute)
-        K, b, count = prepared.k.shape[1], draft.k.shape[1], context.count
-        q_N1H, k_G1H = (self._rotated(a, K + count + jnp.arange(1)) for a in (q_N1H, k_G1H))
-        # Positions count from the beginning of the cache, and the token stands at K + count.
-        reach = self.window or K + b + 1
-        place_K, place_b = jnp.arange(K), jnp.arange(b)
-        is_visible_K = (place_K >= _num_empty(K, context)) & (place_K > K + count - reach)
-        out_NH = attend_one(
-            q_N1H[:, 0],
-            *([Keys(*prepared, is_visible_K)] if K else []),
-            Keys(*draft, (place_b < count) & (place_b > count - reach)),
-            Keys(k_G1H, v_G1H, jnp.ones(1, bool)),
-        )
-        return self._output(out_NH[:, None], compute), KeyValues(k_G1H, v_G1H)
+        out_NH, _, added = self._attend_one(*self._project(x_1D, compute), prepared, draft, context)
+        return self._output(out_NH[:, None], compute), added
 
     def empty(self, capacity: int) -> KeyValues:  # noqa: D102
         H = self.config.head_dim
@@ -191,6 +166,42 @@ class Attention(Mixer):
         if self.config.qk_norm:
             q_NTH, k_GTH = compute.apply(self.q_norm, q_NTH), compute.apply(self.k_norm, k_GTH)
         return q_NTH, k_GTH, v_GTH
+
+    def _attend(self, q_NbH, k_GbH, v_GbH, compute: Pass, state: KeyValues, context: Context, **options):
+        """Attends to the cached positions and the new ones, unrotated; options and result as of `Pass.attention`."""
+        K, b = state.k.shape[1], q_NbH.shape[-2]
+        q_NbH, k_GbH = (self._rotated(a, K + jnp.arange(b)) for a in (q_NbH, k_GbH))
+        return compute.attention(
+            "attention",
+            *(q_NbH, k_GbH, v_GbH),
+            window=self.window,
+            num_empty=_num_empty(K, context),
+            # In arrays of their own, apart from the new keys: the inner gradient treats the cache as a constant, and so
+            # computes no cotangents for it.
+            cached_k=self._rotated(state.k, jnp.arange(K)),
+            cached_v=state.v,
+            backend=self.config.attention_backend,
+            **options,
+        )
+
+    def _attend_one(self, q_N1H, k_G1H, v_G1H, prepared: KeyValues, draft: KeyValues, context: Context):
+        """Attends from a token to the cached positions, those of the draft and itself.
+
+        Returns the heads' outputs [N, H], their lse [N], and what the token adds to the draft.
+        """
+        K, b, count = prepared.k.shape[1], draft.k.shape[1], context.count
+        q_N1H, k_G1H = (self._rotated(a, K + count + jnp.arange(1)) for a in (q_N1H, k_G1H))
+        # Positions count from the beginning of the cache, and the token stands at K + count.
+        reach = self.window or K + b + 1
+        place_K, place_b = jnp.arange(K), jnp.arange(b)
+        is_visible_K = (place_K >= _num_empty(K, context)) & (place_K > K + count - reach)
+        out_NH, lse_N = attend_one(
+            q_N1H[:, 0],
+            *([Keys(*prepared, is_visible_K)] if K else []),
+            Keys(*draft, (place_b < count) & (place_b > count - reach)),
+            Keys(k_G1H, v_G1H, jnp.ones(1, bool)),
+        )
+        return out_NH, lse_N, KeyValues(k_G1H, v_G1H)
 
     def _output(self, out_NTH, compute: Pass):
         """Projects the heads' outputs [N, T, H] to [T, D]."""

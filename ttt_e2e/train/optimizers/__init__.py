@@ -47,6 +47,10 @@ def make_optimizer(
       UserError: `train_only` is no regular expression, or matches no parameter.
     """
     make, traits = importlib.import_module(f"{__name__}.{config.name}").make, parameter_traits(model)
+    traits = {
+        name: of_leaf._replace(rate=of_leaf.rate * (config.fast_rate if ".fast_mlp" in name else 1))
+        for name, of_leaf in traits.items()
+    }
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     parts = [clip, make(config, learning_rate_schedule(config), mesh, traits)]
     if any(of_leaf.rate != 1 for of_leaf in traits.values()):
