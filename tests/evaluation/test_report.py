@@ -364,6 +364,21 @@ def test_a_run_with_nothing_but_broken_numbers_is_still_drawn(tmp_path):
     assert write_report([workdir], tmp_path / "report")["rows"][0]["step"] == 2
 
 
+def test_an_imported_model_is_shown_once_it_is_evaluated(tmp_path):
+    """It has no training: `import` writes no metrics."""
+    trained, imported = make_run(tmp_path / "trained"), make_run(tmp_path / "imported", kind="full")
+    (imported / "metrics.jsonl").unlink()
+    summary = write_report([imported, trained], tmp_path / "both")
+    assert [row["train_loss"] is None for row in summary["rows"]] == [True, False]
+    assert "training" in summary["files"] and summary["rows"][0]["loss"] is not None
+    assert {"training", "loss_by_position"} & set(write_report([imported], tmp_path / "one")["files"]) == {
+        "loss_by_position"
+    }
+    (imported / "evaluation" / "metrics.json").unlink()
+    with pytest.raises(UserError, match=r"metrics.jsonl is missing"):
+        write_report([imported], tmp_path / "none")
+
+
 def _add_metrics(workdir, figures):
     path = workdir / "evaluation" / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | figures))
@@ -388,7 +403,6 @@ def _save(array):
         (_write("config.json", "{"), "config.json is not readable JSON"),
         (_write("config.json", "[]"), "config.json holds list"),
         (_write("config.json", '{"model": {"windw": 1}}'), "config.json: config.model has no field 'windw'"),
-        (_remove("metrics.jsonl"), "metrics.jsonl is missing"),
         (_write("metrics.jsonl", ""), "holds no training step"),
         (_write("metrics.jsonl", "[1]\n"), "integer 'step'"),
         (_write("evaluation/metrics.json", "{}"), "has no 'loss'"),

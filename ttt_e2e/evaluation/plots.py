@@ -10,13 +10,18 @@ from ttt_e2e.figures import COLORS, STYLE, add_legend, make_figure
 
 
 def training_figure(runs: list[Run]):
-    """Draws training loss, held-out loss, gradient norm and tokens per second against the step."""
+    """Draws training loss, held-out loss, gradient norm and tokens per second of runs against the step.
+
+    Imported models among them have no such curves.
+    """
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
         figure = make_figure(figsize=(9, 6.4))
         panels = figure.subplot_mosaic([["loss", "loss"], ["grad", "speed"]], height_ratios=[2, 1])
         for run, color in zip(runs, colors_of(runs)):
+            if not run.training:
+                continue
             _draw_smoothed(panels["loss"], run, "loss", color, label=f"{run.name}, training")
             _draw_smoothed(panels["grad"], run, "grad_norm", color)
             _draw_smoothed(panels["speed"], run, "tokens_per_second", color)

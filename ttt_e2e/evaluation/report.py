@@ -34,7 +34,8 @@ COSTS_NOTE = (
 def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLike) -> dict:
     """Writes `report.html`, `report.json`, `training.png`, and a figure for each evaluation that some run has.
 
-    Of several runs, there is a figure of what they cost, too, `models.png`.
+    Imported models, which have no training, are shown once they are evaluated. Of several runs, there is a figure of
+    what they cost, too, `models.png`.
 
     Args:
       workdirs: run directories, in the order in which to show them; the lower panel of `loss_by_position.png` compares
@@ -87,7 +88,9 @@ def _figures(runs: list[Run], rows: list[dict]) -> dict[str, tuple[bytes, str]]:
             figures[evaluation.figure_name or name] = (_png(figure), evaluation.caption)
     if len(runs) > 1:
         figures["models"] = (_png(costs_figure(rows, colors_of(runs))), COSTS_CAPTION)
-    return figures | {"training": (_png(training_figure(runs)), TRAINING_CAPTION)}
+    if any(run.training for run in runs):
+        figures["training"] = (_png(training_figure(runs)), TRAINING_CAPTION)
+    return figures
 
 
 def _png(figure) -> bytes:
@@ -140,6 +143,7 @@ def _row(run: Run, sections: tuple[int, str]) -> dict:
     metrics = held_out.metrics if held_out else {}
     loss, without = metrics.get("loss"), metrics.get("loss_without_learning")
     num_parameters = _num_parameters(model)
+    last = run.training[-1] if run.training else {}
     speeds = [line["tokens_per_second"] for line in run.training if line.get("tokens_per_second")]
     return {
         "run": run.name,
@@ -149,8 +153,8 @@ def _row(run: Run, sections: tuple[int, str]) -> dict:
         "num_parameters": num_parameters,
         "state_bytes": _state_bytes(run),
         "tokens_per_second": statistics.median(speeds) if speeds else None,
-        "step": metrics.get("step", run.training[-1]["step"]),
-        "train_loss": run.training[-1]["loss"],
+        "step": metrics.get("step", last.get("step")),
+        "train_loss": last.get("loss"),
         "loss": loss,
         "loss_without_learning": without,
         "difference": None if without is None else loss - without,

@@ -22,7 +22,7 @@ class Run:
 
     name: str  # unique among the runs of the report
     config: Config
-    training: list[dict]  # lines of metrics.jsonl with a training loss, by ascending step
+    training: list[dict]  # lines of metrics.jsonl with a training loss, by ascending step; [] of an imported one
     held_out: list[dict]  # lines with a held-out loss, by ascending step
     results: dict[str, Any]  # by name of the evaluation, what its `read` returns; None = it was not run
 
@@ -79,12 +79,13 @@ def _read_run(workdir: Path, name: str) -> Run:
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is no run directory: it has no config.json")
     config = load_config(workdir)
-    lines = read_metrics(workdir / "metrics.jsonl")
+    results = {each: evaluation.read(workdir / "evaluation") for each, evaluation in evaluations().items()}
+    is_untrained = not (workdir / "metrics.jsonl").exists() and any(results.values())
+    lines = [] if is_untrained else read_metrics(workdir / "metrics.jsonl")
     # A run that was killed and resumed logs the steps since its checkpoint again: the later line counts.
     training = {line["step"]: line for line in lines if "loss" in line}
     held_out = {line["step"]: line for line in lines if "eval_loss" in line}
-    if not training:
+    if not (training or is_untrained):
         raise UserError(f"{workdir / 'metrics.jsonl'} holds no training step yet")
     by_step = [[lines[step] for step in sorted(lines)] for lines in (training, held_out)]
-    results = {each: evaluation.read(workdir / "evaluation") for each, evaluation in evaluations().items()}
     return Run(name, config, *by_step, results)
