@@ -186,6 +186,56 @@ def test_defaults_are_the_documented_sections():
     assert set(default_config()) == set(sections.split())
 
 
+FORMS = {
+    "config": "config",
+    "a frozen one": "FrozenConfigDict(config)",
+    "a frozen section": "config.unlock() or config.update(model=FrozenConfigDict(config.model)) or config",
+    "a dict": "config.to_dict()",
+    "some sections": "{'model': {'hidden_size': 64}, 'data': FrozenConfigDict({'bos_id': 7})}",
+    "a Config": "from_config_dict(config)",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_config_file_may_return(form, tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(
+        f"""
+from ml_collections import FrozenConfigDict
+from ttt_e2e.config import default_config, from_config_dict
+
+def get_config():
+    config = default_config()
+    config.model.hidden_size, config.data.bos_id = 64, 7
+    return {FORMS[form]}
+"""
+    )
+    config = override(load_config_file(str(path)), ["--config.model.num_hidden_layers=2"])
+    assert (config.model.hidden_size, config.data.bos_id, config.model.num_hidden_layers) == (64, 7, 2)
+
+
+NO_CONFIGS = {
+    "None": "get_config.. gives NoneType, but it takes a ConfigDict",
+    "[1]": "get_config.. gives list, but",
+    "Config": "get_config.. gives type, but",
+    "Config().model": "get_config.. gives ModelConfig, but",
+    "{'model.hidden_size': 64}": "dots",
+    "{'modell': {}}": "config has no section 'modell': did you mean 'model'",
+    "{'model': 64}": "config.model is 64, but it is a section",
+    "{'model': {'hiden_size': 64}}": "config.model has no field 'hiden_size': did you mean 'hidden_size'",
+    "{'model': {'hidden_size': None}}": "config.model.hidden_size is None",
+}
+
+
+@pytest.mark.parametrize("returned", NO_CONFIGS)
+def test_what_it_may_not_return_is_one_line(returned, run, tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(f"from ttt_e2e.config import Config\n\ndef get_config():\n    return {returned}\n")
+    code, [line] = run("train", f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert code == 2 and re.search(NO_CONFIGS[returned], line)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_config_of_a_run_is_a_config_file(tmp_path):
     path = tmp_path / "config.json"
     config = from_config_dict({"model": {"hidden_size": 64}})

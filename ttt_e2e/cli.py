@@ -246,8 +246,17 @@ def report(argv: list[str]) -> None:
 
 
 def bench(argv: list[str]) -> None:
-    """Measure: window_attention, attention_check, kernel_code, meta_gradient, mixers, latency or target."""
-    from ttt_e2e.bench import attention_check, kernel_code, latency, meta_gradient, mixers, target, window_attention
+    """Measure: window_attention, attention_check, kernel_code, meta_gradient, mixers, latency, inner_rate or target."""
+    from ttt_e2e.bench import (
+        attention_check,
+        inner_rate,
+        kernel_code,
+        latency,
+        meta_gradient,
+        mixers,
+        target,
+        window_attention,
+    )
     from ttt_e2e.bench import flags as bench_flags
 
     benchmarks = {
@@ -257,6 +266,7 @@ def bench(argv: list[str]) -> None:
         "meta_gradient": meta_gradient.run,
         "mixers": mixers.run,
         "latency": latency.run,
+        "inner_rate": inner_rate.run,
         "target": target.run,
     }
     name = argv[0] if argv else ""
@@ -265,17 +275,27 @@ def bench(argv: list[str]) -> None:
             f"bench takes the name of a benchmark first, not {name!r}: {suggestion(name, list(benchmarks))}"
         )
     run = benchmarks.get(name, meta_gradient.run)
+    parameters = inspect.signature(run).parameters
 
     def define(values):
         string(values, "output", "Directory for results.json and results.md.")
-        if "config" in inspect.signature(run).parameters:
+        if "checkpoint" in parameters:
+            _trained_model(values)
+        elif "config" in parameters:
             _config(values)
         bench_flags.define(values, run)
 
     values, overrides = parse(argv[1:], define, f"ttt-e2e bench {name}: {inspect.getdoc(run)}")
     _require(values, "output")
-    config = {"config": _resolve(values, overrides)} if overrides or ("config" in values and values.config) else {}
-    run(values.output, **config, **bench_flags.arguments(values, run))
+    subject = {}
+    if "checkpoint" in parameters:
+        subject = {"config": _resolve(values, overrides)}
+        if not values.workdir:
+            _require(values, "checkpoint")
+        subject["checkpoint"] = values.checkpoint or values.workdir
+    elif overrides or ("config" in values and values.config):
+        subject = {"config": _resolve(values, overrides)}
+    run(values.output, **subject, **bench_flags.arguments(values, run))
 
 
 COMMANDS = {

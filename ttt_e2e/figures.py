@@ -30,7 +30,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise UserError("a report needs matplotlib, which is not installed: pip install 'ttt-e2e[plot]'") from None
+        raise UserError("figures need matplotlib, which is not installed: pip install 'ttt-e2e[plot]'") from None
 
 
 MOST_INSIDE = 6  # curves whose legend has room in a panel

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ttt_e2e.config import Config, default_config, from_config_dict, suggestion, to_dict
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import UserError, first_line
 
 
 def parse(
@@ -53,9 +53,10 @@ def parse(
 
 
 def load_config_file(spec: str) -> ConfigDict:
-    """Calls `get_config(ARG)` of a config file, "FILE.py:ARG" or "FILE.py", and returns its ConfigDict.
+    """Calls `get_config(ARG)` of a config file, "FILE.py:ARG" or "FILE.py", and returns its config as a ConfigDict.
 
-    Or reads the `config.json` of a run.
+    Or reads the `config.json` of a run. The function may return a ConfigDict, frozen or not, a dict of sections, or a
+    `Config`.
 
     Raises:
       UserError: there is no such file, it raises an exception, or returns anything else.
@@ -64,9 +65,13 @@ def load_config_file(spec: str) -> ConfigDict:
     if path.endswith(".json"):
         return _load_json(path)
     config = _call_config_file(spec, "get_config", *([arg] if colon else []))
-    if not isinstance(config, ConfigDict):
+    config = to_dict(config) if isinstance(config, Config) else config
+    if not isinstance(config, (ConfigDict, dict)):
         raise UserError(f"config file {spec}: get_config() gives {type(config).__name__}, but it takes a ConfigDict")
-    return config
+    try:
+        return ConfigDict(config)  # thaws it, its sections too
+    except ValueError as error:  # a key with a dot
+        raise UserError(f"config file {spec}: {first_line(error)}") from None
 
 
 def _load_json(path: str) -> ConfigDict:

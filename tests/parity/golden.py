@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from ttt_e2e.config import Config, from_config_dict
 from ttt_e2e.interop.official import from_official
-from ttt_e2e.model import Transformer
-from ttt_e2e.model.parameters import split
+from ttt_e2e.model import abstract_model
 
 DATA = Path(__file__).parents[1] / "data"
 CASES = ("e2e_tied", "e2e_untied", "e2e_noclip", "full_attention")
@@ -49,14 +47,14 @@ def load_case(name: str) -> Case:
     """The case in folder `name` of `tests/data`."""
     path = DATA / name
     config = case_config(path)
-    graphdef, fast, slow = split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
+    graphdef, _ = abstract_model(config.model)
 
     with np.load(path / "golden.npz") as golden:
         arrays = dict(golden)
 
     def tree(prefix: str):
         theirs = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
-        return from_official(theirs, {"fast": fast, "slow": slow})
+        return from_official(theirs, config.model)
 
     expected = {
         "token_nll": arrays["token_nll"],

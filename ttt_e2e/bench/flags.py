@@ -15,7 +15,7 @@ def define(values: flags.FlagValues, run: Callable) -> None:
 
 
 def arguments(values: flags.FlagValues, run: Callable) -> dict:
-    """The flags' values as keyword arguments of `run`. Raises `UserError` if a list of integers holds anything else."""
+    """The flags' values as keyword arguments of `run`. Raises `UserError` if a list of numbers holds anything else."""
     return {option.name: _value(values, option) for option in _options(run)}
 
 
@@ -40,4 +40,5 @@ def _value(values: flags.FlagValues, option: inspect.Parameter):
     try:
         return tuple(map(type(option.default[0]), value))
     except ValueError:
-        raise UserError(f"--{option.name}={','.join(value)}: it takes integers separated by commas") from None
+        kind = {int: "integers", float: "numbers"}[type(option.default[0])]
+        raise UserError(f"--{option.name}={','.join(value)}: it takes {kind} separated by commas") from None

@@ -30,8 +30,9 @@ _MIN_VOCAB_SIZE = 259  # every byte, BOS, the unknown piece that SentencePiece i
 # SentencePiece writes a space as this character, and so cannot tell this character in a text from a space.
 _SPACE_MARK = "\u2581"
 
-
 _BEFORE_SPACE = re.compile(f"(?<=[^ {_SPACE_MARK}])(?= )")
+# Appended to a serialized model, it sets `normalizer_spec.add_dummy_prefix` to false: protocol buffers merge.
+_NO_SPACE_BEFORE = bytes([3 << 3 | 2, 2, 3 << 3, 0])
 # Changed by every normalisation that SentencePiece has, and by a space put before a text.
 _PROBE = "a  \tB\u00a0\uff21\ufb01e\u0301 "
 
@@ -111,6 +112,11 @@ class SentencePieceTokenizer:
         pieces = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         self._space_mark_ids = pieces if all(map(self._processor.is_byte, pieces)) else []
         self._before_space = _BEFORE_SPACE if self._has_no_piece_across_spaces() else None
+        self._puts_space = self._processor.normalize("a").startswith(_SPACE_MARK)
+        self._inside = self._processor  # encodes what does not begin a text
+        if self._puts_space and self._space_mark_ids:
+            self._inside = sentencepiece.SentencePieceProcessor()
+            self._inside.LoadFromSerializedProto(model + _NO_SPACE_BEFORE)
 
     def encode(self, text: str) -> np.ndarray:
         """Encodes `text` as token ids, int32 [num_tokens], without BOS."""
@@ -121,8 +127,9 @@ class SentencePieceTokenizer:
         if not self._space_mark_ids or _SPACE_MARK not in text:
             return np.asarray(self._processor.encode(text), np.int32)
         # Encoded as its three bytes, a literal space mark is not decoded to a space.
-        ids = [[*self._space_mark_ids, *part] for part in self._processor.encode(text.split(_SPACE_MARK))]
-        return np.asarray(list(itertools.chain(*ids))[len(self._space_mark_ids) :], np.int32)
+        first, *others = text.split(_SPACE_MARK)
+        ids = [self._processor.encode(first), *([*self._space_mark_ids, *part] for part in self._inside.encode(others))]
+        return np.asarray(list(itertools.chain(*ids)), np.int32)
 
     def _has_no_piece_across_spaces(self) -> bool:
         """Whether the tokens of a text are those of its two parts, wherever it is cut before the first of some spaces.
@@ -144,7 +151,6 @@ class SentencePieceTokenizer:
         first: of the first piece of a text, without the space that some models put there (`add_dummy_prefix`).
         """
         processor = self._processor
-        puts_space = processor.normalize("a").startswith(_SPACE_MARK)
 
         def count(i: int) -> int:
             if processor.is_byte(i):
@@ -152,7 +158,9 @@ class SentencePieceTokenizer:
             if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
                 return 0
             piece = processor.id_to_piece(i)
-            return len(piece.replace(_SPACE_MARK, " ").encode()) - (first and puts_space and piece[0] == _SPACE_MARK)
+            return len(piece.replace(_SPACE_MARK, " ").encode()) - (
+                first and self._puts_space and piece[0] == _SPACE_MARK
+            )
 
         return np.array([count(i) for i in range(self.vocab_size)], np.int64)
 

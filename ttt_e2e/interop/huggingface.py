@@ -23,10 +23,10 @@ from ttt_e2e.config import Config, default_config
 from ttt_e2e.errors import UserError
 from ttt_e2e.flags import override
 from ttt_e2e.interop import huggingface_config, safetensors_files
-from ttt_e2e.model import Transformer, abstract_model, abstract_transformer
+from ttt_e2e.interop.rules import Rule, Source, sources_of, tensor_shapes, unknown
+from ttt_e2e.model import Transformer, abstract_model
 from ttt_e2e.model.engram import with_alike
 from ttt_e2e.model.parameters import parameter_name, split
-from ttt_e2e.model.stacks import block_indices
 from ttt_e2e.runs.directory import write_config
 from ttt_e2e.runs.files import read_json
 from ttt_e2e.train.batches import find_alike_tokens
@@ -39,16 +39,11 @@ MINI_BATCHES = 16  # of a sequence, in the config of a model with fast MLPs
 FAST_LAYER_SCALE = 1e-3
 
 
-class Rule(NamedTuple):
-    """A parameter of ours, and the tensor that holds it."""
-
-    ours: str
-    theirs: str  # with {block}, the index of the block
-    transposed: bool = False
-
-
 _LAYER = "model.layers.{block}."
-BLOCK_RULES = (
+RULES = (
+    Rule("embedding", "model.embed_tokens.weight"),
+    Rule("final_norm.weight", "model.norm.weight"),
+    Rule("head", "lm_head.weight", transposed=True),
     *(Rule(f"attention.w{x}", f"{_LAYER}self_attn.{x}_proj.weight", transposed=True) for x in "qkvo"),
     *(Rule(f"attention.b{x}", f"{_LAYER}self_attn.{x}_proj.bias") for x in "qkv"),
     *(Rule(f"attention.{x}_norm.weight", f"{_LAYER}self_attn.{x}_norm.weight") for x in "qk"),
@@ -58,21 +53,8 @@ BLOCK_RULES = (
     Rule("attention_norm.weight", f"{_LAYER}input_layernorm.weight"),
     Rule("mlp_norm.weight", f"{_LAYER}post_attention_layernorm.weight"),
 )
-RULES = (
-    Rule("embedding", "model.embed_tokens.weight"),
-    Rule("final_norm.weight", "model.norm.weight"),
-    Rule("head", "lm_head.weight", transposed=True),
-)
 # Tensors of some files that hold nothing of the model: buffers of RoPE, and a head that is the embedding again.
 IGNORED = ("rotary_emb.inv_freq",)
-
-
-class Source(NamedTuple):
-    """Where a parameter of ours is: the tensors of its blocks, or one tensor."""
-
-    tensors: tuple[str, ...]
-    transposed: bool
-    stacked: bool
 
 
 class Additions(NamedTuple):
@@ -111,8 +93,8 @@ def import_model(checkpoint, output, overrides: list[str], additions: Additions 
     config = make_config(theirs, directory, output, overrides, additions)
     tensors = safetensors_files.Tensors(directory)
     _, abstract = abstract_model(config.model)
-    sources = _sources(config)
-    _check(tensors, abstract, sources, config)
+    sources = sources_of(config.model, RULES)
+    _check(tensors, sources, config)
     mesh = make_mesh(config.mesh)
     placed = with_shardings(abstract, shardings(abstract, mesh, config.model))
     fresh = _fresh(config, placed, sources, _alike_tokens(config, directory, output))
@@ -172,64 +154,40 @@ def export_model(config: Config, checkpoint, output) -> Path:
     _, abstract = abstract_model(config.model)
     placed = with_shardings(abstract, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     params = load_params(find_step(checkpoint), placed)
-    tensors = {}
+    sources, tensors = sources_of(config.model, RULES), {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        source = _sources(config)[parameter_name(path)]
-        for i, name in enumerate(source.tensors):
+        source = sources[parameter_name(path)]
+        for i, (name, _) in enumerate(source.places):
 
             def make(leaf=leaf, i=i, source=source, name=name):
                 value = np.asarray(leaf[i] if source.stacked else leaf)
                 return np.ascontiguousarray(_as_theirs(value.T if source.transposed else value, name, config))
 
-            shape = leaf.shape[1:] if source.stacked else leaf.shape
-            tensors[name] = (shape, leaf.dtype, make)
+            tensors[name] = (source.shape(leaf), leaf.dtype, make)
     output.mkdir(parents=True, exist_ok=True)
     safetensors_files.write(output, dict(sorted(tensors.items())), {"format": "pt"})
     (output / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
     return output
 
 
-def _sources(config: Config) -> dict[str, Source]:
-    """{name of a parameter: where it is}; fast MLPs and Engram, which no file has, are not in it."""
-    transformer = abstract_transformer(config.model)
-    sources = {f"slow.{rule.ours}": Source((rule.theirs,), rule.transposed, False) for rule in RULES}
-    prefix = block_indices(transformer.prefix_stacks)
-    suffix = block_indices(transformer.suffix_stacks)
-    suffix = {name: [config.model.num_prefix_blocks + i for i in indices] for name, indices in suffix.items()}
-    for stack, indices in (prefix | suffix).items():
-        for rule in BLOCK_RULES:
-            tensors = tuple(rule.theirs.format(block=i) for i in indices)
-            sources[f"slow.{stack}.{rule.ours}"] = Source(tensors, rule.transposed, True)
-    return sources
-
-
-def _check(tensors: safetensors_files.Tensors, abstract, sources: dict[str, Source], config: Config) -> None:
+def _check(tensors: safetensors_files.Tensors, sources: dict[str, Source], config: Config) -> None:
     """Raises `UserError` unless the tensors are those of the model, in name and shape; reads none."""
-    unused = {name for name in tensors.names if not name.endswith(IGNORED)}
+    for name in unknown(config.model, sources):
+        if not re.search(r"\.(fast_mlp\w*|engram)\b", name):
+            raise UserError(f"config.model makes a parameter {name!r}, but models of Hugging Face have none")
+    directory, shapes = tensors.directory, tensor_shapes(config.model, sources)
+    for name, shape in shapes.items():
+        if name not in tensors.names:
+            raise UserError(f"{directory} has no tensor {name!r}, {list(shape)}, which the model needs")
+        if (found := tensors.shape(name)) != shape:
+            raise UserError(f"tensor {name!r} in {directory} is {list(found)}, but the model makes it {list(shape)}")
+        if tensors.dtype(name) not in ("F32", "F16", "BF16", "F64"):
+            raise UserError(f"tensor {name!r} in {directory} is {tensors.dtype(name)}, no floats")
+    unused = {name for name in tensors.names - shapes.keys() if not name.endswith(IGNORED)}
     if config.model.tie_word_embeddings:
         unused.discard("lm_head.weight")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
-        name = parameter_name(path)
-        if name not in sources:
-            if not re.search(r"\.(fast_mlp\w*|engram)\b", name):
-                raise UserError(f"config.model makes a parameter {name!r}, but models of Hugging Face have none")
-            continue
-        source = sources[name]
-        shape = leaf.shape[1:] if source.stacked else leaf.shape
-        shape = shape[::-1] if source.transposed else shape
-        for tensor in source.tensors:
-            if tensor not in tensors.names:
-                raise UserError(f"{tensors.directory} has no tensor {tensor!r}, {list(shape)}, which the model needs")
-            if tensors.shape(tensor) != shape:
-                raise UserError(
-                    f"tensor {tensor!r} in {tensors.directory} is {list(tensors.shape(tensor))}, but the model makes "
-                    f"it {list(shape)}"
-                )
-            if tensors.dtype(tensor) not in ("F32", "F16", "BF16", "F64"):
-                raise UserError(f"tensor {tensor!r} in {tensors.directory} is {tensors.dtype(tensor)}, no floats")
-            unused.discard(tensor)
     if unused:
-        raise UserError(f"the model has no place for tensors of {tensors.directory}: {', '.join(sorted(unused)[:5])}")
+        raise UserError(f"the model has no place for tensors of {directory}: {', '.join(sorted(unused)[:5])}")
 
 
 def _alike_tokens(config: Config, directory: Path, output: Path) -> np.ndarray | None:
@@ -259,17 +217,9 @@ def _read(tensors: safetensors_files.Tensors, sources: dict[str, Source], fresh:
     if parameter_name(path) in fresh:
         return fresh[parameter_name(path)]
     source = sources[parameter_name(path)]
-
-    def part(index):
-        of_block = index[1:] if source.stacked else index
-        read_index = of_block[::-1] if source.transposed else of_block
-        blocks = [
-            tensors.read(name, read_index) for name in source.tensors[index[0] if source.stacked else slice(None)]
-        ]
-        blocks = [np.asarray(block.T if source.transposed else block, leaf.dtype) for block in blocks]
-        return np.stack(blocks) if source.stacked else blocks[0]
-
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+    return jax.make_array_from_callback(
+        leaf.shape, leaf.sharding, lambda index: source.read(tensors.read, index, leaf.dtype)
+    )
 
 
 def _as_theirs(tensor: np.ndarray, name: str, config: Config) -> np.ndarray:

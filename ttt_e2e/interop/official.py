@@ -14,35 +14,29 @@ from etils import epath
 from ttt_e2e.checkpoints.params import save_params
 from ttt_e2e.checkpoints.progress import progress_of
 from ttt_e2e.checkpoints.steps import saved_steps
-from ttt_e2e.config import Config
+from ttt_e2e.config import Config, ModelConfig
 from ttt_e2e.errors import UserError, first_line
+from ttt_e2e.interop.rules import Rule, sources_of, tensor_shapes, unknown
 from ttt_e2e.model import abstract_model
 from ttt_e2e.model.parameters import parameter_name
 
 _BLOCKS = "language_model.model.h.blocks."
 _FAST = "language_model.model.h.prime_storage."
-
-# Path of a block parameter in our stacks -> its path in their stack of all blocks.
-_BLOCK_NAMES = {
-    **{f"attention.{name}": f"seq_modeling_block.{name}.weight" for name in ("wq", "wk", "wv", "wo")},
-    **{f"attention.{name}.weight": f"seq_modeling_block.{name}.weight" for name in ("q_norm", "k_norm")},
-    **{f"mlp.{name}": f"feed_forward.{name}.weight" for name in ("w1", "w2", "w3")},
-    "attention_norm.weight": "seq_norm.weight",
-    "attention_post_norm.weight": "seq_post_norm.weight",
-    "mlp_norm.weight": "ffn_norm.weight",
-    "mlp_post_norm.weight": "ffn_post_norm.weight",
-}
-# The same for parameters that only suffix blocks have.
-_FAST_NAMES = {
-    **{f"fast_mlp.{name}": f"feed_forward_prime.{name}.weight" for name in ("w1", "w2", "w3")},
-    "fast_mlp_norm.weight": "ffn_prime_norm.weight",
-    "fast_mlp_post_norm.weight": "ffn_prime_post_norm.weight",
-}
-_NAMES = {
-    "embedding": "language_model.model.wte.weight",
-    "final_norm.weight": "language_model.model.ln_f.weight",
-    "head": "language_model.lm_head.weight",
-}
+RULES = (
+    Rule("embedding", "language_model.model.wte.weight"),
+    Rule("final_norm.weight", "language_model.model.ln_f.weight"),
+    Rule("head", "language_model.lm_head.weight"),
+    *(Rule(f"attention.{name}", f"{_BLOCKS}seq_modeling_block.{name}.weight") for name in ("wq", "wk", "wv", "wo")),
+    *(Rule(f"attention.{name}.weight", f"{_BLOCKS}seq_modeling_block.{name}.weight") for name in ("q_norm", "k_norm")),
+    *(Rule(f"mlp.{name}", f"{_BLOCKS}feed_forward.{name}.weight") for name in ("w1", "w2", "w3")),
+    Rule("attention_norm.weight", f"{_BLOCKS}seq_norm.weight"),
+    Rule("attention_post_norm.weight", f"{_BLOCKS}seq_post_norm.weight"),
+    Rule("mlp_norm.weight", f"{_BLOCKS}ffn_norm.weight"),
+    Rule("mlp_post_norm.weight", f"{_BLOCKS}ffn_post_norm.weight"),
+    *(Rule(f"fast_mlp.{name}", f"{_FAST}feed_forward_prime.{name}.weight") for name in ("w1", "w2", "w3")),
+    Rule("fast_mlp_norm.weight", f"{_FAST}ffn_prime_norm.weight"),
+    Rule("fast_mlp_post_norm.weight", f"{_FAST}ffn_prime_post_norm.weight"),
+)
 
 
 def import_checkpoint(config: Config, checkpoint, output) -> epath.Path:
@@ -66,71 +60,44 @@ def import_checkpoint(config: Config, checkpoint, output) -> epath.Path:
         raise UserError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     official = {parameter_name(key): np.asarray(leaf) for key, leaf in leaves}
-    params = from_official(official, abstract_model(config.model)[1])
+    params = from_official(official, config.model)
     return save_params(output, params, progress_of(0, 0, config))
 
 
-def from_official(official: dict[str, np.ndarray], like):
-    """Rearranges official parameters into the structure of ours.
+def from_official(official: dict[str, np.ndarray], model: ModelConfig):
+    """Rearranges official parameters, or a tree like them, into the parameters {"fast", "slow"} of ours.
 
     Args:
       official: arrays by official path, e.g. "language_model.model.wte.weight".
-      like: our parameters (any tree of nested dicts of them, such as {"fast": ..., "slow": ...}) or their shapes.
+      model: determines the names, shapes and dtypes of ours.
 
     Returns:
-      A pytree of the structure and dtypes of `like`, of NumPy arrays.
+      A pytree of NumPy arrays.
 
     Raises:
       UserError: a parameter is missing, has another shape, is not in the model, or in no official one; the message
         names it and its shapes.
     """
-    unused = set(official)
-    leaves = jax.tree_util.tree_leaves_with_path(like)
-    depth = {stack: _stack_depth(leaves, stack) for stack in ("prefix", "suffix")}
-
-    def rearranged(path, leaf):
-        ours = _own_name(path)
-        stack, _, name = ours.partition(".")
-        rows, shape = slice(None), leaf.shape
-        if ours not in _NAMES and (stack not in depth or name not in _FAST_NAMES | _BLOCK_NAMES):
-            raise UserError(
-                f"config.model makes a parameter {parameter_name(path)!r}, but the released implementation has none: "
-                "all blocks of its models have the same attention, without biases, and nothing else beside the MLPs"
-            )
-        if ours in _NAMES:
-            theirs = _NAMES[ours]
-        elif name in _FAST_NAMES:
-            theirs = _FAST + _FAST_NAMES[name]
-        else:
-            theirs = _BLOCKS + _BLOCK_NAMES[name]
-            rows = slice(depth["prefix"]) if stack == "prefix" else slice(depth["prefix"], None)
-            shape = (depth["prefix"] + depth["suffix"], *leaf.shape[1:])
-        if theirs not in official:
-            raise UserError(f"parameter {theirs!r} is not in the checkpoint, but config.model asks for it, {shape}")
-        unused.discard(theirs)
-        value = np.asarray(official[theirs])
-        if value.shape != shape:
-            raise UserError(
-                f"parameter {theirs!r} is {value.shape} in the checkpoint, but config.model makes it {shape}"
-            )
-        return value[rows].astype(leaf.dtype)
-
-    params = jax.tree_util.tree_map_with_path(rearranged, like)
-    if unused:
+    sources = sources_of(model, RULES)
+    for name in (*unknown(model, sources), *(name for name in sources if re.match(r"\w+\.(prefix|suffix)_", name))):
         raise UserError(
-            f"config.model has no place for these parameters of the checkpoint: {', '.join(sorted(unused))}"
+            f"config.model makes a parameter {name!r}, but the released implementation has none: "
+            "all blocks of its models have the same attention, without biases, and nothing else beside the MLPs"
         )
-    return params
+    shapes = tensor_shapes(model, sources)
+    for name, shape in shapes.items():
+        if name not in official:
+            raise UserError(f"parameter {name!r} is not in the checkpoint, but config.model asks for it, {shape}")
+        if (found := np.shape(official[name])) != shape:
+            raise UserError(f"parameter {name!r} is {found} in the checkpoint, but config.model makes it {shape}")
+    if unused := sorted(official.keys() - shapes.keys()):
+        raise UserError(f"config.model has no place for these parameters of the checkpoint: {', '.join(unused)}")
 
+    def read(path, leaf):
+        everything = (slice(None),) * leaf.ndim
+        return sources[parameter_name(path)].read(lambda name, index: official[name][index], everything, leaf.dtype)
 
-def _own_name(path) -> str:
-    """Dotted path of one of our parameters, without a leading "fast" or "slow"."""
-    return re.sub(r"^(fast|slow)\.", "", ".".join(key.key for key in path))
-
-
-def _stack_depth(leaves, stack: str) -> int:
-    """Number of blocks of a stack, "prefix" or "suffix"; 0 where there are none."""
-    return max((leaf.shape[0] for path, leaf in leaves if _own_name(path).startswith(stack + ".")), default=0)
+    return jax.tree_util.tree_map_with_path(read, abstract_model(model)[1])
 
 
 def _find_weights(checkpoint) -> epath.Path:

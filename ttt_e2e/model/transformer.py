@@ -18,7 +18,7 @@ from ttt_e2e.model.norm import RMSNorm
 from ttt_e2e.model.parameters import Traits, at_least_float32, list_traits, matrix, split
 from ttt_e2e.model.passes import FirstOrderPass, Pass
 from ttt_e2e.model.sequence_parts import SequenceParts
-from ttt_e2e.model.stacks import Kind, Stacks, make_stacks, scan_blocks
+from ttt_e2e.model.stacks import Kind, Stacks, block_indices, make_stacks, scan_blocks
 
 
 class Transformer(Stacks):
@@ -48,6 +48,13 @@ class Transformer(Stacks):
     def suffix_stacks(self) -> dict[str, Block]:
         """The stacks of the suffix, {name: stack}."""
         return {name: stack for name, stack in self.stacks.items() if stack.fast}
+
+    @property
+    def block_indices(self) -> dict[str, list[int]]:
+        """The indices in the model of the blocks of each stack, {name of stack: indices}, as they run."""
+        suffix = block_indices(self.suffix_stacks).items()
+        after_prefix = {name: [self.config.num_prefix_blocks + i for i in indices] for name, indices in suffix}
+        return block_indices(self.prefix_stacks) | after_prefix
 
     def embed(self, tokens_T):
         """Looks up the embeddings [T, D] of tokens [T], in the compute dtype."""
