@@ -198,7 +198,8 @@ def import_(argv: list[str]) -> None:
             raise UserError(
                 f"--config is {values.config}, but the model's own config.json takes its place: leave it out"
             )
-        from ttt_e2e.interop.huggingface import Additions, import_model
+        from ttt_e2e.interop.additions import Additions
+        from ttt_e2e.interop.huggingface import import_model
 
         additions = Additions(*(values[name].value for name in Additions._fields))
         print(f"imported as {import_model(values.checkpoint, values.output, overrides, additions)}")

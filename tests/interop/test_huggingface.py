@@ -6,6 +6,7 @@ transformers computed with them (float32).
 
 import dataclasses
 import json
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -22,6 +23,7 @@ from ttt_e2e.data.store import TokenWriter, write_attributes
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner import read_sequence
 from ttt_e2e.interop import huggingface, huggingface_config
+from ttt_e2e.interop.additions import Additions
 from ttt_e2e.model import abstract_model
 from ttt_e2e.model.parameters import merge
 from ttt_e2e.runs.directory import load_config
@@ -218,8 +220,63 @@ def test_fast_mlps_learn_from_the_first_outer_step_on(with_fast_mlps, tmp_path):
 
 def test_a_window_for_all_blocks():
     theirs = json.loads((DATA / "qwen3_hybrid_layers" / "model" / "config.json").read_text())
-    config = huggingface.make_config(theirs, DATA, DATA, [], huggingface.Additions(8, attention_sinks=3))
+    config = huggingface.make_config(theirs, DATA, DATA, [], Additions(8, attention_sinks=3))
     assert config.model.windows == (8,) and config.model.mixers == ("window",) and config.model.attention_sinks == 3
+
+
+def test_a_model_with_fast_mlps_is_exported_in_two_parts_and_imported_again_to_the_bit(with_fast_mlps, tmp_path):
+    """The model's own files are those of the model that fast MLPs were added to."""
+    changed, out = tmp_path / "changed", tmp_path / "out"
+    arguments = [f"--checkpoint={DATA / 'qwen3_qk_norm' / 'model'}", "--window=16", "--attention_sinks=2"]
+    arguments += ["--num_fast_blocks=1", "--fast_intermediate_size=24", "--config.inner.learning_rate=0.25"]
+    assert main(["import", "--source=huggingface", *arguments, f"--output={changed}"]) == 0
+    assert main(["export", "--target=huggingface", f"--workdir={changed}", f"--output={out}"]) == 0
+    theirs = json.loads((out / "config.json").read_text())
+    assert theirs["sliding_window"] is None and set(theirs["layer_types"]) == {"full_attention"}
+    given = {}
+    for file in (DATA / "qwen3_qk_norm" / "model").glob("*.safetensors"):
+        given |= safetensors.load_file(file)
+    written = safetensors.load_file(out / "model.safetensors")
+    assert written.keys() == given.keys() and all(np.array_equal(written[name], given[name]) for name in given)
+
+    assert main(["import", "--source=huggingface", f"--checkpoint={out}", f"--output={tmp_path / 'again'}"]) == 0
+    before, after = load_config(changed), load_config(tmp_path / "again")
+    assert after.model == before.model and after.inner == before.inner
+    _, abstract = abstract_model(before.model)
+    placed = with_shardings(abstract, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    jax.tree.map(np.testing.assert_array_equal, *(load_params(run, placed) for run in (changed, tmp_path / "again")))
+
+    # Without what is beside it, it is a model as any other.
+    shutil.move(out / "ttt_e2e", tmp_path / "beside")
+    assert main(["import", "--source=huggingface", f"--checkpoint={out}", f"--output={tmp_path / 'base'}"]) == 0
+    assert load_config(tmp_path / "base").model.num_fast_blocks == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flag", "message"),
+    [
+        (lambda beside: None, "--num_fast_blocks=1", r"--num_fast_blocks is 1, but .*ttt_e2e/config.json says what"),
+        (lambda beside: (beside / "config.json").unlink(), "", r"ttt_e2e/config.json"),
+        (lambda beside: (beside / "config.json").write_text("{}"), "", "does not have the fields of an exported model"),
+        (lambda beside: (beside / "config.json").write_text("[1]"), "", r"ttt_e2e/config.json"),
+        (lambda beside: (beside / "model.safetensors").unlink(), "", "has neither model.safetensors nor"),
+        (lambda beside: change_tensors(beside, lambda t: t.popitem()), "", "but in the model it is"),
+        (
+            lambda beside: change_tensors(beside, lambda t: t.update(more=np.zeros(2))),
+            "",
+            r"parameter 'more' in .* is \[2\], but in the model it is absent",
+        ),
+    ],
+)
+def test_what_is_beside_a_model_and_does_not_fit_is_named(spoil, flag, message, with_fast_mlps, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["export", "--target=huggingface", f"--workdir={with_fast_mlps}", f"--output={out}"]) == 0
+    spoil(out / "ttt_e2e")
+    flags = ["--source=huggingface", f"--checkpoint={out}", f"--output={tmp_path / 'again'}", *filter(None, [flag])]
+    assert main(["import", *flags]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert re.search(message, error[-1]) and sum(line.startswith("error") for line in error) == 1
+    assert not (tmp_path / "again").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- Engram
@@ -377,10 +434,8 @@ def test_an_output_that_is_there_is_left_alone(tmp_path):
     [
         ({"post_norm": True}, "config.model.post_norm is True, which transformers has in none"),
         ({"mixer": "mamba2"}, "config.model.mixer names 'mamba2', which transformers has in none"),
-        ({"num_fast_blocks": 1}, "num_fast_blocks is 1, but transformers has no fast MLPs"),
         ({"engram": EngramConfig(blocks="1")}, "config.model.engram.blocks is '1', but transformers has no Engram"),
         ({"attention_bias": True, "qk_norm": True}, "has qk_norm and attention_bias"),
-        ({"attention_sinks": 2, "sliding_window": 8}, "attention_sinks is 2, which transformers has in none"),
     ],
 )
 def test_models_that_cannot_be_expressed_are_not_exported(fields, message, tmp_path):

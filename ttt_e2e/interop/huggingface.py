@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +21,8 @@ from ttt_e2e.cluster.mesh import make_mesh, shardings, with_shardings
 from ttt_e2e.config import Config, default_config
 from ttt_e2e.errors import UserError
 from ttt_e2e.flags import override
-from ttt_e2e.interop import huggingface_config, safetensors_files
+from ttt_e2e.interop import additions, huggingface_config, safetensors_files
+from ttt_e2e.interop.additions import NOTHING, Additions
 from ttt_e2e.interop.rules import Rule, Source, sources_of, tensor_shapes, unknown
 from ttt_e2e.model import Transformer, abstract_model
 from ttt_e2e.model.engram import with_alike
@@ -33,10 +33,6 @@ from ttt_e2e.train.batches import find_alike_tokens
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 MAX_SEQ_LEN = 2048  # of the config of an imported model, whose own context may be far longer
-MINI_BATCHES = 16  # of a sequence, in the config of a model with fast MLPs
-# Initial scale of the output of fast MLPs. Their last matrix is 0, so that they add nothing before an inner step; with
-# this scale what they add after some is too little to see, as inner steps are smaller by it, too.
-FAST_LAYER_SCALE = 1e-3
 
 
 _LAYER = "model.layers.{block}."
@@ -57,28 +53,17 @@ RULES = (
 IGNORED = ("rotary_emb.inv_freq",)
 
 
-class Additions(NamedTuple):
-    """What is added to an imported model for it to learn while it reads."""
-
-    window: int = 0  # of the attention of all blocks; 0 = as it is
-    attention_sinks: int = 0  # first positions that windows see, too
-    num_fast_blocks: int = 0  # last blocks that get a fast MLP
-    fast_intermediate_size: int = 0  # width of the fast MLPs; 0 = that of the others
-
-
-NOTHING = Additions()
-
-
-def import_model(checkpoint, output, overrides: list[str], additions: Additions = NOTHING) -> Path:
+def import_model(checkpoint, output, overrides: list[str], added: Additions = NOTHING) -> Path:
     """Makes the run directory `output` of a model directory as `save_pretrained` writes it.
 
-    Fast MLPs and Engram, which no file has, begin as in a new model, but the last matrix of a fast MLP with zeros.
+    Fast MLPs and Engram, which no file of a model has, begin as in a new model, but the last matrix of a fast MLP with
+    zeros. A model that was exported with fast MLPs has its own.
 
     Args:
       checkpoint: the model directory.
       output: the run directory.
       overrides: of its config, as flags `--config.SECTION.FIELD=VALUE`.
-      additions: window and fast MLPs.
+      added: window, sinks and fast MLPs.
 
     Raises:
       UserError: the directory, a file or a tensor is missing, damaged or of another shape, or the model has what ours
@@ -90,43 +75,38 @@ def import_model(checkpoint, output, overrides: list[str], additions: Additions 
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json: it takes a directory as save_pretrained writes it")
     theirs = read_json(directory / "config.json")
-    config = make_config(theirs, directory, output, overrides, additions)
+    config = make_config(theirs, directory, output, overrides, added)
     tensors = safetensors_files.Tensors(directory)
     _, abstract = abstract_model(config.model)
     sources = sources_of(config.model, RULES)
     _check(tensors, sources, config)
     mesh = make_mesh(config.mesh)
     placed = with_shardings(abstract, shardings(abstract, mesh, config.model))
-    fresh = _fresh(config, placed, sources, _alike_tokens(config, directory, output))
-    params = jax.tree_util.tree_map_with_path(lambda path, leaf: _read(tensors, sources, fresh, path, leaf), placed)
+    others = {name: leaf for name, leaf in additions.by_name(placed).items() if name not in sources}
+    if additions.are_beside(directory):
+        beside = additions.read_params(directory, others)
+    else:
+        beside = _fresh(config, others, _alike_tokens(config, directory, output))
+    params = jax.tree_util.tree_map_with_path(lambda path, leaf: _read(tensors, sources, beside, path, leaf), placed)
     save_params(output / "checkpoints", params, progress_of(0, 0, config))
-    for name in TOKENIZER_FILES:
-        if (directory / name).is_file():
-            shutil.copyfile(directory / name, output / name)
+    _copy_tokenizer(directory, output)
     shutil.copyfile(directory / "config.json", output / "huggingface.json")
     write_config(output, config)  # last: without it, this is no run directory
     return output
 
 
 def make_config(
-    theirs: dict, directory: Path, output: Path, overrides: list[str], additions: Additions = NOTHING
+    theirs: dict, directory: Path, output: Path, overrides: list[str], added: Additions = NOTHING
 ) -> Config:
     """The config of an imported model."""
     config: ConfigDict = default_config()
     config.model.update(huggingface_config.to_model(theirs))
     seq_len = min(MAX_SEQ_LEN, int(theirs.get("max_position_embeddings") or MAX_SEQ_LEN))
     config.train.seq_len = config.inner.mini_batch_size = seq_len
-    if additions.window:
-        config.model.update(sliding_window=additions.window, mixer="")
-    config.model.attention_sinks = additions.attention_sinks
-    if additions.num_fast_blocks:
-        width = additions.fast_intermediate_size or config.model.intermediate_size
-        config.model.update(
-            num_fast_blocks=additions.num_fast_blocks,
-            fast_intermediate_size=width,
-            fast_layer_scale=FAST_LAYER_SCALE,
-        )
-        config.inner.mini_batch_size = max(1, seq_len // MINI_BATCHES)
+    if additions.are_beside(directory):
+        additions.read_fields(directory, config, added)
+    else:
+        additions.add(config, added)
     bos_id = theirs.get("bos_token_id")
     config.data.bos_id = (bos_id[0] if isinstance(bos_id, list) else bos_id) or 0
     for name in TOKENIZER_FILES[:2]:
@@ -137,7 +117,10 @@ def make_config(
 
 
 def export_model(config: Config, checkpoint, output) -> Path:
-    """Writes a checkpoint's model into the directory `output`, for transformers.
+    """Writes a checkpoint's model into the directory `output`, for transformers, with its tokenizer.
+
+    Fast MLPs and sinks, which transformers has not, go into a directory of their own (additions.py); the rest is a
+    model that transformers loads.
 
     Raises:
       UserError: transformers has no model that computes the same, or there is no such checkpoint.
@@ -145,18 +128,15 @@ def export_model(config: Config, checkpoint, output) -> Path:
     output = Path(output).expanduser()
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output {output} already exists and is not empty: remove it or choose another")
-    theirs = huggingface_config.from_model(config.model)
-    if config.model.num_fast_blocks:
-        raise UserError(
-            f"config.model.num_fast_blocks is {config.model.num_fast_blocks}, but transformers has no fast MLPs: only "
-            "models without them are exported"
-        )
+    base = additions.without(config.model)
+    theirs = huggingface_config.from_model(base)
     _, abstract = abstract_model(config.model)
     placed = with_shardings(abstract, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     params = load_params(find_step(checkpoint), placed)
     sources, tensors = sources_of(config.model, RULES), {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        source = sources[parameter_name(path)]
+    params = additions.by_name(params)
+    for ours, source in sources.items():
+        leaf = params[ours]
         for i, (name, _) in enumerate(source.places):
 
             def make(leaf=leaf, i=i, source=source, name=name):
@@ -167,7 +147,19 @@ def export_model(config: Config, checkpoint, output) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     safetensors_files.write(output, dict(sorted(tensors.items())), {"format": "pt"})
     (output / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+    if base != config.model:
+        additions.write(output, config, {name: leaf for name, leaf in params.items() if name not in sources})
+    tokenizer = Path(config.data.tokenizer)
+    if tokenizer.name in TOKENIZER_FILES:
+        _copy_tokenizer(tokenizer.parent, output)
     return output
+
+
+def _copy_tokenizer(directory: Path, output: Path) -> None:
+    """Copies the files of a tokenizer, those that are there."""
+    for name in TOKENIZER_FILES:
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, output / name)
 
 
 def _check(tensors: safetensors_files.Tensors, sources: dict[str, Source], config: Config) -> None:
@@ -197,28 +189,24 @@ def _alike_tokens(config: Config, directory: Path, output: Path) -> np.ndarray |
     return find_alike_tokens(config, str(directory / tokenizer.name) if is_theirs else config.data.tokenizer)
 
 
-def _fresh(config: Config, placed, sources: dict[str, Source], alike_V) -> dict[str, jax.Array]:
+def _fresh(config: Config, placed: dict, alike_V) -> dict[str, jax.Array]:
     """Initialises the parameters that no file has, those of fast MLPs and Engram: {name: sharded array}."""
-    leaves = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(placed)}
-    shardings_of = {name: leaf.sharding for name, leaf in leaves.items() if name not in sources}
 
     def initialise():
         _, fast, slow = split(Transformer(config.model, nnx.Rngs(config.train.seed)))
         params = {"fast": fast, "slow": slow}
-        made = jax.tree_util.tree_leaves_with_path(params if alike_V is None else with_alike(params, alike_V))
-        fresh = {parameter_name(path): leaf for path, leaf in made}
-        return {name: fresh[name] * (not name.endswith("fast_mlp.w2")) for name in shardings_of}
+        made = additions.by_name(params if alike_V is None else with_alike(params, alike_V))
+        return {name: made[name] * (not name.endswith("fast_mlp.w2")) for name in placed}
 
-    return jax.jit(initialise, out_shardings=shardings_of)() if shardings_of else {}
+    return jax.jit(initialise, out_shardings={name: leaf.sharding for name, leaf in placed.items()})() if placed else {}
 
 
-def _read(tensors: safetensors_files.Tensors, sources: dict[str, Source], fresh: dict[str, jax.Array], path, leaf):
-    """Reads a parameter into a sharded array, each device's part, tensor by tensor; or takes it from `fresh`."""
-    if parameter_name(path) in fresh:
-        return fresh[parameter_name(path)]
-    source = sources[parameter_name(path)]
+def _read(tensors: safetensors_files.Tensors, sources: dict[str, Source], beside: dict[str, jax.Array], path, leaf):
+    """Reads a parameter into a sharded array, each device's part, tensor by tensor; or takes it from `beside`."""
+    if (name := parameter_name(path)) in beside:
+        return beside[name]
     return jax.make_array_from_callback(
-        leaf.shape, leaf.sharding, lambda index: source.read(tensors.read, index, leaf.dtype)
+        leaf.shape, leaf.sharding, lambda index: sources[name].read(tensors.read, index, leaf.dtype)
     )
 
 

@@ -48,7 +48,7 @@ def to_model(theirs: dict) -> dict:
 
 
 def from_model(model: ModelConfig) -> dict:
-    """Makes a `config.json` of transformers 5 for a model, without its fast MLPs: the inverse of `to_model`.
+    """Makes a `config.json` of transformers 5 for a model without fast MLPs and sinks: the inverse of `to_model`.
 
     Raises:
       UserError: transformers has no model that computes the same.
@@ -58,10 +58,6 @@ def from_model(model: ModelConfig) -> dict:
         raise UserError(f"config.model.mixer names {other[0]!r}, which transformers has in none of these models")
     if model.engram.blocks:
         raise UserError(f"config.model.engram.blocks is {model.engram.blocks!r}, but transformers has no Engram")
-    if model.attention_sinks:
-        raise UserError(
-            f"config.model.attention_sinks is {model.attention_sinks}, which transformers has in none of these models"
-        )
     if model.post_norm:
         raise UserError("config.model.post_norm is True, which transformers has in none of these models")
     if model.qk_norm and model.attention_bias:
