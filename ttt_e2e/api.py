@@ -25,7 +25,7 @@ from ttt_e2e.inference.generate import Continuation, Settings, continue_prompt
 from ttt_e2e.inference.reader import ENDLESS, ReaderState
 from ttt_e2e.inference.settings import Sampling
 from ttt_e2e.inference.state import load_state, save_state
-from ttt_e2e.progress import hidden_progress
+from ttt_e2e.progress import quietly
 from ttt_e2e.runs.configs import find_config
 from ttt_e2e.runs.directory import find_run
 
@@ -78,7 +78,7 @@ def evaluate(
         if not epath.Path(subject.checkpoint, "config.json").exists():
             raise UserError(f"output is missing: {path} is no run directory, where it would be `evaluation`")
         output = f"{subject.checkpoint}/evaluation"
-    with hidden_progress(not progress):
+    with quietly(progress=progress):
         return run_all(asked, subject.config, subject.checkpoint, _path(output))
 
 
@@ -107,7 +107,8 @@ class Model:
 
     def __init__(self, subject: Subject):
         self._subject = subject
-        self._reader = subject.reader(ENDLESS)
+        with quietly():
+            self._reader = subject.reader(ENDLESS)
 
     def __repr__(self):
         return f"<ttt_e2e.Model of {self._subject.step_directory}>"
@@ -177,7 +178,7 @@ class Model:
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
         settings = Settings(max_new_tokens, sampling, seed, stops, learn)
         ids, start = self.encode(prompt), self._start(state)
-        with hidden_progress():
+        with quietly():
             return GeneratedText(continue_prompt(self._reader, start, ids, settings, self.tokenizer))
 
     def save(self, state: ReaderState, path, *, precision: str = "float32") -> None:
@@ -187,14 +188,16 @@ class Model:
 
         Raises `UserError` where `path` exists, or cannot be written.
         """
-        save_state(_path(path), self._reader, self._checked(state), precision=precision)
+        with quietly():
+            save_state(_path(path), self._reader, self._checked(state), precision=precision)
 
     def load_state(self, path) -> ReaderState:
         """Loads a state that `save` or `generate --save_state` wrote.
 
         Raises `UserError` where there is none, it is damaged, or it is of another model or checkpoint.
         """
-        return self._checked(load_state(_path(path), self._reader))
+        with quietly():
+            return self._checked(load_state(_path(path), self._reader))
 
     def _read(self, text, state: ReaderState | None, learn: bool) -> tuple[ReaderState, np.ndarray]:
         """The state after a text, and the NLL [n] of its tokens."""

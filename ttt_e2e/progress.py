@@ -1,9 +1,10 @@
-"""Progress bars on stderr of training, evaluation and generation, which a caller from Python may hide."""
+"""Progress bars of training, evaluation and generation, on stderr; and how to hide these, and other lines there."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from absl import logging as absl_logging
 from tqdm import tqdm
 
 _hidden = ContextVar("hidden", default=False)
@@ -22,3 +23,15 @@ def hidden_progress(hidden: bool = True) -> Iterator[None]:
         yield
     finally:
         _hidden.reset(token)
+
+
+@contextmanager
+def quietly(*, progress: bool = False) -> Iterator[None]:
+    """Hides what Orbax logs, many lines for every save, inside of a `with` block; and bars, but with `progress`."""
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        with hidden_progress(not progress):
+            yield
+    finally:
+        absl_logging.set_verbosity(verbosity)

@@ -28,12 +28,12 @@ class _CallablePackage(ModuleType):
           PreemptedError: SIGTERM or SIGUSR1 asked to stop; what was trained is saved.
         """
         from ttt_e2e.flags import as_arguments
-        from ttt_e2e.progress import hidden_progress
+        from ttt_e2e.progress import quietly
         from ttt_e2e.runs.configs import find_config
         from ttt_e2e.train.loop import train
 
         arguments = as_arguments(overrides)
-        with hidden_progress(not progress):
+        with quietly(progress=progress):
             return train(find_config(config, arguments), os.path.expanduser(workdir), arguments)
 
 
