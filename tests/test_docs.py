@@ -2,12 +2,14 @@
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from tests.evaluation.conftest import make_run, write_store
 from ttt_e2e import cli
 from ttt_e2e.config import default_config
 from ttt_e2e.errors import UserError
@@ -135,3 +137,24 @@ def test_python_examples_are_python(document):
     for language, block in FENCE.findall(document.read_text(encoding="utf-8")):
         if language == "python":
             ast.parse(block)
+
+
+@pytest.mark.parametrize("page", ("README.md", "docs/python.md"))
+def test_python_examples_run(page, tmp_path, monkeypatch):
+    """One after the other, where the quickstart is a tiny run: of random parameters, on random text."""
+    write_store(tmp_path / "store", lengths=(4000, 3000))
+    workdir = make_run(tmp_path / "runs" / "quickstart", tmp_path / "store")
+    fields = json.loads((workdir / "config.json").read_text())
+    fields["data"]["train_split"] = "val"
+    fields["train"] |= {"global_batch_size": 2}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.py").write_text(
+        f"from ml_collections import ConfigDict\n\ndef get_config(arg):\n    return ConfigDict({fields!r})\n"
+    )
+    (tmp_path / "ttt_e2e").symlink_to(ROOT / "ttt_e2e")
+    monkeypatch.chdir(tmp_path)
+    blocks = [block for language, block in FENCE.findall((ROOT / page).read_text("utf-8")) if language == "python"]
+    names = {}
+    for block in blocks:
+        exec(compile(block.replace('"train.num_steps": 100', '"train.num_steps": 2'), page, "exec"), names)
+    assert names["model"].load_state(next((tmp_path / "states").iterdir())).position > 1000

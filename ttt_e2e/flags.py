@@ -6,7 +6,7 @@ Flags are defined when the subcommand is known, so that each has its own.
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from absl import flags
@@ -110,6 +110,13 @@ def _call_config_file(spec: str, function: str, *arguments):
         raise
     except (Exception, SystemExit) as error:  # an exception in the user's file is an error of the user's
         raise UserError(f"config file {spec}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def as_arguments(overrides: Mapping | None) -> list[str]:
+    """Writes overrides {"section.field": value} as arguments for `override`. Raises `UserError` unless it is a dict."""
+    if not isinstance(overrides, Mapping | None):
+        raise UserError(f"overrides is {overrides!r:.80}, but it must be a dict such as {{'train.num_steps': 100}}")
+    return [f"--config.{name}={value}" for name, value in (overrides or {}).items()]
 
 
 def override(base: ConfigDict, overrides: list[str]) -> Config:

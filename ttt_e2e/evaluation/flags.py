@@ -1,10 +1,15 @@
-"""Defines and reads the flags of `ttt-e2e evaluate` that select evaluations and set their settings."""
+"""Defines and reads the flags of `ttt-e2e evaluate`, which select evaluations and set their settings.
 
+From Python the same names are keyword arguments.
+"""
+
+from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
 
 from ttt_e2e import settings
+from ttt_e2e.config import suggestion
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.base import Evaluation, evaluations
 
@@ -15,6 +20,26 @@ def define(values: flags.FlagValues) -> None:
         settings.define(values, evaluation.Settings)
         if evaluation.name not in values and not evaluation.is_default:
             flags.DEFINE_boolean(evaluation.name, False, evaluation.help, flag_values=values)
+
+
+def from_keywords(keywords: dict[str, Any]) -> flags.FlagValues:
+    """The flags of all evaluations, of which these have been given: {"context_lengths": [512, 1024], ...}.
+
+    Raises:
+      UserError: there is no such flag, or its value is of another type.
+    """
+    values = flags.FlagValues()
+    define(values)
+    values.mark_as_parsed()
+    for name, value in keywords.items():
+        if name not in values:
+            raise UserError(f"evaluate has no setting {name!r}: {suggestion(name, sorted(values))}")
+        several = isinstance(value, Iterable) and not isinstance(value, str)
+        try:
+            values[name].parse(",".join(map(str, value)) if several else str(value))
+        except flags.Error as error:
+            raise UserError(" ".join(str(error).split())) from None
+    return values
 
 
 def asked(values: flags.FlagValues) -> list[tuple[Evaluation, Any]]:

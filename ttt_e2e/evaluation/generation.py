@@ -19,6 +19,7 @@ from ttt_e2e.evaluation.base import Evaluation, Table, number, register
 from ttt_e2e.evaluation.records import Records
 from ttt_e2e.evaluation.subject import Subject
 from ttt_e2e.inference.settings import Sampling
+from ttt_e2e.progress import progress_bar
 from ttt_e2e.settings import setting
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _generate_all(reader: Reader, subject: Subject, plan: Plan, settings: Settin
     B, P = min(config.eval.batch_size, len(plan.documents)), plan.prompt_tokens
     todo = records.unfinished(("generated",), len(plan.documents), B)
     total = len(todo) * B * (P + settings.tokens)
-    with tqdm(total=total, desc="generate", unit="token", unit_scale=True, disable=not todo) as bar:
+    with progress_bar(total=total, desc="generate", unit="token", unit_scale=True, disable=not todo) as bar:
         for batch, filled in todo:
             begins = [plan.documents[sample] for sample in filled]
             length, vocab_size = P + settings.tokens, config.model.vocab_size
@@ -260,7 +261,7 @@ def _judge_all(reader: Reader, bos_id: int, texts: list, records: Records, batch
     todo = records.unfinished(("judged",), len(texts), B)
     names = ("generated", "reference")
     total = sum(B * max(len(texts[n][0]) + len(texts[n][k]) for n in batch) for batch, _ in todo for k in (1, 2))
-    with tqdm(total=total, desc="judge", unit="token", unit_scale=True, disable=not todo) as bar:
+    with progress_bar(total=total, desc="judge", unit="token", unit_scale=True, disable=not todo) as bar:
         for batch, filled in todo:
             finished = [{"stage": "judged", "sample": sample} for sample in batch]
             for which, name in enumerate(names, start=1):

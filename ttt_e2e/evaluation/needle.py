@@ -19,6 +19,7 @@ from ttt_e2e.evaluation.haystacks import TASKS, Haystacks, Prompt
 from ttt_e2e.evaluation.records import Records
 from ttt_e2e.evaluation.subject import Subject
 from ttt_e2e.figures import STYLE, make_figure
+from ttt_e2e.progress import progress_bar
 from ttt_e2e.settings import setting
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Needle(Evaluation):
             for batches in records.unfinished(cell, settings.samples, B)
         ]
         total = sum(2 * length for (_, length, _), *_ in todo) * B
-        with tqdm(total=total, desc="needle", unit="token", unit_scale=True, disable=not todo) as bar:
+        with progress_bar(total=total, desc="needle", unit="token", unit_scale=True, disable=not todo) as bar:
             for cell, batch, filled in todo:
                 bar.set_postfix_str("task {}, length {}, depth {}".format(*cell), refresh=False)
                 answers = ask(reader, haystacks, [haystacks.prompt(*cell, sample) for sample in filled], bar)

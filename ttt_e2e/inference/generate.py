@@ -11,16 +11,17 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from ttt_e2e.checkpoints.params import load_params
 from ttt_e2e.cluster.mesh import with_shardings
 from ttt_e2e.config import Config
+from ttt_e2e.data.tokenizers import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.prompts import encode, find_tokenizer
 from ttt_e2e.inference.reader import Reader, ReaderState
@@ -29,6 +30,7 @@ from ttt_e2e.inference.settings import Sampling
 from ttt_e2e.inference.state import check_can_save, load_state, read_about, save_state
 from ttt_e2e.inference.text import TextStream
 from ttt_e2e.model import abstract_model
+from ttt_e2e.progress import hidden_progress, progress_bar
 
 LEARN = ("all", "prompt", "none")
 
@@ -62,6 +64,16 @@ class Token(NamedTuple):
     id: int
     nll: float  # nats, under the model's own prediction, before temperature, penalty, top-k and top-p
     state: ReaderState  # after this token
+
+
+class Continuation(NamedTuple):
+    """A continuation of a prompt."""
+
+    text: str
+    tokens: list[int]  # the one that ended it included
+    nll: list[float]  # of each token, as that of `Token`
+    ended_by: str  # "length", "stop", "bos" or "eos"
+    state: ReaderState  # after the last token
 
 
 def generate(  # noqa: PLR0913 -- they are the flags of the command
@@ -103,22 +115,25 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
     about = read_about(load_from) if load_from else {"position": 0}
     longest = max(map(len, prompt_ids)) + settings.max_new_tokens
     reader = load_reader(config, checkpoint, max_length or max(about["position"] + longest, 1))
-    bos_id = config.data.bos_id or tokenizer.bos_id
-    ends = {tokenizer.eos_id: "eos", bos_id: "bos"}
-    start = load_state(load_from, reader) if load_from else reader.start(bos_id)
+    start = load_state(load_from, reader) if load_from else reader.start(config.data.bos_id or tokenizer.bos_id)
     if (batch_size := len(start.tokens)) != 1:
         raise UserError(f"state {load_from} is of {batch_size} sequences, but prompts are continued one at a time")
     reader.check_room(start, longest)
     streams = len(prompts) == 1
-    with _open_output(output, streams) as file:
+    emit = partial(print, end="", flush=True) if streams and settings.max_new_tokens else None
+    # A progress bar would break up text that is streamed to the same terminal.
+    with _open_output(output, streams) as file, hidden_progress(streams and sys.stdout.isatty()):
         for index, (prompt, ids) in enumerate(zip(prompts, prompt_ids)):
-            result, state = _continue(reader, start, ids, settings, index, tokenizer, ends, echo=streams)
+            result = continue_prompt(reader, start, ids, settings, tokenizer, index=index, emit=emit)
+            if emit:
+                emit("\n")
             if file:
-                file.write(json.dumps({"prompt": prompt, **result}) + "\n")
+                fields = {name: value for name, value in result._asdict().items() if name != "state"}
+                file.write(json.dumps({"prompt": prompt, **fields}) + "\n")
                 file.flush()
     if save_to:
-        save_state(save_to, reader, state, precision=precision)
-        logger.info("saved the state after %d tokens in %s", state.position, save_to)
+        save_state(save_to, reader, result.state, precision=precision)
+        logger.info("saved the state after %d tokens in %s", result.state.position, save_to)
 
 
 def generate_tokens(
@@ -161,28 +176,38 @@ def load_reader(config: Config, checkpoint, max_length: int) -> Reader:
     return Reader(graphdef, params, config, max_length=max_length)
 
 
-def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, ends: dict[int, str], *, echo: bool):
-    """Reads a prompt and continues it; with `echo`, prints the text as it is generated.
+def continue_prompt(
+    reader: Reader, state: ReaderState, ids, settings: Settings, tokenizer: Tokenizer, *, index: int = 0, emit=None
+) -> Continuation:
+    """Reads a prompt after `state` and continues it, up to a stop string, BOS, the tokenizer's EOS, or the length.
 
-    Returns `text`, `tokens`, `nll` and `ended_by` as a dict, and the state after the last token.
+    Args:
+      reader: the reader that made `state`.
+      state: state of one sequence.
+      ids: tokens of the prompt, int32 [num_tokens].
+      settings: number of tokens, sampling, stop strings and learning.
+      tokenizer: the one that the model was trained with.
+      index: number of the prompt among several, each of which has its own random key.
+      emit: function that is called with each piece of the text as soon as it is certain.
+
+    Raises:
+      UserError: full attention has no room for the tokens.
     """
-    # A progress bar would break up text that is streamed to the same terminal.
-    hidden = echo and sys.stdout.isatty()
+    ends = {tokenizer.eos_id: "eos", reader.config.data.bos_id or tokenizer.bos_id: "bos"}
     started = time.perf_counter()
-    with tqdm(total=len(ids), desc="read", unit="token", disable=hidden, leave=False) as bar:
+    with progress_bar(total=len(ids), desc="read", unit="token", leave=False) as bar:
         state, _ = reader.read(state, ids[None], learn=settings.learn != "none", bar=bar)
     prompt_end = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(settings.seed), index)
-    stream, tokens, nlls, text = TextStream(tokenizer, settings.stop), [], [], ""
+    stream, tokens, nlls, pieces = TextStream(tokenizer, settings.stop), [], [], []
     reason = "length"
 
-    def give_out(more: str) -> str:
-        if echo and settings.max_new_tokens:
-            print(more, end="", flush=True)
-        return more
+    def give_out(piece: str) -> None:
+        pieces.append(piece)
+        if emit:
+            emit(piece)
 
-    bar = tqdm(total=settings.max_new_tokens, desc="generate", unit="token", disable=hidden, leave=False)
-    with bar:
+    with progress_bar(total=settings.max_new_tokens, desc="generate", unit="token", leave=False) as bar:
         for token in generate_tokens(reader, state, ids, settings, key, ends):
             state = token.state
             tokens.append(token.id)
@@ -191,16 +216,15 @@ def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, end
             if token.id in ends:
                 reason = ends[token.id]
                 break
-            text += give_out(stream.push(token.id))
+            give_out(stream.push(token.id))
             if stream.stopped:
                 reason = "stop"
                 break
-    text += give_out(stream.finish())
-    give_out("\n")
+    give_out(stream.finish())
     rates = len(ids) / (prompt_end - started), len(tokens) / (time.perf_counter() - prompt_end)
     counts = (len(ids), rates[0], len(tokens), rates[1])
     logger.info("read %d tokens, %.1f tokens/s; generated %d, %.1f tokens/s (compiling included)", *counts)
-    return {"text": text, "tokens": tokens, "nll": nlls, "ended_by": reason}, state
+    return Continuation("".join(pieces), tokens, nlls, reason, state)
 
 
 def _open_output(output: str, streams: bool):

@@ -48,6 +48,9 @@ class ReaderState(NamedTuple):
     position: np.int64  # tokens read after the first one; on the host, so that choosing a program does not wait
     prepared: dict[str, Any] | None = None  # States as decoding reads them (keys rotated); None before decoding
 
+    def __repr__(self):  # without the arrays, which nobody can read
+        return f"ReaderState(position={self.position})"
+
 
 # Which axis of the arrays of a field is B.
 _BATCHED = ReaderState(fast=0, states=1, drafts=1, tokens=0, position=None, prepared=1)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from tqdm import tqdm
 
 from ttt_e2e.cluster.mesh import BATCH, local_rows
 from ttt_e2e.config import Config
@@ -17,6 +16,7 @@ from ttt_e2e.data.pipeline import evaluation_batches
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.data.tokenizers import alike_tokens, file_digest, load_tokenizer
 from ttt_e2e.errors import PreemptedError, UserError
+from ttt_e2e.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,8 @@ def held_out_loss(
         vocab_size=config.model.vocab_size,
     )
     loss, token_nll, num_tokens = 0.0, 0.0, 0
-    for tokens, num_valid in tqdm(batches, total=-(-num_sequences // B), desc=desc, unit="batch", disable=not desc):
+    bar = progress_bar(batches, total=-(-num_sequences // B), desc=desc, unit="batch", disable=not desc)
+    for tokens, num_valid in bar:
         sums, nll_BT = evaluate(to_device(tokens, mesh, B), num_valid)
         take(nll_BT, num_valid)
         sums = jax.device_get(sums)

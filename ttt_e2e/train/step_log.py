@@ -4,10 +4,10 @@ import time
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
+from ttt_e2e.progress import progress_bar
 from ttt_e2e.runs.metrics import MetricsWriter, first_not_finite
 from ttt_e2e.runs.watchdog import Phases, Watchdog, seconds_alone, seconds_in, seconds_of_step
 from ttt_e2e.train.flops import model_flops_per_token, peak_flops
@@ -26,7 +26,7 @@ class StepLog:
         self._flops = model_flops_per_token(config) * self._tokens
         is_main = jax.process_index() == 0
         self._writer = MetricsWriter(workdir, config, first_step) if is_main else None
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=config.train.num_steps, initial=first_step, desc="train", unit="step", disable=not is_main
         )
         self._profiling = False
