@@ -94,7 +94,7 @@ def divide(config: Config, params, mesh: Mesh, *, by_sequence: bool) -> Division
     leaves = jax.tree_util.tree_map_with_path(leaf, params)
     head = leaves["slow"].get("head") or _transposed(leaves["slow"]["embedding"])
     if num_parts > 1 and model.vocab_size % num_parts:
-        head = head._replace(columns=model.vocab_size)
+        head = head._replace(head_columns=model.vocab_size)
     weights = partial(Weights, num_parts=num_parts, compute_dtype=jax.numpy.dtype(model.compute_dtype))
     return Division(
         slow=weights(leaves["slow"]),

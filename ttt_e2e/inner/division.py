@@ -32,7 +32,7 @@ class Leaf(NamedTuple):
     data: int = 0  # dimension that is sharded over `data`; 0 = none
     gathered: int = 0  # dimension that is sharded over `model`, and gathered for the computation; 0 = none
     sums: bool = False  # `gathered` only: the devices' cotangents are terms of a sum; otherwise equal on all devices
-    columns: int = 0  # columns of a head that is stored whole, though each device of `model` uses its own; 0 = not so
+    head_columns: int = 0  # of a head that is stored whole, though each device of `model` uses its own; 0 = none is
     unsummed: tuple[str, ...] = ()  # axes over which `complete` sums the cotangents, once a step
 
 
@@ -153,15 +153,15 @@ def _whole(weights: Weights, stored, leaf: Leaf):
     for dimension, axis in ((leaf.data, DATA), (leaf.gathered, MODEL)):
         if dimension:
             stored = jax.lax.all_gather(stored, axis, axis=stored.ndim + dimension, tiled=True)
-    if leaf.columns:  # padded with columns of zeros to a multiple of the devices
-        padded_head = jnp.pad(stored, ((0, 0), (0, -leaf.columns % weights.num_parts)))
+    if leaf.head_columns:  # padded with columns of zeros to a multiple of the devices
+        padded_head = jnp.pad(stored, ((0, 0), (0, -leaf.head_columns % weights.num_parts)))
         stored = own_part(padded_head, 1, weights.num_parts)
     return stored
 
 
 def _reduced(weights: Weights, bar, leaf: Leaf):
-    if leaf.columns:
-        bar = jax.lax.all_gather(bar, MODEL, axis=1, tiled=True)[:, : leaf.columns]
+    if leaf.head_columns:
+        bar = jax.lax.all_gather(bar, MODEL, axis=1, tiled=True)[:, : leaf.head_columns]
     if leaf.gathered:
         if leaf.sums:
             bar = jax.lax.psum_scatter(bar, MODEL, scatter_dimension=bar.ndim + leaf.gathered, tiled=True)

@@ -22,10 +22,10 @@ from flax import nnx
 from ttt_e2e.config.fields import field, require
 from ttt_e2e.kernels.delta_rule import delta_rule
 from ttt_e2e.model.causal_conv import causal_conv, conv_init, last_inputs
+from ttt_e2e.model.decay import decay_parameters, log_decay
 from ttt_e2e.model.mixers.base import Context, Mixer, register
-from ttt_e2e.model.mixers.mamba2 import initial_dt_bias
 from ttt_e2e.model.norm import RMSNorm
-from ttt_e2e.model.parameters import at_least_float32, matrix, parameter, vector
+from ttt_e2e.model.parameters import at_least_float32, matrix, parameter
 from ttt_e2e.model.parts import copy_to_all
 from ttt_e2e.model.passes import Pass
 
@@ -74,9 +74,7 @@ class GatedDeltaNet(Mixer):
         self.wa = matrix(rngs, (D, N), config, ("width", "heads"))
         self.wb = matrix(rngs, (D, N), config, ("width", "heads"))
         self.wg = matrix(rngs, (D, N * V), config, ("width", "heads"))
-        self.dt_bias = vector(initial_dt_bias(rngs, N), config, "heads", decays=False)
-        rates = jax.random.uniform(rngs.params(), (N,), minval=1e-4, maxval=16.0)
-        self.A_log = vector(jnp.log(rates), config, "heads", decays=False)
+        self.dt_bias, self.A_log = decay_parameters(rngs, N, config, least_rate=1e-4)
         self.norm = RMSNorm(V, config, "head_width")
         self.norm.eps = NORM_EPS
         self.wo = matrix(rngs, (N * V, D), config, ("heads", "width"))
@@ -119,15 +117,13 @@ class GatedDeltaNet(Mixer):
         q_NTK, k_NTK = (_normed(a.astype(wide)) for a in (q_NTK, k_NTK))
         q_NTK *= self.key_width**-0.5
         beta_NT = jax.nn.sigmoid(projected["b"].T.astype(wide))
-        dt_TN = jax.nn.softplus(projected["a"].astype(wide) + self.dt_bias[...])
-        log_decay_NT = (-jnp.exp(self.A_log[...].astype(wide)) * dt_TN).T
-        if count is not None:  # padding neither decays nor corrects
-            is_token_T = jnp.arange(T) < count
-            beta_NT, log_decay_NT = (jnp.where(is_token_T, a, 0) for a in (beta_NT, log_decay_NT))
+        if count is not None:  # padding corrects nothing
+            beta_NT = jnp.where(jnp.arange(T) < count, beta_NT, 0)
+        _, log_decay_TN = log_decay(projected["a"], self.dt_bias[...], self.A_log[...], wide, count)
         o_NTV, memory = delta_rule(
             *(a.astype(dtype) for a in (q_NTK, k_NTK, v_NTV)),
             beta_NT,
-            log_decay_NT,
+            log_decay_TN.T,
             state.memory,
             chunk_size=self.fields.chunk_size,
         )

@@ -12,7 +12,6 @@ Shapes: `T` positions, `b` inner mini-batch, `D` model width, `I` = N H inner wi
 state width, `W` width of the convolution.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from flax import nnx
 from ttt_e2e.config.fields import field, require
 from ttt_e2e.kernels.ssd import ssd
 from ttt_e2e.model.causal_conv import causal_conv, conv_init, last_inputs
+from ttt_e2e.model.decay import decay_parameters, log_decay
 from ttt_e2e.model.mixers.base import Context, Mixer, register
 from ttt_e2e.model.parameters import at_least_float32, matrix, parameter, vector
 from ttt_e2e.model.parts import copy_to_all, sum_to_all
@@ -73,9 +73,7 @@ class Mamba2(Mixer):
         self.conv_x_bias = vector(conv_init(rngs, (inner,), W), config, "heads")
         self.conv_bc = parameter(conv_init(rngs, (2 * S, W), W), config, (None, None))
         self.conv_bc_bias = vector(conv_init(rngs, (2 * S,), W), config)
-        self.dt_bias = vector(initial_dt_bias(rngs, N), config, "heads", decays=False)
-        rates = jax.random.uniform(rngs.params(), (N,), minval=1.0, maxval=16.0)
-        self.A_log = vector(jnp.log(rates), config, "heads", decays=False)
+        self.dt_bias, self.A_log = decay_parameters(rngs, N, config, least_rate=1.0)
         self.skip = vector(jnp.ones(N), config, "heads", decays=False)
         self.norm_weight = vector(jnp.ones(inner), config, "heads")
         self.wo = matrix(rngs, (inner, D), config, ("heads", "width"))
@@ -118,10 +116,7 @@ class Mamba2(Mixer):
         bc_TS2 = causal_conv(bc_TS2, self.conv_bc[...], state.bc) + self.conv_bc_bias[...].astype(dtype)
         B_TS, C_TS = jnp.split(copy_to_all(jax.nn.silu(bc_TS2), self.is_divided), 2, axis=-1)
 
-        dt_TN = jax.nn.softplus(dt_TN.astype(wide) + self.dt_bias[...].astype(wide))
-        if count is not None:
-            dt_TN = jnp.where((jnp.arange(T) < count)[:, None], dt_TN, 0)  # padding neither decays nor adds
-        log_decay_TN = -jnp.exp(self.A_log[...].astype(wide)) * dt_TN
+        dt_TN, log_decay_TN = log_decay(dt_TN, self.dt_bias[...], self.A_log[...], wide, count)
         x_NTH = x_TI.reshape(T, -1, self.fields.head_dim).swapaxes(0, 1)
         step_NTH = (x_NTH * dt_TN.T[..., None]).astype(dtype)
         y_NTH, ssm = ssd(step_NTH, log_decay_TN.T, B_TS, C_TS, state.ssm, chunk_size=self.fields.chunk_size)
@@ -143,13 +138,6 @@ class Mamba2(Mixer):
     def is_divided(self) -> bool:
         """Whether the matrices hold only one device's heads (tensor parallelism, parts.py)."""
         return self.wo.get_value().shape[-2] < self.inner_width
-
-
-def initial_dt_bias(rngs: nnx.Rngs, N: int):
-    """Draws biases [N] whose softplus is uniform in its logarithm, between 0.001 and 0.1, as released."""
-    low, high = math.log(1e-3), math.log(0.1)
-    dt = jnp.exp(jax.random.uniform(rngs.params(), (N,), minval=low, maxval=high))
-    return dt + jnp.log(-jnp.expm1(-dt))  # the inverse of softplus
 
 
 register("mamba2", Mamba2, Mamba2Config)
