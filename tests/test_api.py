@@ -35,7 +35,7 @@ def model(workdir):
 
 
 @pytest.fixture(autouse=True)
-def nothing_on_stdout(request, capsys):
+def nothing_on_stdout(capsys):
     """No function of the package prints; the commands that are compared with do, and their tests read it."""
     yield
     assert capsys.readouterr().out == ""
