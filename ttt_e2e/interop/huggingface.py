@@ -49,6 +49,7 @@ RULES = (
     Rule("attention_norm.weight", f"{_LAYER}input_layernorm.weight"),
     Rule("mlp_norm.weight", f"{_LAYER}post_attention_layernorm.weight"),
 )
+FLOATS = ("F32", "F16", "BF16", "F64")
 # Tensors of some files that hold nothing of the model: buffers of RoPE, and a head that is the embedding again.
 IGNORED = ("rotary_emb.inv_freq",)
 
@@ -80,6 +81,9 @@ def import_model(checkpoint, output, overrides: list[str], added: Additions = NO
     _, abstract = abstract_model(config.model)
     sources = sources_of(config.model, RULES)
     _check(tensors, sources, config)
+    for name in TOKENIZER_FILES:
+        if (directory / name).is_file() and (reason := safetensors_files.not_downloaded(directory / name)):
+            raise UserError(f"{directory / name} is {reason}")
     mesh = make_mesh(config.mesh)
     placed = with_shardings(abstract, shardings(abstract, mesh, config.model))
     others = {name: leaf for name, leaf in additions.by_name(placed).items() if name not in sources}
@@ -107,8 +111,8 @@ def make_config(
         additions.read_fields(directory, config, added)
     else:
         additions.add(config, added)
-    bos_id = theirs.get("bos_token_id")
-    config.data.bos_id = (bos_id[0] if isinstance(bos_id, list) else bos_id) or 0
+    bos_id = theirs.get("bos_token_id") or 0
+    config.data.bos_id = int(next(iter(bos_id), 0) if isinstance(bos_id, list) else bos_id)
     for name in TOKENIZER_FILES[:2]:
         if (directory / name).is_file():
             config.data.tokenizer = str(output.resolve() / name)
@@ -173,8 +177,10 @@ def _check(tensors: safetensors_files.Tensors, sources: dict[str, Source], confi
             raise UserError(f"{directory} has no tensor {name!r}, {list(shape)}, which the model needs")
         if (found := tensors.shape(name)) != shape:
             raise UserError(f"tensor {name!r} in {directory} is {list(found)}, but the model makes it {list(shape)}")
-        if tensors.dtype(name) not in ("F32", "F16", "BF16", "F64"):
-            raise UserError(f"tensor {name!r} in {directory} is {tensors.dtype(name)}, no floats")
+        if tensors.dtype(name) not in FLOATS:
+            raise UserError(
+                f"tensor {name!r} in {directory} is {tensors.dtype(name)}, but it must be one of {', '.join(FLOATS)}"
+            )
     unused = {name for name in tensors.names - shapes.keys() if not name.endswith(IGNORED)}
     if config.model.tie_word_embeddings:
         unused.discard("lm_head.weight")

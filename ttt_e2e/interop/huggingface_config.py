@@ -5,6 +5,7 @@ and 5 (`rope_parameters`, `dtype`). What a model has that ours does not compute 
 """
 
 from ttt_e2e.config import ModelConfig
+from ttt_e2e.config.fields import coerce, require
 from ttt_e2e.errors import UserError
 
 # Fields that mean the same.
@@ -14,7 +15,13 @@ SAME = (
 )
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 LAYERS = {"full_attention": "attention", "sliding_attention": "window"}
-MUST_BE = {"hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1}
+MUST_BE = {"hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1, "partial_rotary_factor": 1.0}
+INTEGERS = (  # with the least that is legal
+    *((name, 1) for name in SAME[:5]),
+    *((name, 0) for name in ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")),
+    *((name, 0) for name in ("max_position_embeddings", "bos_token_id")),
+)
+FLOATS = ("rms_norm_eps", "initializer_range", "rope_theta")
 
 
 def to_model(theirs: dict) -> dict:
@@ -28,8 +35,11 @@ def to_model(theirs: dict) -> dict:
     if kind not in MODEL_TYPES:
         raise UserError(f"config.json: model_type is {kind!r}, but it must be one of {', '.join(MODEL_TYPES)}")
     for name, legal in MUST_BE.items():
-        if theirs.get(name, legal) != legal:
+        if theirs.get(name) not in (None, legal):
             raise UserError(f"config.json: {name} is {theirs[name]!r}, but it must be {legal!r}")
+    if theirs.get("quantization_config"):
+        raise UserError("config.json has a quantization_config, but weights must be plain floats")
+    theirs = theirs | _numbers(theirs)
     bias = theirs.get("attention_bias", False)
     if bias and kind != "qwen2":
         raise UserError(f"config.json: attention_bias is {bias!r}, but only qwen2 may have biases, of q, k and v")
@@ -104,21 +114,42 @@ def _get(theirs: dict, name: str):
     return theirs[name]
 
 
+def _numbers(theirs: dict) -> dict:
+    """The numbers among the fields of a `config.json`, in their types. Raises `UserError` for one that is none."""
+    given = {name: value for name, value in theirs.items() if value is not None}
+    if isinstance(bos_ids := given.get("bos_token_id"), list):
+        given["bos_token_id"] = bos_ids[0] if bos_ids else 0
+    numbers = {name: coerce(f"config.json: {name}", given[name], float) for name in FLOATS if name in given}
+    for name, least in INTEGERS:
+        if name in given:
+            numbers[name] = coerce(f"config.json: {name}", given[name], int)
+            require(numbers[name] >= least, f"config.json: {name}", numbers[name], f"at least {least}")
+    return numbers
+
+
 def _rope(theirs: dict) -> dict:
     """The fields of RoPE, from `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
     name = "rope_parameters" if theirs.get("rope_parameters") else "rope_scaling"
     rope = theirs.get(name) or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"config.json: {name} is {rope!r}, but it must be one object of numbers for all layers")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    fields = {"rope_theta": float(rope.get("rope_theta", theirs.get("rope_theta", 10_000.0)))}
+    names = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    given = {key: coerce(f"config.json: {name}.{key}", rope[key], float) for key in names if key in rope}
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
+        raise UserError(
+            f"config.json: {name}.partial_rotary_factor is {rope['partial_rotary_factor']!r}, but it must be 1"
+        )
+    fields = {"rope_theta": given.get("rope_theta", theirs.get("rope_theta", 10_000.0))}
     if kind == "llama3":
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-            if key not in rope:
+        for key in names[1:]:
+            if key not in given:
                 raise UserError(f"config.json: {name} has no {key!r}")
         return fields | {
-            "rope_scaling_factor": float(rope["factor"]),
-            "rope_low_freq_factor": float(rope["low_freq_factor"]),
-            "rope_high_freq_factor": float(rope["high_freq_factor"]),
-            "rope_original_positions": int(rope["original_max_position_embeddings"]),
+            "rope_scaling_factor": given["factor"],
+            "rope_low_freq_factor": given["low_freq_factor"],
+            "rope_high_freq_factor": given["high_freq_factor"],
+            "rope_original_positions": int(given["original_max_position_embeddings"]),
         }
     if kind != "default":
         raise UserError(f"config.json: {name}.rope_type is {kind!r}, but it must be 'default' or 'llama3'")
@@ -133,8 +164,10 @@ def _windows(theirs: dict, kind: str, num_layers: int) -> dict:
     if not layers:  # transformers 4: layers from `max_window_layers` on have the window
         first = 0 if kind == "mistral" else theirs.get("max_window_layers", num_layers)
         layers = ["sliding_attention" if used and i >= first else "full_attention" for i in range(num_layers)]
-    if unknown := set(layers) - set(LAYERS):
-        raise UserError(f"config.json: layer_types has {min(unknown)!r}, but it may have {' and '.join(LAYERS)}")
+    if not isinstance(layers, list):
+        raise UserError(f"config.json: layer_types is {layers!r}, but it must be a list, of one entry for each layer")
+    if unknown := [layer for layer in layers if layer not in list(LAYERS)]:
+        raise UserError(f"config.json: layer_types has {unknown[0]!r}, but it may have {' and '.join(LAYERS)}")
     if len(layers) != num_layers:
         raise UserError(f"config.json: layer_types has {len(layers)} layers, but num_hidden_layers is {num_layers}")
     mixers = [LAYERS[layer] for layer in layers]

@@ -33,7 +33,8 @@ class Tensors:
                 file = safe_open(str(path), framework="np")
                 self._files |= {tensor: (path, file) for tensor in file.keys()}  # noqa: SIM118 (it is no dict)
             except Exception as error:  # the library raises an exception of its own for any damage
-                raise UserError(f"{path} is no whole safetensors file: {first_line(error)}") from None
+                reason = not_downloaded(path) or first_line(error)
+                raise UserError(f"{path} is no whole safetensors file: {reason}") from None
         for tensor in names if isinstance(names, dict) else ():
             if tensor not in self._files:
                 raise UserError(f"{directory / names[tensor]} has no tensor {tensor!r}, which {INDEX} names")
@@ -89,12 +90,27 @@ def _file_names(directory: Path) -> dict[str, str] | list[str]:
         index = read_json(directory / INDEX).get("weight_map")
         if not isinstance(index, dict) or not index:
             raise UserError(f"{directory / INDEX} has no weight_map")
+        if wrong := [name for name in index.values() if not isinstance(name, str)]:
+            raise UserError(f"{directory / INDEX}: its weight_map names {wrong[0]!r}, but it takes names of files")
         return index
     if (directory / SINGLE).is_file():
         return [SINGLE]
     others = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
     found = f"; {others[0]} is not read, as it is no safetensors file" if others else ""
+    if unfinished := sorted(path.name for path in directory.rglob("*.incomplete")):
+        found = f"; {unfinished[0]} says that the download is not complete"
     raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}{found}")
+
+
+def not_downloaded(path: Path) -> str:
+    """Says what a file is that stands in place of the one to be downloaded; "" where it is none of these."""
+    with path.open("rb") as file:
+        start = file.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS in place of the file, which `git lfs pull` fetches"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "a web page in place of the file: download it as a user who was granted access to the model"
+    return ""
 
 
 def _library(module: str = ""):
