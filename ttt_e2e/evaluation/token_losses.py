@@ -138,12 +138,12 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
     from ttt_e2e.checkpoints.steps import find_step
     from ttt_e2e.cluster.mesh import make_mesh, shardings, with_shardings
     from ttt_e2e.model import abstract_model
-    from ttt_e2e.train.batches import check_batch, held_out_loss, open_store
+    from ttt_e2e.train.batches import check_batch, held_out_loss, open_held_out
     from ttt_e2e.train.steps import make_eval_step
 
     mesh = make_mesh(config.mesh)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
-    store = open_store(config, config.data.eval_split)
+    store = open_held_out(config, mesh)
     step_directory = find_step(checkpoint)
     _, abstract = abstract_model(config.model)
     placed = shardings(abstract, mesh, config.model)
