@@ -146,6 +146,17 @@ def test_output_that_is_something_else(corpus, output, tmp_path):
         run(corpus, "gs://bucket/x")
 
 
+def test_output_by_a_link(corpus, output):
+    whole = run(corpus, output)
+    output.with_name("empty").mkdir()
+    for target in ("empty", "absent"):
+        link = output.with_name(f"to-{target}")
+        link.symlink_to(target)
+        assert run(corpus, link) | {"output": str(output)} == whole
+        assert run(corpus, link)["already_prepared"]
+        assert documents_in(output.with_name(target), "val") == documents_in(output, "val")
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "train:300"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, UserError])
 def test_interrupted_leaves_nothing(error, tokenizer, corpus, output, monkeypatch):
@@ -159,7 +170,7 @@ def test_interrupted_leaves_nothing(error, tokenizer, corpus, output, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr("ttt_e2e.data.prepare.TokenWriter.append", append)
-        with pytest.raises(error):
+        with pytest.raises(UserError if error is OSError else error):
             run(corpus, output, tokenizer)
     assert len(written) == 10 and not list(output.parent.iterdir())
     run(corpus, output, tokenizer)

@@ -5,9 +5,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -25,6 +23,7 @@ from ttt_e2e.data.splits import held_out_rule
 from ttt_e2e.data.store import TokenStore, TokenWriter, read_attributes, write_attributes
 from ttt_e2e.data.tokenizers import Tokenizer, files_of, load_tokenizer, train_sentencepiece
 from ttt_e2e.errors import UserError
+from ttt_e2e.outputs import is_free, new_directory
 
 log = logging.getLogger(__name__)
 
@@ -111,11 +110,11 @@ def prepare(  # noqa: PLR0913 -- the flags of a command
         "part": part,
         "version": _FORMAT_VERSION,
     }
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not is_free(output):
         return _existing(output, settings)
 
     is_held_out = held_out_rule(corpus, held_out, min_tokens, val_fraction)
-    with _new_directory(output) as directory:
+    with new_directory(output) as directory:
         model = _provide_tokenizer(tokenizer, corpus, is_held_out, directory, progress)
         _fill(directory, corpus, held_out, is_held_out, model, settings, num_workers, progress)
     return _summary(output, already_prepared=False)
@@ -129,11 +128,11 @@ def merge(stores: Sequence[str | os.PathLike], output: str | os.PathLike) -> dic
     """
     output = _local_directory(output)
     attributes = merged_attributes(stores, output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not is_free(output):
         if output.is_dir() and (output / "zarr.json").exists() and read_attributes(output) == attributes:
             return _summary(output, already_prepared=True)
         raise UserError(f"output {output}: exists already; delete it, or choose another output")
-    with _new_directory(output) as directory:
+    with new_directory(output) as directory:
         write_merged(attributes, output, directory)
     return _summary(output, already_prepared=False)
 
@@ -164,20 +163,6 @@ def _fill(
     write_attributes(directory, about | counts | lacks | {"prepared_from": settings})
     if words := left_out.in_words(ours.left_out):
         log.info("left out: %s", words)
-
-
-@contextlib.contextmanager
-def _new_directory(output: Path) -> Iterator[Path]:
-    """Makes a directory that gets the name `output` when the context ends, and is removed if an exception ends it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _local_directory(output: str | os.PathLike) -> Path:
