@@ -20,7 +20,7 @@ def mounted(directory: Path, size: str) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        subprocess.run(["umount", directory], check=True)
+        subprocess.run(["umount", "--lazy", directory], check=True)  # a failing test may leave files open
 
 
 def make_read_only(directory: Path) -> None:

@@ -1,8 +1,10 @@
-"""What commands write: made whole or not at all, and one line where the disk refuses."""
+"""What commands write: checked before they begin, made whole or not at all, and one line where the disk refuses."""
 
 import contextlib
+import errno
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,47 @@ from ttt_e2e.errors import UserError
 _MARKS = ("zarr.json", "config.json")
 # The root of a new file system has it.
 _NOT_COUNTED = "lost+found"
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def check_directory(flag: str, path: str | os.PathLike) -> None:
+    """Raises UserError, naming `flag`, unless `path` is a directory that can be written, or be made. Makes nothing.
+
+    URLs are not checked.
+    """
+    path = os.fspath(path)
+    if "://" in path:
+        return
+    place = os.path.realpath(os.path.expanduser(path))
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(4096))  # a full disk makes files, but empty ones
+    except OSError as error:
+        raise UserError(f"--{flag} {path} cannot be written ({place}: {error.strerror}): choose another") from None
+
+
+def check_file(flag: str, path: str | os.PathLike) -> None:
+    """Raises UserError, naming `flag`, unless `path` is a file that can be written, or be made. Makes nothing."""
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        raise UserError(f"--{flag} {path} is a directory, but it takes a file")
+    if not os.path.exists(path):
+        check_directory(flag, os.path.dirname(os.path.realpath(path)))
+    elif not os.access(path, os.W_OK):
+        raise UserError(f"--{flag} {path} cannot be written: choose another")
+
+
+def is_of_the_disk(error: OSError) -> bool:
+    """Whether an error says that a disk is full, or takes no writes."""
+    return error.errno in _OF_THE_DISK
+
+
+def check_free(output: str | os.PathLike) -> None:
+    """Raises UserError unless nothing is at `output`, or an empty directory."""
+    if not is_free(output):
+        raise UserError(f"output {os.fspath(output)} already exists and is not empty: remove it or choose another")
 
 
 def is_free(output: str | os.PathLike) -> bool:

@@ -29,6 +29,7 @@ from ttt_e2e.inference.settings import Sampling
 from ttt_e2e.inference.state import check_can_save, load_state, read_about, save_state
 from ttt_e2e.inference.text import TextStream
 from ttt_e2e.model import abstract_model
+from ttt_e2e.outputs import writing
 
 LEARN = ("all", "prompt", "none")
 
@@ -110,7 +111,7 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
         raise UserError(f"state {load_from} is of {batch_size} sequences, but prompts are continued one at a time")
     reader.check_room(start, longest)
     streams = len(prompts) == 1
-    with _open_output(output, streams) as file:
+    with writing(f"output {output or 'stdout'}"), _open_output(output, streams) as file:
         for index, (prompt, ids) in enumerate(zip(prompts, prompt_ids)):
             result, state = _continue(reader, start, ids, settings, index, tokenizer, ends, echo=streams)
             if file:
@@ -208,8 +209,5 @@ def _open_output(output: str, streams: bool):
     if not output:
         return contextlib.nullcontext(None if streams else sys.stdout)
     path = epath.Path(output)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w")
-    except OSError as error:
-        raise UserError(f"output {output} cannot be written ({error.strerror or error})") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w")

@@ -27,6 +27,7 @@ from ttt_e2e.model import Transformer, abstract_model, abstract_transformer
 from ttt_e2e.model.engram import with_alike
 from ttt_e2e.model.parameters import parameter_name, split
 from ttt_e2e.model.stacks import block_indices
+from ttt_e2e.outputs import check_free, new_directory
 from ttt_e2e.runs.directory import write_config
 from ttt_e2e.runs.files import read_json
 from ttt_e2e.train.batches import find_alike_tokens
@@ -102,8 +103,7 @@ def import_model(checkpoint, output, overrides: list[str], additions: Additions 
         do not; `output` exists and is not empty. Nothing is written then.
     """
     directory, output = Path(checkpoint).expanduser(), Path(output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output {output} already exists and is not empty: remove it or choose another")
+    check_free(output)
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json: it takes a directory as save_pretrained writes it")
     theirs = read_json(directory / "config.json")
@@ -116,12 +116,13 @@ def import_model(checkpoint, output, overrides: list[str], additions: Additions 
     placed = with_shardings(abstract, shardings(abstract, mesh, config.model))
     fresh = _fresh(config, placed, sources, _alike_tokens(config, directory, output))
     params = jax.tree_util.tree_map_with_path(lambda path, leaf: _read(tensors, sources, fresh, path, leaf), placed)
-    save_params(output / "checkpoints", params, progress_of(0, 0, config))
-    for name in TOKENIZER_FILES:
-        if (directory / name).is_file():
-            shutil.copyfile(directory / name, output / name)
-    shutil.copyfile(directory / "config.json", output / "huggingface.json")
-    write_config(output, config)  # last: without it, this is no run directory
+    with new_directory(output) as new:
+        save_params(new / "checkpoints", params, progress_of(0, 0, config))
+        for name in TOKENIZER_FILES:
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, new / name)
+        shutil.copyfile(directory / "config.json", new / "huggingface.json")
+        write_config(new, config)
     return output
 
 
@@ -159,8 +160,7 @@ def export_model(config: Config, checkpoint, output) -> Path:
       UserError: transformers has no model that computes the same, or there is no such checkpoint.
     """
     output = Path(output).expanduser()
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"output {output} already exists and is not empty: remove it or choose another")
+    check_free(output)
     theirs = huggingface_config.from_model(config.model)
     if config.model.num_fast_blocks:
         raise UserError(
@@ -181,9 +181,9 @@ def export_model(config: Config, checkpoint, output) -> Path:
 
             shape = leaf.shape[1:] if source.stacked else leaf.shape
             tensors[name] = (shape, leaf.dtype, make)
-    output.mkdir(parents=True, exist_ok=True)
-    safetensors_files.write(output, dict(sorted(tensors.items())), {"format": "pt"})
-    (output / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+    with new_directory(output) as new:
+        safetensors_files.write(new, dict(sorted(tensors.items())), {"format": "pt"})
+        (new / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
     return output
 
 
