@@ -33,6 +33,7 @@ from tqdm import tqdm
 from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.errors import EXIT_REQUEUE, UserError
 from ttt_e2e.flags import parse
+from ttt_e2e.outputs import check_directory, is_of_the_disk, writing
 from ttt_e2e.runs.directory import write_config
 from ttt_e2e.runs.files import replace_text
 from ttt_e2e.runs.secrets import redact
@@ -52,6 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if not is_of_the_disk(error):
+            raise
+        print(f"error: {error.filename or 'output'} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _main(argv: list[str]) -> int:
@@ -68,6 +74,7 @@ def _main(argv: list[str]) -> int:
         check_unchanged(point)
     if values.dry_run:
         return _dry_run(points, values)
+    check_directory("output", output)
     _write(values.config, overrides, points, output)
     active = _active_jobs(points, values)
     missing = [point for point in points if state_of(point, active) not in ("finished", "submitted")]
@@ -98,7 +105,8 @@ def _define(values: flags.FlagValues) -> None:
 
 def _write(spec: str, overrides: list[str], points: list[Point], output: Path) -> None:
     """Writes `sweep.json`, which keeps the points of earlier sweeps, and the `config.json` of each new point."""
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     path, names = output / "sweep.json", {point.name for point in points}
     before = json.loads(path.read_text())["points"] if path.exists() else []
     entries = [entry for entry in before if entry["name"] not in names]
@@ -165,8 +173,9 @@ def acquire(point: Point):
     The kernel keeps the lock as long as any process has the file open, so that it ends with the last of them, even if
     that is killed. Machines may share a file system but not its locks; for these, the file names the holder's host.
     """
-    point.workdir.mkdir(parents=True, exist_ok=True)
-    file = (point.workdir / "sweep.lock").open("a+")
+    with writing(point.workdir):
+        point.workdir.mkdir(parents=True, exist_ok=True)
+        file = (point.workdir / "sweep.lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -175,7 +184,8 @@ def acquire(point: Point):
     if _holder(point).get("host", socket.gethostname()) != socket.gethostname():
         file.close()
         return None
-    _fill(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+    with writing(point.workdir):
+        _fill(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
     return file
 
 
@@ -277,7 +287,14 @@ def _start_some(waiting: list[Point], children: list[_Child], outcomes: dict, la
         if state_of(point, set()) == "finished":  # by another process
             waiting.remove(point)
             outcomes[point.name] = "finished"
-        elif lock := acquire(point):
+            continue
+        try:
+            lock = acquire(point)
+        except UserError as error:
+            waiting.remove(point)
+            outcomes[point.name] = f"failed: {error}"
+            continue
+        if lock:
             waiting.remove(point)
             slot = min(set(range(parallel)) - {child.slot for child in children})
             try:
@@ -285,6 +302,9 @@ def _start_some(waiting: list[Point], children: list[_Child], outcomes: dict, la
             except OSError as error:
                 release(lock)
                 outcomes[point.name] = f"failed: the launcher {launcher!r} cannot be run: {error.strerror}"
+            except UserError as error:
+                release(lock)
+                outcomes[point.name] = f"failed: {error}"
         elif _holder(point).get("host", socket.gethostname()) != socket.gethostname():
             waiting.remove(point)
             outcomes[point.name] = f"running on {_holder(point)['host']}; if not, remove {point.workdir}/sweep.lock"
@@ -294,7 +314,8 @@ def _start(point: Point, lock, launcher: str, slot: int) -> _Child:
     """Starts the run of a point, which inherits the lock. Raises `OSError` if the launcher cannot be run."""
     command = [*shlex.split(launcher.replace("{slot}", str(slot))), *_arguments(point)]
     write_config(point.workdir, point.config)
-    (point.workdir / "logs").mkdir(exist_ok=True)
+    with writing(point.workdir):
+        (point.workdir / "logs").mkdir(exist_ok=True)
     with (point.workdir / "logs" / "sweep.log").open("ab") as log:
         # In a session of its own, the run gets no Ctrl-C from the terminal, but one signal from this launcher.
         output = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}

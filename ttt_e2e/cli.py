@@ -14,6 +14,7 @@ from ttt_e2e import settings
 from ttt_e2e.config import Config, suggestion, to_dict
 from ttt_e2e.errors import EXIT_REQUEUE, PreemptedError, UserError
 from ttt_e2e.flags import load_config_file, override, parse, string
+from ttt_e2e.outputs import check_directory, check_file, is_of_the_disk
 
 _INPUTS = "a file, directory or glob of .txt .md .py .jsonl, plain, .gz or .zst, or of .parquet"
 
@@ -44,6 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        if not is_of_the_disk(error):
+            raise
+        print(f"error: {error.filename or 'output'} cannot be written: {error.strerror}", file=sys.stderr)
+        return _leave(2)
     except Exception as error:
         if not _is_of_a_peer(error):
             raise
@@ -72,6 +78,7 @@ def prepare(argv: list[str]) -> None:
 
     values, _ = parse(argv, define, "ttt-e2e prepare: tokenise text into a token store.")
     _require(values, "output")
+    check_directory("output", values.output)
     from ttt_e2e.data.prepare import merge, prepare
 
     if values.merge:
@@ -99,6 +106,7 @@ def train(argv: list[str]) -> None:
     _require(values, "workdir")
     config = _resolve(values, overrides)
     is_main = _join(values)
+    check_directory("workdir", values.workdir)
     from ttt_e2e.train.loop import train
 
     metrics = train(config, values.workdir, overrides)
@@ -125,6 +133,8 @@ def evaluate(argv: list[str]) -> None:
     checkpoint, output = values.checkpoint or values.workdir, values.output or f"{values.workdir}/evaluation"
     asked = evaluation.asked(values)
     is_main = _join(values)
+    if is_main:
+        check_directory("output", output)
     results = run_all(asked, config, checkpoint, output)
     if is_main:
         print(json.dumps(results, indent=2))
@@ -156,6 +166,10 @@ def generate(argv: list[str]) -> None:
         _require(values, "checkpoint")
     if values.prompt and values.prompt_file:
         raise UserError("--prompt and --prompt_file are both given: choose one")
+    if values.output:
+        check_file("output", values.output)
+    if values.save_state:
+        check_directory("save_state", values.save_state)
     from ttt_e2e.inference.generate import Settings, generate
     from ttt_e2e.inference.prompts import read_prompts
 
@@ -193,6 +207,7 @@ def import_(argv: list[str]) -> None:
 
     values, overrides = parse(argv, define, "ttt-e2e import: convert a checkpoint of another program.")
     _require(values, "source", "checkpoint", "output")
+    check_directory("output", values.output)
     if values.source == "huggingface":
         if values.config:
             raise UserError(
@@ -220,6 +235,7 @@ def export(argv: list[str]) -> None:
 
     values, overrides = parse(argv, define, "ttt-e2e export: write a model in the form of another program.")
     _require(values, "target", "output")
+    check_directory("output", values.output)
     config = _resolve(values, overrides)
     if not values.workdir:
         _require(values, "checkpoint")
@@ -239,6 +255,7 @@ def report(argv: list[str]) -> None:
 
     values, _ = parse(argv, define, "ttt-e2e report: plots and a page of one or several runs.")
     _require(values, "workdirs", "output")
+    check_directory("output", values.output)
     from ttt_e2e.evaluation.report import format_table, write_report
 
     summary = write_report(values.workdirs, values.output)
@@ -288,6 +305,7 @@ def bench(argv: list[str]) -> None:
 
     values, overrides = parse(argv[1:], define, f"ttt-e2e bench {name}: {inspect.getdoc(run)}")
     _require(values, "output")
+    check_directory("output", values.output)
     subject = {}
     if "checkpoint" in parameters:
         subject = {"config": _resolve(values, overrides)}

@@ -146,6 +146,17 @@ def test_output_that_is_something_else(corpus, output, tmp_path):
         run(corpus, "gs://bucket/x")
 
 
+def test_output_by_a_link(corpus, output):
+    whole = run(corpus, output)
+    output.with_name("empty").mkdir()
+    for target in ("empty", "absent"):
+        link = output.with_name(f"to-{target}")
+        link.symlink_to(target)
+        assert run(corpus, link) | {"output": str(output)} == whole
+        assert run(corpus, link)["already_prepared"]
+        assert documents_in(output.with_name(target), "val") == documents_in(output, "val")
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "train:300"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, UserError])
 def test_interrupted_leaves_nothing(error, tokenizer, corpus, output, monkeypatch):
@@ -159,7 +170,7 @@ def test_interrupted_leaves_nothing(error, tokenizer, corpus, output, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr("ttt_e2e.data.prepare.TokenWriter.append", append)
-        with pytest.raises(error):
+        with pytest.raises(UserError if error is OSError else error):
             run(corpus, output, tokenizer)
     assert len(written) == 10 and not list(output.parent.iterdir())
     run(corpus, output, tokenizer)
@@ -193,8 +204,78 @@ def test_filter_that_empties_a_split(tmp_path, output):
     root.mkdir()
     for name in "abcd":
         (root / f"{name}.txt").write_text(f"the same words again and again {name} " * 20)
-    with pytest.raises(UserError, match=r"min_tokens 600: leaves no document for the split 'train' \(0 in all\)"):
+    with pytest.raises(UserError, match=r"4 files with 0 documents that differ and have 600 tokens or more"):
         run(root, output, "train:275", min_tokens=600)
+    assert not list(output.parent.iterdir())
+
+
+FEW_TOKENS = "again and again and " * 30  # of more bytes than those of many tokens
+
+
+@pytest.fixture
+def of_many_tokens(tmp_path):
+    """Nineteen documents of more than 400 tokens: random letters, and a few of the words of the others."""
+    random, root = np.random.default_rng(0), tmp_path / "many"
+    root.mkdir()
+    for i in range(19):
+        (root / f"{i}.txt").write_text("".join(random.choice(list("abcdefghij klmno"), 500)) + FEW_TOKENS[:100])
+    return root
+
+
+def chosen_first(corpus) -> str:
+    """A document of few tokens that is held out before all of those in a directory."""
+    least = min(splits._hash(path.read_text()) for path in corpus.iterdir())
+    return next(text for i in range(10_000) if splits._hash(text := f"{FEW_TOKENS}{i}") < least)
+
+
+@pytest.mark.parametrize("tokenizer", ["train:300", "{}/tokenizer.model"])
+def test_the_held_out_are_chosen_of_those_that_stay(tokenizer, of_many_tokens, output, tmp_path):
+    short = chosen_first(of_many_tokens)
+    (of_many_tokens / "short.txt").write_text(short)
+    run(of_many_tokens, tmp_path / "any", "train:300")
+    assert documents_in(tmp_path / "any", "val") == [short]
+    summary = run(of_many_tokens, output, tokenizer.format(tmp_path / "any"), min_tokens=200)
+    assert summary["num_documents"] == {"train": 18, "val": 1} and summary["left_out"]["short_documents"] == 1
+
+
+def test_a_trained_tokenizer_has_seen_no_held_out_document(of_many_tokens, output, monkeypatch):
+    (of_many_tokens / "short.txt").write_text(chosen_first(of_many_tokens))
+    trained_on = []
+    train = prepare_module.train_sentencepiece
+
+    def record(texts, *arguments):
+        trained_on.append(list(texts))
+        train(iter(trained_on[-1]), *arguments)
+
+    monkeypatch.setattr(prepare_module, "train_sentencepiece", record)
+    run(of_many_tokens, output, "train:300", min_tokens=200)
+    [held_out] = documents_in(output, "val")
+    assert [held_out in texts for texts in trained_on] == [True, False]
+
+
+def test_few_that_stay_of_many_have_a_share_held_out(of_many_tokens, output, tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "_MAX_LISTED", 19)
+    for i in range(20):
+        (of_many_tokens / f"short-{i}.txt").write_text(f"{FEW_TOKENS}{i}")
+    run(of_many_tokens, tmp_path / "any", "train:300")
+    model = f"{tmp_path}/any/tokenizer.model"
+    summary = run(of_many_tokens, output, model, min_tokens=200, val_fraction=1e-6)
+    assert summary["num_documents"] == {"train": 18, "val": 1}
+
+
+@pytest.mark.parametrize(
+    ("which", "tokenizer"), [("val", "train:300"), ("val", "{}/tokenizer.model"), ("train", "{}/tokenizer.model")]
+)
+def test_an_input_of_short_documents_is_refused_before_it_is_tokenized(
+    which, tokenizer, of_many_tokens, output, tmp_path, monkeypatch
+):
+    run(of_many_tokens, tmp_path / "any", "train:300")
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few/short.txt").write_text(FEW_TOKENS)
+    inputs = {"val": (of_many_tokens, tmp_path / "few"), "train": (tmp_path / "few", of_many_tokens)}[which]
+    monkeypatch.setattr(prepare_module, "_write", None)
+    with pytest.raises(UserError, match=f"min_tokens 200: leaves no document for the split '{which}'"):
+        run(inputs[0], output, tokenizer.format(tmp_path / "any"), val_input=str(inputs[1]), min_tokens=200)
     assert not list(output.parent.iterdir())
 
 

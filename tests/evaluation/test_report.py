@@ -430,7 +430,7 @@ def test_no_runs(tmp_path):
 
 def test_output_that_is_a_file(tmp_path):
     (tmp_path / "report").write_text("mine")
-    with pytest.raises(UserError, match="cannot be made a directory"):
+    with pytest.raises(UserError, match="cannot be written"):
         write_report([make_run(tmp_path / "run", steps=3)], tmp_path / "report")
 
 

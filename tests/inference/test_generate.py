@@ -1,6 +1,7 @@
 """What is generated is what the model says: recomputed without caches, and scored again by the inner loop."""
 
 import json
+import os
 import re
 
 import jax
@@ -192,6 +193,13 @@ def test_ends_with_the_tokenizer_s_eos(run, tmp_path, monkeypatch):
     (result,) = results(tmp_path / "out.jsonl")
     assert result["ended_by"] == "eos"
     assert result["tokens"] == free["tokens"][: free["tokens"].index(ByteTokenizer.eos_id) + 1]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_full_disk_is_one_line(run):
+    code, _, lines = run("--prompt=x", "--max_new_tokens=2", "--output=/dev/full")
+    assert code == 2
+    assert lines[-1] == "error: output /dev/full cannot be written (No space left on device)"
 
 
 def test_full_attention_has_as_much_room_as_is_needed_or_declared(run):

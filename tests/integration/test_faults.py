@@ -4,11 +4,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 
 import numpy as np
 import pytest
 
+from tests.file_systems import mounted
 from tests.integration.conftest import digests, losses, process, steps, stop, wait_for_step
 from ttt_e2e.data.store import TokenWriter, write_attributes
 
@@ -132,11 +132,7 @@ def test_another_token_store_is_refused(runs, undisturbed):
 
 @slow
 def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_saved(runs, undisturbed, tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", tmp_path]
-    mounted = subprocess.run(mount, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
-    try:
+    with mounted(tmp_path, "400k"):
         workdir = tmp_path / "run"
         outcome = runs.launch(workdir, "--config.checkpoint.keep=100", "--config.checkpoint.every_steps=1")
         saved = steps(workdir)
@@ -144,8 +140,6 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_saved(runs, und
         assert "could not save a checkpoint" in outcome.stdout
         rescued = runs.root / "rescued"
         shutil.copytree(workdir, rescued)
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
     assert saved
     outcome = runs.launch(rescued)
     assert outcome.returncode == 0, outcome.stdout

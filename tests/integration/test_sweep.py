@@ -6,6 +6,7 @@ All but the last test train nothing: a stub stands for `ttt-e2e`, so that the te
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -96,6 +97,20 @@ def config_file(tmp_path):
 
 
 NAMES = [f"train.seed={seed}_inner.learning_rate={rate}" for seed in (0, 1) for rate in ("0.5", "1.0")]
+
+
+def test_a_directory_that_cannot_be_made_is_said_at_once(sweep, config_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert sweep.main([f"--config={config_file}", f"--output={tmp_path}/file/out"]) == 2
+    assert re.fullmatch(r"error: --output .*file/out cannot be written .*Not a directory.*\n", capsys.readouterr().err)
+
+
+def test_a_point_for_which_there_is_no_room_is_said_and_the_others_go_on(sweep, config_file, tmp_path, monkeypatch):
+    [first, *_] = points = sweep.make_points(str(config_file), [], [], tmp_path)
+    first.workdir.write_text("mine")
+    outcomes, _ = sweep.run_here(points, "true", 2)
+    assert "cannot be written" in outcomes.pop(first.name)
+    assert len(outcomes) == 3 and not any("cannot be written" in outcome for outcome in outcomes.values())
 
 
 @pytest.fixture

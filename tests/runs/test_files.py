@@ -3,6 +3,7 @@
 import pytest
 from etils import epath
 
+from ttt_e2e.errors import UserError
 from ttt_e2e.runs.files import replace_bytes, replace_text
 
 
@@ -19,6 +20,6 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(type(epath.Path(path)), "write_bytes", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match=r"file cannot be written \(no space left\)"):
         replace_text(path, "new")
-    assert path.read_bytes() == b"\x00\xff"
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("file", b"\x00\xff")]

@@ -1,5 +1,8 @@
 """The held-out loss: each process reads its own rows, devices make the sums, and no token's loss comes to a host."""
 
+import dataclasses
+import shutil
+
 import jax
 import numpy as np
 import optax
@@ -10,6 +13,7 @@ from ttt_e2e.checkpoints.params import save_params
 from ttt_e2e.checkpoints.progress import progress_of
 from ttt_e2e.cluster.mesh import BATCH, make_mesh, shardings
 from ttt_e2e.data.store import TokenStore, TokenWriter, write_attributes
+from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation import token_losses
 from ttt_e2e.inner import read_sequence
 from ttt_e2e.model import abstract_model
@@ -165,3 +169,39 @@ def test_the_command_writes_every_token(store, tmp_path):
     without = np.load(tmp_path / "out/token_nll_without_learning.npy")
     np.testing.assert_allclose(without[:, :b], written[:, :b], atol=1e-6)
     assert np.abs(without[:, b:] - written[:, b:]).max() > 1e-4
+
+
+def test_more_sequences_than_there_are_are_those_there_are(store, tmp_path, caplog):
+    config = run_config(store, train={"num_steps": 1, "global_batch_size": 4}, optimizer={"warmup_steps": 0})
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_sequences=160))
+    with caplog.at_level("INFO", "ttt_e2e"):
+        loop.train(config, tmp_path / "run")
+        said = [record.message for record in caplog.records if "160" in record.message]
+        metrics = token_losses.evaluate(config, tmp_path / "run", tmp_path / "out")
+    assert len(said) == 1 and "has 6 sequences of 32 tokens" in said[0], said
+    assert metrics["num_sequences"] == SEQUENCES == len(np.load(tmp_path / "out/token_nll.npy"))
+    losses = [line["eval_loss"] for line in read_metrics(tmp_path / "run/metrics.jsonl") if "eval_loss" in line]
+    np.testing.assert_allclose(losses, [metrics["loss"]], rtol=1e-6)
+
+
+def damage(path) -> None:
+    (chunk,) = (path / "val/c").iterdir()
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+
+
+def make_too_large(path) -> None:
+    writer = TokenWriter(path / "other", "val", 2 * VOCABULARY)
+    writer.append(np.append(np.full(SEQUENCES * T, 2), VOCABULARY))
+    writer.close()
+    shutil.rmtree(path / "val")
+    (path / "other/val").rename(path / "val")
+
+
+@pytest.mark.parametrize(("spoil", "reason"), ((damage, "damaged data"), (make_too_large, "token id 31 is not below")))
+def test_held_out_text_that_cannot_be_read_ends_a_run_before_it_begins(spoil, reason, store, tmp_path):
+    shutil.copytree(store, tmp_path / "store")
+    spoil(tmp_path / "store")
+    config = run_config(tmp_path / "store", checkpoint={"every_steps": 0})
+    with pytest.raises(UserError, match=f"store/val: {reason}"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

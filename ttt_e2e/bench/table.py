@@ -7,6 +7,9 @@ import platform
 import jax
 from etils import epath
 
+from ttt_e2e.outputs import writing
+from ttt_e2e.runs.files import replace_text
+
 
 def write(output, rows: list[dict], title: str, notes: str = "", shown: list[dict] | None = None) -> str:
     """Writes `results.json`, `environment.json` and `results.md` into a directory; returns the Markdown.
@@ -14,13 +17,14 @@ def write(output, rows: list[dict], title: str, notes: str = "", shown: list[dic
     notes: text below the table. shown: the rows of the table, if not `rows`.
     """
     directory = epath.Path(output)
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     machine = environment()
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
     text = "\n\n".join(filter(None, (f"# {title}", markdown(shown or rows), notes, facts))) + "\n"
-    (directory / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (directory / "environment.json").write_text(json.dumps(machine, indent=2) + "\n")
-    (directory / "results.md").write_text(text)
+    replace_text(directory / "results.json", json.dumps(rows, indent=2) + "\n")
+    replace_text(directory / "environment.json", json.dumps(machine, indent=2) + "\n")
+    replace_text(directory / "results.md", text)
     return text
 
 

@@ -20,6 +20,8 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.inference.reader import Reader
 from ttt_e2e.kernels.attention import choice
 from ttt_e2e.model import abstract_model
+from ttt_e2e.outputs import writing
+from ttt_e2e.runs.files import replace_bytes
 from ttt_e2e.targets import of_device, slices
 from ttt_e2e.targets.bound import SHARE, Bound, bound
 from ttt_e2e.targets.products import kernels, matmul_flops, uncounted
@@ -82,7 +84,8 @@ def run(output, config: Config | None = None, *, target: str = "", programs=("tr
     with jax.set_mesh(mesh):
         choice.check(config.model)
     directory = epath.Path(output)
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     rows, notes = [], []
     for name in programs:
         row, note = _examine(name, target, config, mesh, directory)
@@ -115,7 +118,7 @@ def _examine(name: str, target: str, config: Config, mesh: Mesh, directory: epat
     logger.info("%s: reading the program", name)
     text = compiled.as_text()
     file = "program.txt.gz" if name == "train" else f"program_{name}.txt.gz"
-    (directory / file).write_bytes(gzip.compress(text.encode(), mtime=0))
+    replace_bytes(directory / file, gzip.compress(text.encode(), mtime=0))
     program = Program(text)
     moved, used, flops = exchanged(program, mesh.shape), kernels(program), matmul_flops(program)
     facts = of_device(mesh.devices.flat[0])

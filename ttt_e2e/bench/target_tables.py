@@ -9,6 +9,7 @@ from pathlib import Path
 from ttt_e2e.bench import table
 from ttt_e2e.errors import UserError
 from ttt_e2e.figures import COLORS, STYLE, make_figure, require_matplotlib
+from ttt_e2e.runs.files import replace_text, replacing
 from ttt_e2e.targets.bound import SHARE
 
 GIB = 2**30
@@ -29,8 +30,9 @@ def write(directory) -> str:
     directory = Path(directory)
     rows = read(directory)
     text = tables(rows)
-    (directory / "tables.md").write_text(text)
-    figure(rows).savefig(directory / "targets.png", dpi=150)
+    replace_text(directory / "tables.md", text)
+    with replacing(directory / "targets.png") as file:
+        figure(rows).savefig(file, format="png", dpi=150)
     return text
 
 

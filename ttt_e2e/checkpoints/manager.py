@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_SECONDS = (1.0, 10.0)
 # The exceptions that Orbax raises when a save fails.
 SAVE_FAILURES = (OSError, ValueError, RuntimeError)
+# If creating a directory fails in the background, Orbax's other threads wait for it for ever.
+ASYNC = ocp.options.AsyncOptions(create_directories_asynchronously=False)
 
 
 class _SaveError(Exception):
@@ -143,8 +145,7 @@ class Checkpoints:
             max_to_keep=self._config.keep,
             keep_period=self._config.keep_every or None,
             cleanup_tmp_directories=True,
-            # If creating a directory fails in the background, Orbax's other threads wait for it for ever.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ASYNC,
         )
         try:
             return ocp.CheckpointManager(self.directory, options=options)

@@ -4,11 +4,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ttt_e2e.checkpoints.digests import check_digests, digests
+from ttt_e2e.checkpoints.manager import ASYNC, SAVE_FAILURES
 from ttt_e2e.checkpoints.older import as_saved, as_wanted
 from ttt_e2e.checkpoints.progress import load_progress, seal
 from ttt_e2e.checkpoints.restore import check_shapes, restore_item
 from ttt_e2e.checkpoints.steps import find_step
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import UserError, first_line
+from ttt_e2e.outputs import check_free
 
 
 def load_params(path, abstract_params):
@@ -35,15 +37,17 @@ def save_params(directory, params, progress: dict) -> epath.Path:
     """Writes a checkpoint of parameters alone, as step 0 of `directory`, and returns the path of the step.
 
     Raises:
-      UserError: the directory is not empty.
+      UserError: the directory is not empty, or cannot be written.
     """
     directory = epath.Path(directory).resolve()
-    if directory.exists() and any(directory.iterdir()):
-        raise UserError(f"output {directory} already exists and is not empty: remove it or choose another")
-    with ocp.CheckpointManager(directory) as manager:
-        progress = seal(progress | {"arrays": digests({"params": params})})
-        items = {"params": ocp.args.StandardSave(params), "progress": ocp.args.JsonSave(progress)}
-        manager.save(0, args=ocp.args.Composite(**items))
+    check_free(directory)
+    progress = seal(progress | {"arrays": digests({"params": params})})
+    items = {"params": ocp.args.StandardSave(params), "progress": ocp.args.JsonSave(progress)}
+    try:
+        with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(async_options=ASYNC)) as manager:
+            manager.save(0, args=ocp.args.Composite(**items))
+    except SAVE_FAILURES as error:
+        raise UserError(f"could not save a checkpoint in {directory} ({first_line(error)})") from error
     return directory / "0"
 
 

@@ -465,7 +465,7 @@ class EvalConfig:
     )
     num_sequences: int = field(
         0,
-        "how many sequences to read, the first of the split; 0 = all. At most as many as there are.",
+        "how many sequences to read, the first of the split; 0 = all. Where there are fewer, those.",
         least=0,
         resume=LOGGED,
     )

@@ -5,15 +5,14 @@ import hashlib
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -21,15 +20,18 @@ from tqdm import tqdm
 from ttt_e2e.data.documents import Corpus, Document, Skipped, counted, find_documents
 from ttt_e2e.data.parts import SPLITS, check_part, merged_attributes, part_of, write_merged
 from ttt_e2e.data.readers import kind
-from ttt_e2e.data.splits import held_out_rule
+from ttt_e2e.data.splits import held_out_rule, splits_without_documents
 from ttt_e2e.data.store import TokenStore, TokenWriter, read_attributes, write_attributes
 from ttt_e2e.data.tokenizers import Tokenizer, files_of, load_tokenizer, train_sentencepiece
 from ttt_e2e.errors import UserError
+from ttt_e2e.outputs import is_free, new_directory
 
 log = logging.getLogger(__name__)
 
-# 2: held-out documents are chosen by their texts. 1: by their names.
-_FORMAT_VERSION = 2
+# 3: held-out documents are chosen of those of `min_tokens` tokens. 2: of so many bytes. 1: by their names.
+_FORMAT_VERSION = 3
+# Of the vocabularies that are trained in turn until each split has a document that is long enough in its tokens.
+_MAX_TRAININGS = 4
 _TASK_CHARACTERS = 2**18
 # With fewer bytes of input, starting workers takes longer than they save.
 _MIN_PARALLEL_BYTES = 4 << 20
@@ -111,12 +113,11 @@ def prepare(  # noqa: PLR0913 -- the flags of a command
         "part": part,
         "version": _FORMAT_VERSION,
     }
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not is_free(output):
         return _existing(output, settings)
 
-    is_held_out = held_out_rule(corpus, held_out, min_tokens, val_fraction)
-    with _new_directory(output) as directory:
-        model = _provide_tokenizer(tokenizer, corpus, is_held_out, directory, progress)
+    with new_directory(output) as directory:
+        model, is_held_out = _provide_tokenizer(tokenizer, corpus, held_out, settings, directory, progress)
         _fill(directory, corpus, held_out, is_held_out, model, settings, num_workers, progress)
     return _summary(output, already_prepared=False)
 
@@ -129,11 +130,11 @@ def merge(stores: Sequence[str | os.PathLike], output: str | os.PathLike) -> dic
     """
     output = _local_directory(output)
     attributes = merged_attributes(stores, output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not is_free(output):
         if output.is_dir() and (output / "zarr.json").exists() and read_attributes(output) == attributes:
             return _summary(output, already_prepared=True)
         raise UserError(f"output {output}: exists already; delete it, or choose another output")
-    with _new_directory(output) as directory:
+    with new_directory(output) as directory:
         write_merged(attributes, output, directory)
     return _summary(output, already_prepared=False)
 
@@ -156,28 +157,15 @@ def _fill(
         texts = _texts(ours, theirs, is_held_out, left_out, progress)
         tokenized = _tokenized(texts, tokenizer, executor, max_pending=2 * num_workers)
         counts = _write(tokenized, tokenizer, directory, min_tokens, left_out)
-    if not part:
-        _check_splits(counts["num_documents"], min_tokens)
+    for split, number in counts["num_documents"].items():
+        if not part and not number:
+            _refuse_empty(split, min_tokens)
     name = model if model == "bytes" else Path(model).name
     about = {"tokenizer": name, "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id}
     lacks = {"left_out": left_out.as_dict(ours.left_out)}
     write_attributes(directory, about | counts | lacks | {"prepared_from": settings})
     if words := left_out.in_words(ours.left_out):
         log.info("left out: %s", words)
-
-
-@contextlib.contextmanager
-def _new_directory(output: Path) -> Iterator[Path]:
-    """Makes a directory that gets the name `output` when the context ends, and is removed if an exception ends it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _local_directory(output: str | os.PathLike) -> Path:
@@ -252,15 +240,53 @@ def _summary(output: Path, already_prepared: bool) -> dict[str, Any]:
 
 
 def _provide_tokenizer(
+    tokenizer: str,
+    corpus: Corpus,
+    held_out: Corpus | None,
+    settings: dict[str, Any],
+    directory: Path,
+    progress: bool,
+) -> tuple[str, Callable[[str], bool]]:
+    """Trains or copies the tokenizer's files into `directory`, and decides which texts are held out.
+
+    Returns what `load_tokenizer` takes for it, and the function that tells whether a text is held out. Raises UserError
+    where a split gets no document, other than of a part.
+    """
+    min_tokens, known = settings["min_tokens"], None
+    rule = partial(held_out_rule, corpus, held_out, min_tokens, settings["val_fraction"])
+    if not tokenizer.startswith("train:"):
+        model = _copied(tokenizer, directory)
+        known = None if model == "bytes" else load_tokenizer(model)
+        is_held_out = rule(known)
+        lacking = () if settings["part"] else splits_without_documents(corpus, held_out, is_held_out, min_tokens, known)
+    else:
+        # A tokenizer sees no held-out document, and so is trained when these are chosen, by what tokens they can have.
+        # If none of them has enough, others are chosen by its tokens, and it is trained again.
+        for _ in range(_MAX_TRAININGS):
+            is_held_out = rule(known)
+            model = _trained(tokenizer, corpus, is_held_out, directory, progress)
+            known = load_tokenizer(model)
+            lacking = splits_without_documents(corpus, held_out, is_held_out, min_tokens, known)
+            if not lacking or held_out is not None:
+                break
+    if lacking:
+        _refuse_empty(min(lacking), min_tokens)
+    return model, is_held_out
+
+
+def _trained(
     tokenizer: str, corpus: Corpus, is_held_out: Callable[[str], bool], directory: Path, progress: bool
 ) -> str:
-    """Trains or copies the tokenizer's files into `directory`; returns what `load_tokenizer` takes for it."""
-    if tokenizer.startswith("train:"):
-        path = directory / "tokenizer.model"
-        documents = _progress(corpus, corpus, "training the tokenizer", progress)
-        texts = (document.text for document in documents if not is_held_out(document.text))
-        train_sentencepiece(texts, int(tokenizer.removeprefix("train:")), path)
-        return os.fspath(path)
+    """Trains the tokenizer "train:VOCAB" on what is not held out; returns the path of its model in `directory`."""
+    path = directory / "tokenizer.model"
+    documents = _progress(corpus, corpus, "training the tokenizer", progress)
+    texts = (document.text for document in documents if not is_held_out(document.text))
+    train_sentencepiece(texts, int(tokenizer.removeprefix("train:")), path)
+    return os.fspath(path)
+
+
+def _copied(tokenizer: str, directory: Path) -> str:
+    """Copies a tokenizer's files into `directory`, if it has any; returns what `load_tokenizer` takes for it."""
     copies = []
     for file in files_of(tokenizer):
         copies.append(directory / (file.name if copies else f"tokenizer{file.suffix}"))
@@ -370,11 +396,9 @@ def _write(
     return {"num_documents": num_documents, "num_tokens": num_tokens, "digest": digest}
 
 
-def _check_splits(num_documents: dict[str, int], min_tokens: int) -> None:
-    """Raises UserError where a split has no document."""
-    for split, number in num_documents.items():
-        if not number:
-            raise UserError(
-                f"min_tokens {min_tokens}: leaves no document for the split {split!r}"
-                f" ({sum(num_documents.values())} in all); legal: a smaller number, or more documents"
-            )
+def _refuse_empty(split: str, min_tokens: int) -> NoReturn:
+    """Raises UserError for a split that has no document."""
+    raise UserError(
+        f"min_tokens {min_tokens}: leaves no document for the split {split!r};"
+        " legal: a smaller number, or more documents"
+    )

@@ -5,11 +5,12 @@ local, or URLs that TensorStore supports (`gs://`, `s3://`). T is the sequence l
 tokens from n*T to n*T + T. Neighbours share one token, which is the last target of one and the first input of the next.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,8 @@ class TokenWriter:
             # Readers take a missing chunk for damage, so a chunk of nothing but token 0 must be written too.
             "store_data_equal_to_fill_value": True,
         }
-        self._array = ts.open(spec, create=True).result()
+        with _writing(path):
+            self._array = ts.open(spec, create=True).result()
         self._buffer = np.empty(chunk_tokens, self._array.dtype.numpy_dtype)
         self._filled = 0
         self._hash = hashlib.blake2b(digest_size=8)
@@ -190,8 +192,9 @@ class TokenWriter:
     def _flush(self) -> None:
         block = self._buffer[: self._filled]
         self._hash.update(block.tobytes())
-        self._array = self._array.resize(exclusive_max=[self.num_tokens]).result()
-        self._array[self.num_tokens - self._filled : self.num_tokens].write(block).result()
+        with _writing(self._where):
+            self._array = self._array.resize(exclusive_max=[self.num_tokens]).result()
+            self._array[self.num_tokens - self._filled : self.num_tokens].write(block).result()
         self._filled = 0
 
 
@@ -285,7 +288,17 @@ def _relative_to(path: str, part: str) -> str:
 def write_attributes(path: str | os.PathLike, attributes: dict[str, Any]) -> None:
     """Makes `path` a Zarr v3 group with `attributes`. It is written last: a store without it is not complete."""
     group = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
-    ts.KvStore.open(_kvstore(os.fspath(path))).result().write("zarr.json", json.dumps(group, indent=2)).result()
+    with _writing(path):
+        ts.KvStore.open(_kvstore(os.fspath(path))).result().write("zarr.json", json.dumps(group, indent=2)).result()
+
+
+@contextlib.contextmanager
+def _writing(path: str | os.PathLike) -> Iterator[None]:
+    """Makes a UserError, naming `path`, of what TensorStore raises where it cannot write."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{os.fspath(path)} cannot be written ({_reason(error)})") from None
 
 
 def _kvstore(path: str, key: str = "") -> Any:

@@ -9,7 +9,7 @@ import logging
 
 from etils import epath
 
-from ttt_e2e.errors import UserError
+from ttt_e2e.outputs import writing
 from ttt_e2e.runs.files import replace_text
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Records:
         directory = epath.Path(output)
         self._path, self._result = directory / f"{name}.jsonl", directory / f"{name}.json"
         self._key, self.about = key, json.loads(json.dumps(about))
-        try:
+        with writing(f"output {output}"):
             directory.mkdir(parents=True, exist_ok=True)
             lines = _whole_lines(self._path)
             if lines and (difference := _difference(lines[0].get("about"), self.about)):
@@ -43,8 +43,6 @@ class Records:
                 self._result.unlink(missing_ok=True)  # it is a result of other records
             # The file is written again, as a killed process may have left half a line at its end.
             replace_text(self._path, "".join(json.dumps(line) + "\n" for line in lines or [{"about": self.about}]))
-        except OSError as error:
-            raise UserError(f"output {output} cannot be written ({error.strerror or error})") from None
         self.done = {self._key_of(record): record for record in lines[1:]}
         if self.done:
             logger.info("%s: going on after %d finished records", self._path, len(self.done))
@@ -64,7 +62,7 @@ class Records:
 
     def add(self, records: list[dict]) -> None:
         """Appends finished records to the file, and to `done`."""
-        with self._path.open("a") as file:
+        with writing(self._path), self._path.open("a") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
         self.done |= {self._key_of(record): record for record in records}
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ttt_e2e.config import ModelConfig, to_dict
-from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation import token_losses
 from ttt_e2e.evaluation.base import Table, evaluations, number
 from ttt_e2e.evaluation.plots import colors_of, costs_figure, training_figure
 from ttt_e2e.evaluation.runs import Run, read_runs
 from ttt_e2e.figures import require_matplotlib
+from ttt_e2e.outputs import writing
 from ttt_e2e.runs.files import replace_bytes, replace_text
 
 NUM_WORD_COLUMNS = 4  # columns at the left of the first table that are text; the others are numbers
@@ -55,10 +55,8 @@ def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLik
     rows = [_row(run, sections) for run in runs]
 
     output = Path(output)
-    try:
+    with writing(f"--output {output}"):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be made a directory: {error.strerror}") from None
     figures, files = _figures(runs, rows), {}
     for name, (png, _) in figures.items():
         files[name] = output / f"{name}.png"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +21,8 @@ from ttt_e2e.evaluation.plots import colors_of
 from ttt_e2e.evaluation.subject import Subject
 from ttt_e2e.evaluation.text_bytes import TextBytes, bits_per_byte
 from ttt_e2e.figures import STYLE, add_legend, make_figure
-from ttt_e2e.runs.files import replace_text
+from ttt_e2e.outputs import writing
+from ttt_e2e.runs.files import replace_text, replacing
 
 if TYPE_CHECKING:
     from ttt_e2e.data.store import TokenStore
@@ -138,12 +140,12 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
     from ttt_e2e.checkpoints.steps import find_step
     from ttt_e2e.cluster.mesh import make_mesh, shardings, with_shardings
     from ttt_e2e.model import abstract_model
-    from ttt_e2e.train.batches import check_batch, held_out_loss, open_store
+    from ttt_e2e.train.batches import check_batch, held_out_loss, open_held_out
     from ttt_e2e.train.steps import make_eval_step
 
     mesh = make_mesh(config.mesh)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
-    store = open_store(config, config.data.eval_split)
+    store = open_held_out(config, mesh)
     step_directory = find_step(checkpoint)
     _, abstract = abstract_model(config.model)
     placed = shardings(abstract, mesh, config.model)
@@ -200,12 +202,16 @@ def _bits_per_byte(config: Config, store: TokenStore, metrics: dict) -> dict:
 
 
 def _write(output: epath.Path, metrics: dict, arrays: dict[str, np.ndarray]) -> None:
-    """Writes the arrays, then `metrics.json`, whose presence says that the arrays are whole."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "metrics.json").unlink(missing_ok=True)
-    for name, array in arrays.items():
-        with (output / f"{name}.npy").open("wb") as file:
-            np.save(file, array.astype(np.float32))
+    """Writes the arrays, then `metrics.json`, whose presence says that the arrays are whole.
+
+    Those of before stay where the new ones cannot be written.
+    """
+    with writing(output), ExitStack() as stack:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, array in arrays.items():
+            with stack.enter_context(replacing(output / f"{name}.npy")).open("wb") as file:
+                np.save(file, array.astype(np.float32))
+        (output / "metrics.json").unlink(missing_ok=True)
     replace_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 

@@ -30,6 +30,7 @@ from ttt_e2e.inference.settings import Sampling
 from ttt_e2e.inference.state import check_can_save, load_state, read_about, save_state
 from ttt_e2e.inference.text import TextStream
 from ttt_e2e.model import abstract_model
+from ttt_e2e.outputs import writing
 from ttt_e2e.progress import hidden_progress, progress_bar
 
 LEARN = ("all", "prompt", "none")
@@ -122,7 +123,8 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
     streams = len(prompts) == 1
     emit = partial(print, end="", flush=True) if streams and settings.max_new_tokens else None
     # A progress bar would break up text that is streamed to the same terminal.
-    with _open_output(output, streams) as file, hidden_progress(streams and sys.stdout.isatty()):
+    hidden = hidden_progress(streams and sys.stdout.isatty())
+    with writing(f"output {output or 'stdout'}"), _open_output(output, streams) as file, hidden:
         for index, (prompt, ids) in enumerate(zip(prompts, prompt_ids)):
             result = continue_prompt(reader, start, ids, settings, tokenizer, index=index, emit=emit)
             if emit:
@@ -232,8 +234,5 @@ def _open_output(output: str, streams: bool):
     if not output:
         return contextlib.nullcontext(None if streams else sys.stdout)
     path = epath.Path(output)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w")
-    except OSError as error:
-        raise UserError(f"output {output} cannot be written ({error.strerror or error})") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w")

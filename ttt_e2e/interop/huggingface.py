@@ -27,6 +27,7 @@ from ttt_e2e.interop.rules import Rule, Source, sources_of, tensor_shapes, unkno
 from ttt_e2e.model import Transformer, abstract_model
 from ttt_e2e.model.engram import with_alike
 from ttt_e2e.model.parameters import parameter_name, split
+from ttt_e2e.outputs import check_free, new_directory
 from ttt_e2e.runs.directory import write_config
 from ttt_e2e.runs.files import read_json
 from ttt_e2e.train.batches import find_alike_tokens
@@ -71,8 +72,7 @@ def import_model(checkpoint, output, overrides: list[str], added: Additions = NO
         do not; `output` exists and is not empty. Nothing is written then.
     """
     directory, output = Path(checkpoint).expanduser(), Path(output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output {output} already exists and is not empty: remove it or choose another")
+    check_free(output)
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json: it takes a directory as save_pretrained writes it")
     theirs = read_json(directory / "config.json")
@@ -92,10 +92,11 @@ def import_model(checkpoint, output, overrides: list[str], added: Additions = NO
     else:
         beside = _fresh(config, others, _alike_tokens(config, directory, output))
     params = jax.tree_util.tree_map_with_path(lambda path, leaf: _read(tensors, sources, beside, path, leaf), placed)
-    save_params(output / "checkpoints", params, progress_of(0, 0, config))
-    _copy_tokenizer(directory, output)
-    shutil.copyfile(directory / "config.json", output / "huggingface.json")
-    write_config(output, config)  # last: without it, this is no run directory
+    with new_directory(output) as new:
+        save_params(new / "checkpoints", params, progress_of(0, 0, config))
+        _copy_tokenizer(directory, new)
+        shutil.copyfile(directory / "config.json", new / "huggingface.json")
+        write_config(new, config)
     return output
 
 
@@ -130,8 +131,7 @@ def export_model(config: Config, checkpoint, output) -> Path:
       UserError: transformers has no model that computes the same, or there is no such checkpoint.
     """
     output = Path(output).expanduser()
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"output {output} already exists and is not empty: remove it or choose another")
+    check_free(output)
     base = additions.without(config.model)
     theirs = huggingface_config.from_model(base)
     _, abstract = abstract_model(config.model)
@@ -148,14 +148,14 @@ def export_model(config: Config, checkpoint, output) -> Path:
                 return np.ascontiguousarray(_as_theirs(value.T if source.transposed else value, name, config))
 
             tensors[name] = (source.shape(leaf), leaf.dtype, make)
-    output.mkdir(parents=True, exist_ok=True)
-    safetensors_files.write(output, dict(sorted(tensors.items())), {"format": "pt"})
-    (output / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
-    if base != config.model:
-        additions.write(output, config, {name: leaf for name, leaf in params.items() if name not in sources})
-    tokenizer = Path(config.data.tokenizer)
-    if tokenizer.name in TOKENIZER_FILES:
-        _copy_tokenizer(tokenizer.parent, output)
+    with new_directory(output) as new:
+        safetensors_files.write(new, dict(sorted(tensors.items())), {"format": "pt"})
+        (new / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+        if base != config.model:
+            additions.write(new, config, {name: leaf for name, leaf in params.items() if name not in sources})
+        tokenizer = Path(config.data.tokenizer)
+        if tokenizer.name in TOKENIZER_FILES:
+            _copy_tokenizer(tokenizer.parent, new)
     return output
 
 

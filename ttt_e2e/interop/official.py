@@ -19,6 +19,7 @@ from ttt_e2e.errors import UserError, first_line
 from ttt_e2e.interop.rules import Rule, sources_of, tensor_shapes, unknown
 from ttt_e2e.model import abstract_model
 from ttt_e2e.model.parameters import parameter_name
+from ttt_e2e.outputs import check_free, new_directory
 
 _BLOCKS = "language_model.model.h.blocks."
 _FAST = "language_model.model.h.prime_storage."
@@ -51,8 +52,10 @@ def import_checkpoint(config: Config, checkpoint, output) -> epath.Path:
       The step directory written.
 
     Raises:
-      UserError: there is no such checkpoint, or a parameter is missing, has another shape or is not in the model.
+      UserError: there is no such checkpoint, or a parameter is missing, has another shape or is not in the model;
+        `output` exists and is not empty, or cannot be written. Nothing is written then.
     """
+    check_free(output)
     path = _find_weights(checkpoint)
     try:
         tree = ocp.StandardCheckpointer().restore(path)
@@ -61,7 +64,9 @@ def import_checkpoint(config: Config, checkpoint, output) -> epath.Path:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     official = {parameter_name(key): np.asarray(leaf) for key, leaf in leaves}
     params = from_official(official, config.model)
-    return save_params(output, params, progress_of(0, 0, config))
+    with new_directory(output) as new:
+        save_params(new, params, progress_of(0, 0, config))
+    return epath.Path(output).resolve() / "0"
 
 
 def from_official(official: dict[str, np.ndarray], model: ModelConfig):

@@ -78,7 +78,11 @@ def write(directory: Path, tensors: dict, metadata: dict[str, str]) -> None:
     files = {}
     for i, names in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_file({name: tensors[name][2]() for name in names}, str(directory / file), metadata)
+        arrays = {name: tensors[name][2]() for name in names}
+        try:
+            save_file(arrays, str(directory / file), metadata)
+        except Exception as error:  # the library raises an exception of its own where the disk is full
+            raise UserError(f"{directory / file} cannot be written: {first_line(error)}") from None
         files |= dict.fromkeys(names, file)
     if len(shards) > 1:
         (directory / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": files}, indent=2) + "\n")

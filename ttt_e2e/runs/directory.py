@@ -13,6 +13,7 @@ from etils import epath
 from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.config import Config, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
+from ttt_e2e.outputs import writing
 from ttt_e2e.runs.files import read_json, read_text, replace_text
 from ttt_e2e.runs.resume import check_resume
 from ttt_e2e.runs.secrets import find_secrets, redact
@@ -41,7 +42,8 @@ def claim(workdir, config: Config) -> None:
 def write_config(workdir, config: Config) -> None:
     """Writes `config.json`, whole or not at all."""
     directory = epath.Path(workdir)
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     replace_text(directory / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
 
 
@@ -94,7 +96,8 @@ def record_start(workdir, overrides: list[str], policies: dict[str, str]) -> Non
     if jax.process_index() != 0:
         return
     directory = epath.Path(workdir)
-    (directory / "starts").mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        (directory / "starts").mkdir(parents=True, exist_ok=True)
     path = directory / "starts.jsonl"
     before = read_text(path) if path.exists() else ""
     name = f"starts/{before.count(chr(10)) + 1}"

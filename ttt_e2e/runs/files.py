@@ -1,10 +1,13 @@
 """Writes files whole or not at all, and reads text and JSON that a disk, an editor or a kill may have damaged."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 
 from etils import epath
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.outputs import writing
 
 
 def read_text(path) -> str:
@@ -33,14 +36,30 @@ def parse_json(text: str, where):
         raise UserError(f"{where} is not readable JSON: {error}") from None
 
 
+@contextlib.contextmanager
+def replacing(path) -> Iterator[epath.Path]:
+    """Gives a temporary path, whose file replaces the one at `path` when the `with` block ends without an exception.
+
+    Raises `UserError` where the file cannot be written.
+    """
+    path = epath.Path(path)
+    temporary = path.parent / f"{path.name}.tmp"
+    with writing(path):
+        try:
+            yield temporary
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
 def replace_text(path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file, whole or not at all. Raises `UserError` where it cannot be written."""
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path, contents: bytes) -> None:
-    """Writes a file, whole or not at all."""
-    path = epath.Path(path)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_bytes(contents)
-    temporary.replace(path)
+    """Writes a file, whole or not at all. Raises `UserError` where it cannot be written."""
+    with replacing(path) as file:
+        file.write_bytes(contents)

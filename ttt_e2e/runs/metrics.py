@@ -11,7 +11,8 @@ from etils import epath
 
 from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
-from ttt_e2e.runs.files import parse_json, read_text
+from ttt_e2e.outputs import writing
+from ttt_e2e.runs.files import parse_json, read_text, replace_text
 
 
 class MetricsWriter:
@@ -20,16 +21,18 @@ class MetricsWriter:
     def __init__(self, workdir, config: Config, resume_step: int):
         self.path = epath.Path(workdir) / "metrics.jsonl"
         lines = read_metrics(self.path) if self.path.exists() else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= resume_step))
-        self._file = self.path.open("a")
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= resume_step))
+        with writing(self.path):
+            self._file = self.path.open("a")
         self._tensorboard = _tensorboard(workdir) if config.log.tensorboard else None
         self._wandb = _wandb(workdir, config) if config.log.wandb else None
 
     def write(self, step: int, values: dict) -> None:
         """Writes the metrics of a step. Values that are not finite, which JSON lacks, become null."""
         values = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         if self._tensorboard:
             for name, value in values.items():
                 if value is not None:
@@ -39,7 +42,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes the file, and the TensorBoard and W&B writers."""
-        self._file.close()
+        with writing(self.path):  # again, where a line before could not be
+            self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -50,6 +50,47 @@ def open_store(config: Config, split: str) -> TokenStore | Mixture:
     if ours and theirs and ours != theirs and not _is_alike(ours, store.tokenizer_spec):
         raise UserError(f"config.data.tokenizer is {ours!r}, but token store {path} was prepared with {theirs!r}")
     return store
+
+
+def open_held_out(config: Config, mesh) -> TokenStore | Mixture:
+    """Opens the held-out split, as `open_store`, and reads what an evaluation will: a run of hours must not end there.
+
+    Logs where `eval.num_sequences` is more than the split has.
+
+    Raises:
+      UserError: as `open_store`; the split is damaged, or has a token id that is not below the vocabulary's size.
+    """
+    store, T = open_store(config, config.data.eval_split), config.train.seq_len
+    if (asked := config.eval.num_sequences) > (available := store.num_sequences(T)):
+        logger.info(
+            "eval.num_sequences is %d, but %s/%s has %d sequences of %d tokens: evaluations read these",
+            asked,
+            store.path,
+            store.split,
+            available,
+            T,
+        )
+    for _ in _held_out_batches(store, config, mesh):
+        pass
+    return store
+
+
+def _num_held_out(store: TokenStore | Mixture, config: Config) -> int:
+    """Number of sequences that an evaluation reads: `eval.num_sequences`, 0 = all, at most as many as there are."""
+    available = store.num_sequences(config.train.seq_len)
+    return min(config.eval.num_sequences or available, available)
+
+
+def _held_out_batches(store: TokenStore | Mixture, config: Config, mesh) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields this process's rows [B, T + 1] of every batch of an evaluation, as `evaluation_batches`."""
+    return evaluation_batches(
+        store,
+        seq_len=config.train.seq_len,
+        num_sequences=_num_held_out(store, config),
+        batch_size=config.eval.batch_size,
+        rows=local_rows(mesh, config.eval.batch_size),
+        vocab_size=config.model.vocab_size,
+    )
 
 
 def find_alike_tokens(config: Config, tokenizer: str) -> np.ndarray | None:
@@ -107,7 +148,7 @@ def held_out_loss(
     stop: Callable[[], bool] = lambda: False,
     take: Callable[[jax.Array, int], None] = lambda nll_BT, num_sequences: None,
 ) -> HeldOut:
-    """Computes the losses of the first `eval.num_sequences` sequences of the store (0 = all).
+    """Computes the losses of the first `eval.num_sequences` sequences of the store (0 = all), or of those there are.
 
     Each process reads its own rows of every batch; all get the same result.
 
@@ -124,16 +165,8 @@ def held_out_loss(
     Raises:
       PreemptedError: `stop` returned True.
     """
-    B, T = config.eval.batch_size, config.train.seq_len
-    num_sequences = config.eval.num_sequences or store.num_sequences(T)
-    batches = evaluation_batches(
-        store,
-        seq_len=T,
-        num_sequences=num_sequences,
-        batch_size=B,
-        rows=local_rows(mesh, B),
-        vocab_size=config.model.vocab_size,
-    )
+    B, num_sequences = config.eval.batch_size, _num_held_out(store, config)
+    batches = _held_out_batches(store, config, mesh)
     loss, token_nll, num_tokens = 0.0, 0.0, 0
     bar = progress_bar(batches, total=-(-num_sequences // B), desc=desc, unit="batch", disable=not desc)
     for tokens, num_valid in bar:

@@ -20,7 +20,7 @@ from ttt_e2e.errors import PreemptedError
 from ttt_e2e.kernels.attention import choice
 from ttt_e2e.model import abstract_model
 from ttt_e2e.runs import directory as run_directory
-from ttt_e2e.train.batches import check_batch, find_alike_tokens, held_out_loss, open_store, to_device
+from ttt_e2e.train.batches import check_batch, find_alike_tokens, held_out_loss, open_held_out, open_store, to_device
 from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.policies import check_tables
 from ttt_e2e.train.start_check import check_start
@@ -58,7 +58,7 @@ def _train(
     check_batch("config.train.global_batch_size", batch_size, mesh, config.train.accumulation_steps)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     train_store = open_store(config, config.data.train_split)
-    eval_store = open_store(config, config.data.eval_split) if config.eval.every_steps else None
+    eval_store = open_held_out(config, mesh) if config.eval.every_steps else None
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], config.model, mesh)
     check_tables(config, mesh)
     starts_anew = not (config.train.init_from or saved_steps(workdir / "checkpoints"))
