@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from ttt_e2e.checkpoints.progress import progress_of
 from ttt_e2e.cli import main
 from ttt_e2e.config import from_config_dict, to_dict
 from ttt_e2e.data.tokenizers import ByteTokenizer
-from ttt_e2e.inference.generate import Settings, generate_tokens
+from ttt_e2e.errors import DivergedError
+from ttt_e2e.inference.generate import Settings, _check_finite, generate_tokens
 from ttt_e2e.inference.settings import Sampling
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.parameters import split
@@ -201,6 +203,46 @@ def test_full_attention_has_as_much_room_as_is_needed_or_declared(run):
     code, out, lines = run(*full, "--max_length=5")
     assert (code, out) == (2, "")
     assert "max_length is 5, but 0 tokens were read and 6 more are to come" in lines[0]
+
+
+# ------------------------------------------------------------------------------------------------------- divergence
+
+# Of a learning rate that is far too high. After the first inner step, of 8 tokens, products of weights are infinite.
+DIVERGING = ("--config.inner.learning_rate=9e18", "--seed=3")
+
+
+def test_generation_ends_where_the_model_diverges(run, tmp_path):
+    flags = (*DIVERGING, "--prompt=abc", "--max_new_tokens=30", f"--output={tmp_path / 'out.jsonl'}")
+    code, out, lines = run(*flags, f"--save_state={tmp_path / 'state'}")
+    text = (tmp_path / "out.jsonl").read_text()
+    result = json.loads(text)
+    assert code == 1
+    error = f"error: the NLL of generated token 6 is nan; no state is saved in {tmp_path / 'state'}"
+    assert [line for line in lines if line.startswith("error")] == [error]
+    assert (len(result["tokens"]), result["ended_by"], "NaN" in text) == (5, "diverged", False)
+    assert out == result["text"] + "\n" and not (tmp_path / "state").exists()
+
+
+def test_a_prompt_in_which_the_model_diverges_is_not_continued(run, tmp_path):
+    prompts = ["abc", "a prompt of more than a mini-batch"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    code, out, lines = run(*DIVERGING, f"--prompt_file={tmp_path / 'prompts.jsonl'}", "--max_new_tokens=3")
+    first, second = map(json.loads, out.splitlines())
+    assert code == 1 and "error: prompt 2: the NLL of token 9 of the prompt is nan" in lines
+    assert first["ended_by"] != "diverged" and first["tokens"]
+    assert second == {"prompt": prompts[1], "text": "", "tokens": [], "nll": [], "ended_by": "diverged"}
+
+
+def test_fast_weights_that_diverged_in_the_last_step_are_not_saved():
+    """No NLL has shown it yet."""
+    for number in (np.nan, np.inf):
+        state = SimpleNamespace(fast={"w1": jnp.ones(3), "w2": jnp.array([0, number])}, position=8)
+        _check_finite(state, [], "")
+        with pytest.raises(
+            DivergedError, match="a fast weight is NaN or infinite after 8 tokens; no state is saved in x"
+        ):
+            _check_finite(state, [], "x")
+    _check_finite(SimpleNamespace(fast={"w1": jnp.ones(3)}, position=8), [], "x")
 
 
 # Flags (DIR stands for an empty directory) -> what the one line must say.

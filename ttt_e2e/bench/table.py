@@ -1,11 +1,12 @@
 """Writes a benchmark's results: its rows as JSON and as a Markdown table, and the environment it ran in."""
 
-import json
 import os
 import platform
 
 import jax
 from etils import epath
+
+from ttt_e2e.strict_json import to_json
 
 
 def write(output, rows: list[dict], title: str, notes: str = "", shown: list[dict] | None = None) -> str:
@@ -18,8 +19,8 @@ def write(output, rows: list[dict], title: str, notes: str = "", shown: list[dic
     machine = environment()
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
     text = "\n\n".join(filter(None, (f"# {title}", markdown(shown or rows), notes, facts))) + "\n"
-    (directory / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (directory / "environment.json").write_text(json.dumps(machine, indent=2) + "\n")
+    (directory / "results.json").write_text(to_json(rows, indent=2) + "\n")
+    (directory / "environment.json").write_text(to_json(machine, indent=2) + "\n")
     (directory / "results.md").write_text(text)
     return text
 

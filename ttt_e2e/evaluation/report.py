@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 import os
 import statistics
 import textwrap
@@ -18,6 +17,7 @@ from ttt_e2e.evaluation.plots import colors_of, costs_figure, training_figure
 from ttt_e2e.evaluation.runs import Run, read_runs
 from ttt_e2e.figures import require_matplotlib
 from ttt_e2e.runs.files import replace_bytes, replace_text
+from ttt_e2e.strict_json import to_json
 
 NUM_WORD_COLUMNS = 4  # columns at the left of the first table that are text; the others are numbers
 
@@ -63,7 +63,7 @@ def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLik
         files[name] = output / f"{name}.png"
         replace_bytes(files[name], png)
     files["json"], files["html"] = output / "report.json", output / "report.html"
-    replace_text(files["json"], json.dumps(rows, indent=2) + "\n")
+    replace_text(files["json"], to_json(rows, indent=2) + "\n")
     replace_text(files["html"], _page(runs, rows, figures))
     return {"files": {name: str(path) for name, path in files.items()}, "rows": rows}
 
@@ -153,7 +153,8 @@ def _row(run: Run, sections: tuple[int, str]) -> dict:
         "train_loss": run.training[-1]["loss"],
         "loss": loss,
         "loss_without_learning": without,
-        "difference": None if without is None else loss - without,
+        "difference": None if loss is None or without is None else loss - without,
+        "diverged": metrics.get("diverged"),
         "token_loss": metrics.get("token_loss"),
         "token_loss_without_learning": metrics.get("token_loss_without_learning"),
         "tokenizer": metrics.get("tokenizer"),
@@ -247,7 +248,7 @@ def _table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for row in rows:
         begin = [row["run"], row["model"], row["size"]]
-        if row["loss"] is None:
+        if not row["by_position"]:
             lines.append([*begin, "not evaluated", str(row["step"]), *["–"] * (len(header) - 5)])
             continue
         pairs = [
@@ -256,12 +257,12 @@ def _table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
             *[(row["bits_per_byte"], row["bits_per_byte_without_learning"])] * has_bytes,
             *((part["loss"], part["loss_without_learning"]) for part in row["by_position"]),
         ]
-        has_both = row["loss_without_learning"] is not None
+        has_both = row["kind"] == "e2e"
         reading = "learning" if has_both else "no fast weights"
         lines.append([*begin, reading, str(row["step"]), *(number(loss) for loss, _ in pairs)])
         if has_both:
             lines.append(["", "", "", "not learning", "", *(number(without) for _, without in pairs)])
-            differences = ("–" if without is None else f"{loss - without:+.4f}" for loss, without in pairs)
+            differences = ("–" if None in pair else number(pair[0] - pair[1], "+.4f") for pair in pairs)
             lines.append(["", "", "", "difference", "", *differences])
     return header, lines
 
@@ -285,7 +286,8 @@ def _notes(rows: Sequence[dict]) -> list[str]:
         notes.append(f"Positions in context: {', '.join(described)}.")
     if any(row["loss_without_learning"] is not None for row in rows):
         notes.append(NOT_LEARNING_NOTE)
-    if any(row["loss"] is None for row in rows):
+    notes += [f"{row['run']} diverged: {row['diverged']}." for row in rows if row["diverged"]]
+    if any(not row["by_position"] for row in rows):
         notes.append("Not evaluated: ttt-e2e evaluate --workdir=RUN --output=RUN/evaluation, then report again.")
     return notes
 
@@ -348,7 +350,7 @@ def _page(runs: list[Run], rows: list[dict], figures: dict[str, tuple[bytes, str
     costs = _costs(rows)
     configs = [
         f"<details><summary>{html.escape(run.name)}: {row['model']}, {row['size']}</summary>"
-        f"<pre>{html.escape(json.dumps(to_dict(run.config), indent=2))}</pre></details>"
+        f"<pre>{html.escape(to_json(to_dict(run.config), indent=2))}</pre></details>"
         for run, row in zip(runs, rows)
     ]
     return PAGE.format(

@@ -5,8 +5,8 @@ different tokens, so that their inner steps cannot be batched.
 """
 
 import contextlib
-import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ttt_e2e.checkpoints.params import load_params
 from ttt_e2e.cluster.mesh import with_shardings
 from ttt_e2e.config import Config
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import DivergedError, UserError
 from ttt_e2e.inference.prompts import encode, find_tokenizer
 from ttt_e2e.inference.reader import Reader, ReaderState
 from ttt_e2e.inference.sampling import choose
@@ -29,6 +29,7 @@ from ttt_e2e.inference.settings import Sampling
 from ttt_e2e.inference.state import check_can_save, load_state, read_about, save_state
 from ttt_e2e.inference.text import TextStream
 from ttt_e2e.model import abstract_model
+from ttt_e2e.strict_json import to_json
 
 LEARN = ("all", "prompt", "none")
 
@@ -91,6 +92,8 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
 
     Raises:
       UserError: settings, prompts, model and saved state do not fit together; then nothing is written.
+      DivergedError: the NLL of a token, or a fast weight to save, is not finite. Then the results of all prompts are
+        written, but no state is.
     """
     if not settings.max_new_tokens and not save_to:
         raise UserError("max_new_tokens is 0, but it must be at least 1: 0 only reads, and makes sense with save_state")
@@ -110,12 +113,15 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
         raise UserError(f"state {load_from} is of {batch_size} sequences, but prompts are continued one at a time")
     reader.check_room(start, longest)
     streams = len(prompts) == 1
+    places = []  # where each prompt diverged that did
     with _open_output(output, streams) as file:
         for index, (prompt, ids) in enumerate(zip(prompts, prompt_ids)):
-            result, state = _continue(reader, start, ids, settings, index, tokenizer, ends, echo=streams)
+            result, state, place = _continue(reader, start, ids, settings, index, tokenizer, ends, echo=streams)
+            places += [place if streams else f"prompt {index + 1}: {place}"] * bool(place)
             if file:
-                file.write(json.dumps({"prompt": prompt, **result}) + "\n")
+                file.write(to_json({"prompt": prompt, **result}) + "\n")
                 file.flush()
+    _check_finite(state, places, save_to)
     if save_to:
         save_state(save_to, reader, state, precision=precision)
         logger.info("saved the state after %d tokens in %s", state.position, save_to)
@@ -124,7 +130,7 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
 def generate_tokens(
     reader: Reader, state: ReaderState, ids, settings: Settings, key, ends: Collection[int]
 ) -> Iterator[Token]:
-    """Yields generated tokens until one of `ends`, or until `settings.max_new_tokens`.
+    """Yields generated tokens until one of `ends`, an NLL that is not finite, or `settings.max_new_tokens`.
 
     Args:
       reader: the reader that made `state`.
@@ -146,7 +152,7 @@ def generate_tokens(
         token = Token(int(token_id), float(nll), state)
         seen_BV[0, token.id] = True
         yield token
-        if token.id in ends:
+        if token.id in ends or not math.isfinite(token.nll):
             return
 
 
@@ -164,17 +170,20 @@ def load_reader(config: Config, checkpoint, max_length: int) -> Reader:
 def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, ends: dict[int, str], *, echo: bool):
     """Reads a prompt and continues it; with `echo`, prints the text as it is generated.
 
-    Returns `text`, `tokens`, `nll` and `ended_by` as a dict, and the state after the last token.
+    Returns `text`, `tokens`, `nll` and `ended_by` as a dict, the state after the last token, and where it diverged: ""
+    if it did not. A token of which the NLL is not finite, and what would come after it, are not in the result.
     """
     # A progress bar would break up text that is streamed to the same terminal.
     hidden = echo and sys.stdout.isatty()
     started = time.perf_counter()
     with tqdm(total=len(ids), desc="read", unit="token", disable=hidden, leave=False) as bar:
-        state, _ = reader.read(state, ids[None], learn=settings.learn != "none", bar=bar)
+        state, nll_Bn = reader.read(state, ids[None], learn=settings.learn != "none", bar=bar)
     prompt_end = time.perf_counter()
+    wrong = np.flatnonzero(~np.isfinite(nll_Bn[0]))
+    place = f"the NLL of token {wrong[0] + 1} of the prompt is {nll_Bn[0, wrong[0]]}" if len(wrong) else ""
     key = jax.random.fold_in(jax.random.key(settings.seed), index)
     stream, tokens, nlls, text = TextStream(tokenizer, settings.stop), [], [], ""
-    reason = "length"
+    reason = "diverged" if place else "length"
 
     def give_out(more: str) -> str:
         if echo and settings.max_new_tokens:
@@ -183,7 +192,10 @@ def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, end
 
     bar = tqdm(total=settings.max_new_tokens, desc="generate", unit="token", disable=hidden, leave=False)
     with bar:
-        for token in generate_tokens(reader, state, ids, settings, key, ends):
+        for token in () if place else generate_tokens(reader, state, ids, settings, key, ends):
+            if not math.isfinite(token.nll):
+                reason, place = "diverged", f"the NLL of generated token {len(tokens) + 1} is {token.nll}"
+                break
             state = token.state
             tokens.append(token.id)
             nlls.append(token.nll)
@@ -200,7 +212,15 @@ def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, end
     rates = len(ids) / (prompt_end - started), len(tokens) / (time.perf_counter() - prompt_end)
     counts = (len(ids), rates[0], len(tokens), rates[1])
     logger.info("read %d tokens, %.1f tokens/s; generated %d, %.1f tokens/s (compiling included)", *counts)
-    return {"text": text, "tokens": tokens, "nll": nlls, "ended_by": reason}, state
+    return {"text": text, "tokens": tokens, "nll": nlls, "ended_by": reason}, state, place
+
+
+def _check_finite(state: ReaderState, places: list[str], save_to: str) -> None:
+    """Raises `DivergedError` where prompts diverged at `places`, or a fast weight of a state to save is not finite."""
+    if save_to and not places and not all(np.isfinite(w).all() for w in jax.tree.leaves(jax.device_get(state.fast))):
+        places = [f"a fast weight is NaN or infinite after {state.position} tokens"]
+    if places:
+        raise DivergedError(places[0] + (f"; no state is saved in {save_to}" if save_to else ""))
 
 
 def _open_output(output: str, streams: bool):

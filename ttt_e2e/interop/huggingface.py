@@ -4,7 +4,6 @@ An imported model is a run directory: `config.json`, `checkpoints/0`, and its to
 by each device only what it stores of them.
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -29,6 +28,7 @@ from ttt_e2e.model.parameters import parameter_name, split
 from ttt_e2e.model.stacks import block_indices
 from ttt_e2e.runs.directory import write_config
 from ttt_e2e.runs.files import read_json
+from ttt_e2e.strict_json import to_json
 from ttt_e2e.train.batches import find_alike_tokens
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
@@ -185,7 +185,7 @@ def export_model(config: Config, checkpoint, output) -> Path:
             tensors[name] = (shape, leaf.dtype, make)
     output.mkdir(parents=True, exist_ok=True)
     safetensors_files.write(output, dict(sorted(tensors.items())), {"format": "pt"})
-    (output / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+    (output / "config.json").write_text(to_json(theirs, indent=2) + "\n")
     return output
 
 
