@@ -30,6 +30,7 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
+from ttt_e2e import streams
 from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.errors import EXIT_REQUEUE, UserError
 from ttt_e2e.flags import parse
@@ -46,10 +47,15 @@ SLURM_JOBS = "squeue --me --noheader --format=%A"
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 when every point is finished or submitted, 1 otherwise, 2 after bad input."""
+    return streams.run(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> int:
+    """Logs to stderr, and prints an error that the user can mend as one line; returns the exit code."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("ttt_e2e").setLevel(logging.INFO)
     try:
-        return _main(sys.argv[1:] if argv is None else argv)
+        return _main(argv)
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from ttt_e2e import settings
+from ttt_e2e import settings, streams
 from ttt_e2e.config import Config, suggestion, to_dict
 from ttt_e2e.errors import EXIT_REQUEUE, DivergedError, PreemptedError, UserError
 from ttt_e2e.flags import load_config_file, override, parse, string
@@ -19,13 +19,17 @@ _INPUTS = "a file, directory or glob of .txt .md .py .jsonl, plain, .gz or .zst,
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs one command, with streams that outlive their readers; returns the exit code."""
+    return streams.run(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
     """Runs one command; returns the exit code.
 
     0: done. Otherwise with one line on stderr, 2: bad input; 75: preempted, to be started again; 1: what a model
     computes is not finite, or another process of the run has ended; 130: Ctrl-C. An exception that is none of these is
     raised.
     """
-    argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("ttt_e2e").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs many lines for every save

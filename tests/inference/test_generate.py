@@ -1,6 +1,8 @@
 """What is generated is what the model says: recomputed without caches, and scored again by the inner loop."""
 
+import contextlib
 import json
+import os
 import re
 from types import SimpleNamespace
 
@@ -19,7 +21,8 @@ from ttt_e2e.cli import main
 from ttt_e2e.config import from_config_dict, to_dict
 from ttt_e2e.data.tokenizers import ByteTokenizer
 from ttt_e2e.errors import DivergedError
-from ttt_e2e.inference.generate import Settings, _check_finite, generate_tokens
+from ttt_e2e.inference import generate
+from ttt_e2e.inference.generate import Settings, Token, _check_finite, generate_tokens
 from ttt_e2e.inference.settings import Sampling
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.parameters import split
@@ -203,6 +206,44 @@ def test_full_attention_has_as_much_room_as_is_needed_or_declared(run):
     code, out, lines = run(*full, "--max_length=5")
     assert (code, out) == (2, "")
     assert "max_length is 5, but 0 tokens were read and 6 more are to come" in lines[0]
+
+
+# ------------------------------------------------------------------------------------------------------- the reader
+
+
+@contextlib.contextmanager
+def unread():
+    """Standard output is a pipe whose reader has gone."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream, contextlib.redirect_stdout(stream):
+        yield
+
+
+def test_what_is_written_into_files_is_written_though_nobody_reads_the_text(checkpoint, tmp_path):
+    files = (f"--output={tmp_path / 'out.jsonl'}", f"--save_state={tmp_path / 'state'}")
+    with unread():
+        assert main(["generate", *checkpoint, "--prompt=the cat", "--max_new_tokens=12", "--seed=3", *files]) == 0
+    assert len(results(tmp_path / "out.jsonl")[0]["tokens"]) == 12
+    assert (tmp_path / "state").is_dir()
+
+
+@pytest.mark.parametrize("num_prompts", [1, 3])
+def test_what_nobody_reads_is_not_generated(num_prompts, checkpoint, tmp_path, monkeypatch):
+    """A single prompt ends with its first token, several with the first of them."""
+    counts = []
+
+    def generate_tokens(*arguments):
+        for _ in range(9):
+            counts.append(1)
+            yield Token(97, 0.0, None)
+
+    monkeypatch.setattr(generate, "generate_tokens", generate_tokens)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n' * num_prompts)
+    prompts = f"--prompt_file={tmp_path / 'prompts.jsonl'}"
+    with unread():
+        assert main(["generate", *checkpoint, prompts, "--max_new_tokens=9"]) == 0
+    assert len(counts) == (1 if num_prompts == 1 else 9)
 
 
 # ------------------------------------------------------------------------------------------------------- divergence

@@ -6,6 +6,7 @@ import platform
 import jax
 from etils import epath
 
+from ttt_e2e.runs.files import replace_text
 from ttt_e2e.strict_json import to_json
 
 
@@ -19,9 +20,9 @@ def write(output, rows: list[dict], title: str, notes: str = "", shown: list[dic
     machine = environment()
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
     text = "\n\n".join(filter(None, (f"# {title}", markdown(shown or rows), notes, facts))) + "\n"
-    (directory / "results.json").write_text(to_json(rows, indent=2) + "\n")
-    (directory / "environment.json").write_text(to_json(machine, indent=2) + "\n")
-    (directory / "results.md").write_text(text)
+    replace_text(directory / "results.json", to_json(rows, indent=2) + "\n")
+    replace_text(directory / "environment.json", to_json(machine, indent=2) + "\n")
+    replace_text(directory / "results.md", text)
     return text
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ttt_e2e.bench import table
 from ttt_e2e.errors import UserError
 from ttt_e2e.figures import COLORS, STYLE, make_figure, require_matplotlib
+from ttt_e2e.runs.files import replace_text
 from ttt_e2e.targets.bound import SHARE
 
 GIB = 2**30
@@ -29,7 +30,7 @@ def write(directory) -> str:
     directory = Path(directory)
     rows = read(directory)
     text = tables(rows)
-    (directory / "tables.md").write_text(text)
+    replace_text(directory / "tables.md", text)
     figure(rows).savefig(directory / "targets.png", dpi=150)
     return text
 

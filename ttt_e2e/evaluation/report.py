@@ -7,6 +7,7 @@ import os
 import statistics
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ttt_e2e.config import ModelConfig, to_dict
@@ -15,7 +16,7 @@ from ttt_e2e.evaluation import token_losses
 from ttt_e2e.evaluation.base import Table, evaluations, number
 from ttt_e2e.evaluation.plots import colors_of, costs_figure, training_figure
 from ttt_e2e.evaluation.runs import Run, read_runs
-from ttt_e2e.figures import require_matplotlib
+from ttt_e2e.figures import drawable, fonts_for, require_matplotlib
 from ttt_e2e.runs.files import replace_bytes, replace_text
 from ttt_e2e.strict_json import to_json
 
@@ -59,6 +60,8 @@ def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLik
     except OSError as error:
         raise UserError(f"--output {output} cannot be made a directory: {error.strerror}") from None
     figures, files = _figures(runs, rows), {}
+    for name in _figure_names() - figures.keys():  # of the runs of an earlier report
+        (output / f"{name}.png").unlink(missing_ok=True)
     for name, (png, _) in figures.items():
         files[name] = output / f"{name}.png"
         replace_bytes(files[name], png)
@@ -79,15 +82,26 @@ def format_table(rows: Sequence[dict]) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def _figure_names() -> set[str]:
+    """Names of the files, without .png, of all figures that a report can have."""
+    return {evaluation.figure_name or name for name, evaluation in evaluations().items()} | {"models", "training"}
+
+
 def _figures(runs: list[Run], rows: list[dict]) -> dict[str, tuple[bytes, str]]:
     """Draws the figures that some run has results for: (PNG bytes, caption) by the name of the file, without .png."""
+    import matplotlib
+
+    families = fonts_for(run.name for run in runs)
+    runs = [replace(run, name=drawable(run.name, families)) for run in runs]
+    rows = [row | {"run": run.name} for run, row in zip(runs, rows)]
     figures = {}
-    for name, evaluation in evaluations().items():
-        if any(run.results[name] for run in runs) and (figure := evaluation.figure(runs)):
-            figures[evaluation.figure_name or name] = (_png(figure), evaluation.caption)
-    if len(runs) > 1:
-        figures["models"] = (_png(costs_figure(rows, colors_of(runs))), COSTS_CAPTION)
-    return figures | {"training": (_png(training_figure(runs)), TRAINING_CAPTION)}
+    with matplotlib.rc_context({"font.family": families}):
+        for name, evaluation in evaluations().items():
+            if any(run.results[name] for run in runs) and (figure := evaluation.figure(runs)):
+                figures[evaluation.figure_name or name] = (_png(figure), evaluation.caption)
+        if len(runs) > 1:
+            figures["models"] = (_png(costs_figure(rows, colors_of(runs))), COSTS_CAPTION)
+        return figures | {"training": (_png(training_figure(runs)), TRAINING_CAPTION)}
 
 
 def _png(figure) -> bytes:

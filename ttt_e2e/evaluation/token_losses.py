@@ -212,7 +212,8 @@ def _bits_per_byte(config: Config, store: TokenStore, metrics: dict) -> dict:
 def _write(output: epath.Path, metrics: dict, arrays: dict[str, np.ndarray]) -> None:
     """Writes the arrays, then `metrics.json`, whose presence says that the arrays are whole."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / "metrics.json").unlink(missing_ok=True)
+    for name in ("metrics.json", "token_nll.npy", "token_nll_without_learning.npy"):  # of another model
+        (output / name).unlink(missing_ok=True)
     for name, array in arrays.items():
         with (output / f"{name}.npy").open("wb") as file:
             np.save(file, array.astype(np.float32))

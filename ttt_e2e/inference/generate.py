@@ -9,8 +9,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from ttt_e2e import streams
 from ttt_e2e.checkpoints.params import load_params
 from ttt_e2e.cluster.mesh import with_shardings
 from ttt_e2e.config import Config
@@ -87,7 +89,8 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
       load_from: saved state that every prompt is read after; "" = start from BOS.
       save_to: directory for the state after the single prompt and its continuation; "" = save none.
       precision: dtype of the saved fast weights, see `save_state`.
-      output: file for the JSON lines; "" = stdout where there are several prompts.
+      output: file for the JSON lines; "" = stdout where there are several prompts. Where nobody reads stdout any more,
+        and no file is to be written, generation stops.
       max_length: tokens that full attention has room for, see `Reader`; 0 = as many as are needed.
 
     Raises:
@@ -95,12 +98,7 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
       DivergedError: the NLL of a token, or a fast weight to save, is not finite. Then the results of all prompts are
         written, but no state is.
     """
-    if not settings.max_new_tokens and not save_to:
-        raise UserError("max_new_tokens is 0, but it must be at least 1: 0 only reads, and makes sense with save_state")
-    if save_to and len(prompts) > 1:
-        raise UserError(f"save_state={save_to} takes a single prompt, but there are {len(prompts)}")
-    if save_to:
-        check_can_save(save_to, precision)
+    _check_request(len(prompts), settings, save_to, precision)
     tokenizer = find_tokenizer(config)
     prompt_ids = [encode(tokenizer, prompt, config.model.vocab_size) for prompt in prompts]
     about = read_about(load_from) if load_from else {"position": 0}
@@ -108,19 +106,19 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
     reader = load_reader(config, checkpoint, max_length or max(about["position"] + longest, 1))
     bos_id = config.data.bos_id or tokenizer.bos_id
     ends = {tokenizer.eos_id: "eos", bos_id: "bos"}
-    start = load_state(load_from, reader) if load_from else reader.start(bos_id)
-    if (batch_size := len(start.tokens)) != 1:
-        raise UserError(f"state {load_from} is of {batch_size} sequences, but prompts are continued one at a time")
+    start = _start(reader, load_from, bos_id)
     reader.check_room(start, longest)
-    streams = len(prompts) == 1
-    places = []  # where each prompt diverged that did
-    with _open_output(output, streams) as file:
+    single, places = len(prompts) == 1, []  # places: where each prompt diverged that did
+    is_wanted = (lambda: True) if output or save_to else streams.is_read
+    echo = partial(_echo, is_wanted) if single else None
+    with _open_output(output, single) as file:
         for index, (prompt, ids) in enumerate(zip(prompts, prompt_ids)):
-            result, state, place = _continue(reader, start, ids, settings, index, tokenizer, ends, echo=streams)
-            places += [place if streams else f"prompt {index + 1}: {place}"] * bool(place)
+            result, state, place = _continue(reader, start, ids, settings, index, tokenizer, ends, echo)
+            places += [place if single else f"prompt {index + 1}: {place}"] * bool(place)
             if file:
-                file.write(to_json({"prompt": prompt, **result}) + "\n")
-                file.flush()
+                print(to_json({"prompt": prompt, **result}), file=file, flush=True)
+            if not is_wanted():
+                break
     _check_finite(state, places, save_to)
     if save_to:
         save_state(save_to, reader, state, precision=precision)
@@ -156,6 +154,24 @@ def generate_tokens(
             return
 
 
+def _check_request(num_prompts: int, settings: Settings, save_to: str, precision: str) -> None:
+    """Raises `UserError` where so many prompts cannot be continued, or not saved, with these settings."""
+    if not settings.max_new_tokens and not save_to:
+        raise UserError("max_new_tokens is 0, but it must be at least 1: 0 only reads, and makes sense with save_state")
+    if save_to and num_prompts > 1:
+        raise UserError(f"save_state={save_to} takes a single prompt, but there are {num_prompts}")
+    if save_to:
+        check_can_save(save_to, precision)
+
+
+def _start(reader: Reader, load_from: str, bos_id: int) -> ReaderState:
+    """The saved state, or else that after BOS. Raises `UserError` where it is of several sequences, or does not fit."""
+    start = load_state(load_from, reader) if load_from else reader.start(bos_id)
+    if (batch_size := len(start.tokens)) != 1:
+        raise UserError(f"state {load_from} is of {batch_size} sequences, but prompts are continued one at a time")
+    return start
+
+
 def load_reader(config: Config, checkpoint, max_length: int) -> Reader:
     """Loads the parameters of a checkpoint onto one device and makes a reader of them.
 
@@ -167,14 +183,16 @@ def load_reader(config: Config, checkpoint, max_length: int) -> Reader:
     return Reader(graphdef, params, config, max_length=max_length)
 
 
-def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, ends: dict[int, str], *, echo: bool):
-    """Reads a prompt and continues it; with `echo`, prints the text as it is generated.
+def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, ends: dict[int, str], echo):
+    """Reads a prompt and continues it.
+
+    echo: is called with the text as it is generated, and returns whether to go on; None = the text is not shown.
 
     Returns `text`, `tokens`, `nll` and `ended_by` as a dict, the state after the last token, and where it diverged: ""
     if it did not. A token of which the NLL is not finite, and what would come after it, are not in the result.
     """
     # A progress bar would break up text that is streamed to the same terminal.
-    hidden = echo and sys.stdout.isatty()
+    hidden = echo is not None and sys.stdout.isatty()
     started = time.perf_counter()
     with tqdm(total=len(ids), desc="read", unit="token", disable=hidden, leave=False) as bar:
         state, nll_Bn = reader.read(state, ids[None], learn=settings.learn != "none", bar=bar)
@@ -184,11 +202,6 @@ def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, end
     key = jax.random.fold_in(jax.random.key(settings.seed), index)
     stream, tokens, nlls, text = TextStream(tokenizer, settings.stop), [], [], ""
     reason = "diverged" if place else "length"
-
-    def give_out(more: str) -> str:
-        if echo and settings.max_new_tokens:
-            print(more, end="", flush=True)
-        return more
 
     bar = tqdm(total=settings.max_new_tokens, desc="generate", unit="token", disable=hidden, leave=False)
     with bar:
@@ -203,16 +216,25 @@ def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, end
             if token.id in ends:
                 reason = ends[token.id]
                 break
-            text += give_out(stream.push(token.id))
+            text += (more := stream.push(token.id))
+            if echo and not echo(more):
+                break
             if stream.stopped:
                 reason = "stop"
                 break
-    text += give_out(stream.finish())
-    give_out("\n")
+    text += (more := stream.finish())
+    if echo and settings.max_new_tokens:
+        echo(more + "\n")
     rates = len(ids) / (prompt_end - started), len(tokens) / (time.perf_counter() - prompt_end)
     counts = (len(ids), rates[0], len(tokens), rates[1])
     logger.info("read %d tokens, %.1f tokens/s; generated %d, %.1f tokens/s (compiling included)", *counts)
     return {"text": text, "tokens": tokens, "nll": nlls, "ended_by": reason}, state, place
+
+
+def _echo(is_wanted: Callable[[], bool], text: str) -> bool:
+    """Prints a part of a text; returns whether the rest is wanted."""
+    print(text, end="", flush=True)
+    return is_wanted()
 
 
 def _check_finite(state: ReaderState, places: list[str], save_to: str) -> None:
@@ -223,10 +245,10 @@ def _check_finite(state: ReaderState, places: list[str], save_to: str) -> None:
         raise DivergedError(places[0] + (f"; no state is saved in {save_to}" if save_to else ""))
 
 
-def _open_output(output: str, streams: bool):
-    """Context manager that gives the file for JSON lines: that of `output`, else stdout, or None where text streams."""
+def _open_output(output: str, single: bool):
+    """Context manager that gives the file for JSON lines: of `output`, else stdout, or None for a single prompt."""
     if not output:
-        return contextlib.nullcontext(None if streams else sys.stdout)
+        return contextlib.nullcontext(None if single else sys.stdout)
     path = epath.Path(output)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
