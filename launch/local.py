@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 
+from ttt_e2e import streams
 from ttt_e2e.errors import EXIT_REQUEUE
 
 NEVER_RESTARTED = (0, 2)  # exit codes: done; bad input, which another start does not change
@@ -130,4 +131,4 @@ def describe(code: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(streams.run(main))

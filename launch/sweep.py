@@ -30,6 +30,7 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
+from ttt_e2e import streams
 from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.errors import EXIT_REQUEUE, UserError
 from ttt_e2e.flags import parse
@@ -37,6 +38,7 @@ from ttt_e2e.outputs import check_directory, is_of_the_disk, writing
 from ttt_e2e.runs.directory import write_config
 from ttt_e2e.runs.files import replace_text
 from ttt_e2e.runs.secrets import redact
+from ttt_e2e.strict_json import to_json
 from ttt_e2e.sweep import Point, check_unchanged, make_points, seems_whole
 
 logger = logging.getLogger("ttt_e2e.sweep")
@@ -46,10 +48,15 @@ SLURM_JOBS = "squeue --me --noheader --format=%A"
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 when every point is finished or submitted, 1 otherwise, 2 after bad input."""
+    return streams.run(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> int:
+    """Logs to stderr, and prints an error that the user can mend as one line; returns the exit code."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("ttt_e2e").setLevel(logging.INFO)
     try:
-        return _main(sys.argv[1:] if argv is None else argv)
+        return _main(argv)
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
@@ -112,7 +119,7 @@ def _write(spec: str, overrides: list[str], points: list[Point], output: Path) -
     entries = [entry for entry in before if entry["name"] not in names]
     entries += [{"name": point.name, "overrides": point.overrides} for point in points]
     manifest = {"config": spec, "overrides": [redact(override) for override in overrides], "points": entries}
-    replace_text(path, json.dumps(manifest, indent=2) + "\n")
+    replace_text(path, to_json(manifest, indent=2) + "\n")
     for point in points:
         if not (point.workdir / "config.json").exists():
             write_config(point.workdir, point.config)
@@ -185,7 +192,7 @@ def acquire(point: Point):
         file.close()
         return None
     with writing(point.workdir):
-        _fill(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        _fill(file, to_json({"pid": os.getpid(), "host": socket.gethostname()}))
     return file
 
 
@@ -363,14 +370,14 @@ def submit(point: Point, template: str) -> str:
     record = point.workdir / "submitted.json"
     try:
         write_config(point.workdir, point.config)
-        replace_text(record, json.dumps({"job": "", "time": time.time()}) + "\n")
+        replace_text(record, to_json({"job": "", "time": time.time()}) + "\n")
         result = subprocess.run(_submission(point, template), shell=True, capture_output=True, text=True)
         # sbatch: "Submitted batch job 7", with --parsable "7;cluster"; kubectl -o name: "jobset.jobset.x-k8s.io/NAME".
         job = (result.stdout.split() or [""])[-1].partition(";")[0].rpartition("/")[2]
         if result.returncode or not job:
             record.unlink()
             return f"failed to submit with exit code {result.returncode}: {_last_line(result.stderr)}"
-        replace_text(record, json.dumps({"job": job, "time": time.time()}) + "\n")
+        replace_text(record, to_json({"job": job, "time": time.time()}) + "\n")
         logger.info("%s: submitted, job %s", point.name, job)
         return "submitted"
     finally:

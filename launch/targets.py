@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from absl import flags
 
+from ttt_e2e import streams
 from ttt_e2e.bench import target_tables
 from ttt_e2e.errors import UserError
 from ttt_e2e.flags import load_config_file, parse
@@ -56,10 +57,15 @@ class Case(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 if every case that matches has a result, 1 otherwise, 2 after bad input."""
+    return streams.run(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> int:
+    """Logs to stderr, and prints an error that the user can mend as one line; returns the exit code."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("ttt_e2e").setLevel(logging.INFO)
     try:
-        return _main(sys.argv[1:] if argv is None else argv)
+        return _main(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

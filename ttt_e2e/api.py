@@ -16,7 +16,7 @@ from etils import epath
 from ttt_e2e.config import Config
 from ttt_e2e.data.store import check_range
 from ttt_e2e.data.tokenizers import Tokenizer
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import DivergedError, UserError
 from ttt_e2e.evaluation import flags as evaluation
 from ttt_e2e.evaluation.base import run_all
 from ttt_e2e.evaluation.subject import Subject
@@ -70,6 +70,7 @@ def evaluate(
 
     Raises:
       UserError: the checkpoint, the held-out text or a setting does not fit the config; then nothing was run.
+      DivergedError: a loss is NaN or infinite.
       PreemptedError: SIGTERM or SIGUSR1 asked to stop.
     """
     asked = evaluation.asked(evaluation.from_keywords(settings))
@@ -79,7 +80,10 @@ def evaluate(
             raise UserError(f"output is missing: {path} is no run directory, where it would be `evaluation`")
         output = f"{subject.checkpoint}/evaluation"
     with quietly(progress=progress):
-        return run_all(asked, subject.config, subject.checkpoint, _path(output))
+        results, diverged = run_all(asked, subject.config, subject.checkpoint, _path(output))
+    if diverged:
+        raise DivergedError(f"{diverged[0]}, from checkpoint {path}; in {output} such numbers are null")
+    return results
 
 
 class GeneratedText(str):
@@ -179,7 +183,10 @@ class Model:
         settings = Settings(max_new_tokens, sampling, seed, stops, learn)
         ids, start = self.encode(prompt), self._start(state)
         with quietly():
-            return GeneratedText(continue_prompt(self._reader, start, ids, settings, self.tokenizer))
+            continuation = continue_prompt(self._reader, start, ids, settings, self.tokenizer)
+        if continuation.diverged:
+            raise DivergedError(continuation.diverged)
+        return GeneratedText(continuation)
 
     def save(self, state: ReaderState, path, *, precision: str = "float32") -> None:
         """Saves a state in the new directory `path`, as `generate --save_state` does.

@@ -1,7 +1,6 @@
 """The command line, `ttt-e2e COMMAND --flag=value ...`. A command's docstring is its line in the help."""
 
 import inspect
-import json
 import logging
 import sys
 from dataclasses import replace
@@ -10,22 +9,28 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from ttt_e2e import settings
+from ttt_e2e import settings, streams
 from ttt_e2e.config import Config, suggestion, to_dict
-from ttt_e2e.errors import EXIT_REQUEUE, PreemptedError, UserError
+from ttt_e2e.errors import EXIT_REQUEUE, DivergedError, PreemptedError, UserError
 from ttt_e2e.flags import load_config_file, override, parse, string
 from ttt_e2e.outputs import check_directory, check_file, is_of_the_disk
+from ttt_e2e.strict_json import to_json
 
 _INPUTS = "a file, directory or glob of .txt .md .py .jsonl, plain, .gz or .zst, or of .parquet"
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs one command, with streams that outlive their readers; returns the exit code."""
+    return streams.run(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
     """Runs one command; returns the exit code.
 
-    0: done. Otherwise with one line on stderr, 2: bad input; 75: preempted, to be started again; 1: another process of
-    the run has ended; 130: Ctrl-C. An exception that is none of these is raised.
+    0: done. Otherwise with one line on stderr, 2: bad input; 75: preempted, to be started again; 1: what a model
+    computes is not finite, or another process of the run has ended; 130: Ctrl-C. An exception that is none of these is
+    raised.
     """
-    argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("ttt_e2e").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs many lines for every save
@@ -39,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return _leave(2)
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _leave(1)
     except PreemptedError as error:
         print(error, file=sys.stderr)
         return _leave(EXIT_REQUEUE)
@@ -91,7 +99,7 @@ def prepare(argv: list[str]) -> None:
         options = {name: values[name].value for name in names}
         workers = {} if values.num_workers < 0 else {"num_workers": values.num_workers}
         summary = prepare(values.input, values.tokenizer, values.output, **options, **workers)
-    print(json.dumps(summary, indent=2, default=str))
+    print(to_json(summary, indent=2, default=str))
 
 
 def train(argv: list[str]) -> None:
@@ -135,9 +143,11 @@ def evaluate(argv: list[str]) -> None:
     is_main = _join(values)
     if is_main:
         check_directory("output", output)
-    results = run_all(asked, config, checkpoint, output)
+    results, diverged = run_all(asked, config, checkpoint, output)
     if is_main:
-        print(json.dumps(results, indent=2))
+        print(to_json(results, indent=2))
+    if diverged:
+        raise DivergedError(f"{diverged[0]}, from checkpoint {checkpoint}; in {output} such numbers are null")
 
 
 def generate(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The exceptions that end a command early: an error that the user can mend, and preemption."""
+"""The exceptions that end a command with one line: an error that the user can mend, preemption, divergence."""
 
 import os
 
@@ -20,6 +20,13 @@ class PreemptedError(Exception):
     """A signal asked the command to stop (preemption). The message is one line that says what was saved.
 
     The command line prints the message and exits with `EXIT_REQUEUE`. All processes of a run raise it at the same step.
+    """
+
+
+class DivergedError(Exception):
+    """A model computed NaN or infinity. The message is one line that says where; what was found is written.
+
+    The command line prints the message and exits with code 1.
     """
 
 

@@ -1,5 +1,7 @@
 """The common style of all figures. Imports Matplotlib in functions only, as it is an optional dependency."""
 
+from collections.abc import Iterable
+
 from ttt_e2e.errors import UserError
 
 # The palette of Okabe and Ito, which people with colour vision deficiency can tell apart.
@@ -7,6 +9,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 STYLE = {
     "font.size": 10,
+    "text.parse_math": False,  # a name with a $ is no formula
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -31,6 +34,46 @@ def require_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise UserError("figures need matplotlib, which is not installed: pip install 'ttt-e2e[plot]'") from None
+
+
+def fonts_for(texts: Iterable[str]) -> list[str]:
+    """Font families to draw texts with: the default, and for each character that it lacks, an installed one."""
+    from matplotlib import font_manager, rcParams
+
+    families = list(rcParams["font.family"])
+    missing = set("".join(texts)) - _characters_of(families)
+    fonts = sorted(font_manager.fontManager.ttflist, key=lambda font: font.name) if missing else []
+    for font in fonts:
+        found = set() if font.name.startswith("Last Resort") else _characters(font.fname)  # that one has boxes for all
+        if missing & found:
+            families.append(font.name)
+            missing -= found
+    return families
+
+
+def drawable(name: str, families: list[str]) -> str:
+    """A name as figures can show it: characters that none of these font families has are escaped, as `\\uXXXX`."""
+    has = _characters_of(families)
+    shown = "".join(c if c in has else c.encode("unicode_escape").decode() for c in name)
+    return f" {shown}" if shown.startswith("_") else shown  # legends leave out what begins with _
+
+
+def _characters_of(families: list[str]) -> set[str]:
+    """The characters that some of these font families has."""
+    from matplotlib import font_manager
+
+    paths = [font_manager.findfont(font_manager.FontProperties(family=[family])) for family in families]
+    return set().union(*map(_characters, paths))
+
+
+def _characters(path: str) -> set[str]:
+    """The characters that a font file has; none where it cannot be read."""
+    from matplotlib import font_manager
+
+    try:
+        return set(map(chr, font_manager.get_font(path).get_charmap()))
+    except (OSError, RuntimeError):
+        return set()
 
 
 MOST_INSIDE = 6  # curves whose legend has room in a panel

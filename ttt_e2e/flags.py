@@ -77,7 +77,7 @@ def load_config_file(spec: str) -> ConfigDict:
 def _load_json(path: str) -> ConfigDict:
     """Reads the config of a `config.json`. Raises `UserError` if there is none, or it is damaged."""
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist") from None
     except (OSError, ValueError) as error:

@@ -201,3 +201,16 @@ def test_a_missing_compiler_is_one_line_that_says_what_to_install(name, extra, r
     assert capsys.readouterr().err.splitlines() == [
         f"error: compiling for this target takes the extra {extra}: pip install 'ttt-e2e[{extra}]'"
     ]
+
+
+def test_programs_of_an_earlier_call_do_not_stay(tmp_path, monkeypatch):
+    """Nothing is compiled here."""
+    (tmp_path / "config.py").write_text(CONFIG)
+    for name in ("program.txt.gz", "program_read.txt.gz", "notes.txt.gz"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(slices, "devices", lambda slice_: jax.devices()[: slice_.size])
+    monkeypatch.setattr(target, "_examine", lambda name, *_: ({"variant": name}, ""))
+    monkeypatch.setattr(target, "_shown", lambda rows: rows)
+    flags = [f"--config={tmp_path / 'config.py'}", "--programs=train", f"--output={tmp_path}"]
+    assert main(["bench", "target", "--target=h100:8", *flags]) == 0
+    assert [path.name for path in sorted(tmp_path.glob("*.gz"))] == ["notes.txt.gz"]

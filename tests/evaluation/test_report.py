@@ -1,7 +1,9 @@
 """Reports on synthetic run directories."""
 
+import dataclasses
 import json
 import sys
+import warnings
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,6 +15,7 @@ from ttt_e2e.evaluation.base import evaluations
 from ttt_e2e.evaluation.plots import colors_of, costs_figure
 from ttt_e2e.evaluation.report import format_table, write_report
 from ttt_e2e.evaluation.runs import read_runs
+from ttt_e2e.figures import drawable, fonts_for
 
 T, b, k = 1024, 64, 128
 VOID = {"meta", "img", "link", "br"}
@@ -263,6 +266,74 @@ def test_a_legend_of_long_names_takes_nothing_from_the_panels(tmp_path):
         figure.canvas.draw()
         widths.append(figure.axes[0].get_window_extent().width)
     assert widths[0] == pytest.approx(widths[1], rel=0.02)
+
+
+def test_figures_of_an_earlier_report_do_not_stay(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.png").touch()
+    workdirs = [evaluate_long_contexts(make_run(tmp_path / name, steps=20)) for name in ("a", "b")]
+    write_report(workdirs, tmp_path / "out")
+    write_report([make_run(tmp_path / "new", evaluated=False, steps=20)], tmp_path / "out")
+    names = ["notes.png", "report.html", "report.json", "training.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+NAMES = ["实验_1", "実験", "🙂", "a$b$c", "\\frac{$", "_hidden", "tab\tnew\nline"]
+
+
+def test_names_that_the_fonts_lack_are_escaped_in_figures_alone(tmp_path):
+    """No glyph is missing, and no name is left out or taken for a formula. (DejaVu Sans, the default, has emoji.)"""
+    runs = [make_run(tmp_path / f"run{i}" / name, kind="window", steps=20) for i, name in enumerate(NAMES)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = write_report(runs, tmp_path / "out")["rows"]
+    assert [row["run"] for row in rows] == NAMES
+    families = fonts_for(["plain", *NAMES])
+    assert drawable("plain-1_é", families) == "plain-1_é"
+    assert drawable("_hidden", families) == " _hidden"
+    assert "\n" not in drawable("tab\tnew\nline", families)
+    top, _ = (
+        evaluations()["token_losses"]
+        .figure([dataclasses.replace(run, name=drawable(run.name, families)) for run in read_runs(runs)])
+        .axes
+    )
+    assert len(top.get_legend_handles_labels()[0]) == len(NAMES)
+
+
+def test_an_installed_font_draws_what_the_default_lacks(tmp_path):
+    """A font of two characters, which the test makes."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    from matplotlib import font_manager
+
+    characters = {"experiment_1": "实", "experiment_2": "验"}
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    pen.lineTo((500, 0))
+    pen.lineTo((250, 700))
+    pen.closePath()
+    glyph = pen.glyph()
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder([".notdef", *characters])
+    builder.setupCharacterMap({ord(character): name for name, character in characters.items()})
+    builder.setupGlyf({name: glyph for name in (".notdef", *characters)})
+    builder.setupHorizontalMetrics({name: (600, 0) for name in (".notdef", *characters)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Of The Test", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "font.ttf")
+    before = list(font_manager.fontManager.ttflist)
+    try:
+        font_manager.fontManager.addfont(tmp_path / "font.ttf")
+        families = fonts_for(["实验 1"])
+        assert families[1:] == ["Of The Test"]
+        assert drawable("实验 1 実", families) == "实验 1 \\u5b9f"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            write_report([make_run(tmp_path / "实验", evaluated=False, steps=20)], tmp_path / "out")
+    finally:
+        font_manager.fontManager.ttflist[:] = before
 
 
 def test_costs_are_drawn_for_each_run(tmp_path):

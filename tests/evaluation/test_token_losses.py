@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from ttt_e2e.config import from_config_dict
-from ttt_e2e.evaluation.token_losses import _bits_per_byte
+from ttt_e2e.evaluation.token_losses import _bits_per_byte, _write
 
 BOS, T, NUM_SEQUENCES = 256, 8, 5
 
@@ -44,3 +44,10 @@ def test_bos_that_is_not_masked_stands_for_no_byte():
 def test_without_a_tokenizer_there_are_none():
     assert figures(data={"bos_id": BOS}) == {}
     assert figures(model={"vocab_size": 200}, data={"bos_id": 1, "tokenizer": "bytes"}) == {}
+
+
+def test_arrays_of_another_model_do_not_stay(tmp_path):
+    nll = np.zeros((1, T))
+    _write(tmp_path, {}, {"token_nll": nll, "token_nll_without_learning": nll})
+    _write(tmp_path, {}, {"token_nll": nll})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "token_nll.npy"]

@@ -1,8 +1,10 @@
 """What is generated is what the model says: recomputed without caches, and scored again by the inner loop."""
 
+import contextlib
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,9 @@ from ttt_e2e.checkpoints.progress import progress_of
 from ttt_e2e.cli import main
 from ttt_e2e.config import from_config_dict, to_dict
 from ttt_e2e.data.tokenizers import ByteTokenizer
-from ttt_e2e.inference.generate import Settings, generate_tokens
+from ttt_e2e.errors import DivergedError
+from ttt_e2e.inference import generate
+from ttt_e2e.inference.generate import Settings, Token, _check_finite, generate_tokens
 from ttt_e2e.inference.settings import Sampling
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.parameters import split
@@ -209,6 +213,84 @@ def test_full_attention_has_as_much_room_as_is_needed_or_declared(run):
     code, out, lines = run(*full, "--max_length=5")
     assert (code, out) == (2, "")
     assert "max_length is 5, but 0 tokens were read and 6 more are to come" in lines[0]
+
+
+# ------------------------------------------------------------------------------------------------------- the reader
+
+
+@contextlib.contextmanager
+def unread():
+    """Standard output is a pipe whose reader has gone."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream, contextlib.redirect_stdout(stream):
+        yield
+
+
+def test_what_is_written_into_files_is_written_though_nobody_reads_the_text(checkpoint, tmp_path):
+    files = (f"--output={tmp_path / 'out.jsonl'}", f"--save_state={tmp_path / 'state'}")
+    with unread():
+        assert main(["generate", *checkpoint, "--prompt=the cat", "--max_new_tokens=12", "--seed=3", *files]) == 0
+    assert len(results(tmp_path / "out.jsonl")[0]["tokens"]) == 12
+    assert (tmp_path / "state").is_dir()
+
+
+@pytest.mark.parametrize("num_prompts", [1, 3])
+def test_what_nobody_reads_is_not_generated(num_prompts, checkpoint, tmp_path, monkeypatch):
+    """A single prompt ends with its first token, several with the first of them."""
+    counts = []
+
+    def generate_tokens(*arguments):
+        for _ in range(9):
+            counts.append(1)
+            yield Token(97, 0.0, None)
+
+    monkeypatch.setattr(generate, "generate_tokens", generate_tokens)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n' * num_prompts)
+    prompts = f"--prompt_file={tmp_path / 'prompts.jsonl'}"
+    with unread():
+        assert main(["generate", *checkpoint, prompts, "--max_new_tokens=9"]) == 0
+    assert len(counts) == (1 if num_prompts == 1 else 9)
+
+
+# ------------------------------------------------------------------------------------------------------- divergence
+
+# Of a learning rate that is far too high. After the first inner step, of 8 tokens, products of weights are infinite.
+DIVERGING = ("--config.inner.learning_rate=9e18", "--seed=3")
+
+
+def test_generation_ends_where_the_model_diverges(run, tmp_path):
+    flags = (*DIVERGING, "--prompt=abc", "--max_new_tokens=30", f"--output={tmp_path / 'out.jsonl'}")
+    code, out, lines = run(*flags, f"--save_state={tmp_path / 'state'}")
+    text = (tmp_path / "out.jsonl").read_text()
+    result = json.loads(text)
+    assert code == 1
+    error = f"error: the NLL of generated token 6 is nan; no state is saved in {tmp_path / 'state'}"
+    assert [line for line in lines if line.startswith("error")] == [error]
+    assert (len(result["tokens"]), result["ended_by"], "NaN" in text) == (5, "diverged", False)
+    assert out == result["text"] + "\n" and not (tmp_path / "state").exists()
+
+
+def test_a_prompt_in_which_the_model_diverges_is_not_continued(run, tmp_path):
+    prompts = ["abc", "a prompt of more than a mini-batch"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    code, out, lines = run(*DIVERGING, f"--prompt_file={tmp_path / 'prompts.jsonl'}", "--max_new_tokens=3")
+    first, second = map(json.loads, out.splitlines())
+    assert code == 1 and "error: prompt 2: the NLL of token 9 of the prompt is nan" in lines
+    assert first["ended_by"] != "diverged" and first["tokens"]
+    assert second == {"prompt": prompts[1], "text": "", "tokens": [], "nll": [], "ended_by": "diverged"}
+
+
+def test_fast_weights_that_diverged_in_the_last_step_are_not_saved():
+    """No NLL has shown it yet."""
+    for number in (np.nan, np.inf):
+        state = SimpleNamespace(fast={"w1": jnp.ones(3), "w2": jnp.array([0, number])}, position=8)
+        _check_finite(state, [], "")
+        with pytest.raises(
+            DivergedError, match="a fast weight is NaN or infinite after 8 tokens; no state is saved in x"
+        ):
+            _check_finite(state, [], "x")
+    _check_finite(SimpleNamespace(fast={"w1": jnp.ones(3)}, position=8), [], "x")
 
 
 # Flags (DIR stands for an empty directory) -> what the one line must say.

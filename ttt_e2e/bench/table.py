@@ -1,6 +1,5 @@
 """Writes a benchmark's results: its rows as JSON and as a Markdown table, and the environment it ran in."""
 
-import json
 import os
 import platform
 
@@ -9,6 +8,7 @@ from etils import epath
 
 from ttt_e2e.outputs import writing
 from ttt_e2e.runs.files import replace_text
+from ttt_e2e.strict_json import to_json
 
 
 def write(output, rows: list[dict], title: str, notes: str = "", shown: list[dict] | None = None) -> str:
@@ -22,8 +22,8 @@ def write(output, rows: list[dict], title: str, notes: str = "", shown: list[dic
     machine = environment()
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
     text = "\n\n".join(filter(None, (f"# {title}", markdown(shown or rows), notes, facts))) + "\n"
-    replace_text(directory / "results.json", json.dumps(rows, indent=2) + "\n")
-    replace_text(directory / "environment.json", json.dumps(machine, indent=2) + "\n")
+    replace_text(directory / "results.json", to_json(rows, indent=2) + "\n")
+    replace_text(directory / "environment.json", to_json(machine, indent=2) + "\n")
     replace_text(directory / "results.md", text)
     return text
 

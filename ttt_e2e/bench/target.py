@@ -86,6 +86,8 @@ def run(output, config: Config | None = None, *, target: str = "", programs=("tr
     directory = epath.Path(output)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
+    for name in PROGRAMS:
+        (directory / _program_file(name)).unlink(missing_ok=True)  # of an earlier call
     rows, notes = [], []
     for name in programs:
         row, note = _examine(name, target, config, mesh, directory)
@@ -95,6 +97,10 @@ def run(output, config: Config | None = None, *, target: str = "", programs=("tr
     text = table.write(output, rows, f"Compiled for {target}", "\n\n".join([about, *notes]), shown=_shown(rows))
     print(text)
     return rows
+
+
+def _program_file(name: str) -> str:
+    return "program.txt.gz" if name == "train" else f"program_{name}.txt.gz"
 
 
 def _examine(name: str, target: str, config: Config, mesh: Mesh, directory: epath.Path) -> tuple[dict, str]:
@@ -117,8 +123,7 @@ def _examine(name: str, target: str, config: Config, mesh: Mesh, directory: epat
     row["compile_seconds"] = time.perf_counter() - start
     logger.info("%s: reading the program", name)
     text = compiled.as_text()
-    file = "program.txt.gz" if name == "train" else f"program_{name}.txt.gz"
-    replace_bytes(directory / file, gzip.compress(text.encode(), mtime=0))
+    replace_bytes(directory / _program_file(name), gzip.compress(text.encode(), mtime=0))
     program = Program(text)
     moved, used, flops = exchanged(program, mesh.shape), kernels(program), matmul_flops(program)
     facts = of_device(mesh.devices.flat[0])

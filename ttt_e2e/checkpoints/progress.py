@@ -7,6 +7,7 @@ from etils import epath
 
 from ttt_e2e.config import Config, to_dict
 from ttt_e2e.errors import UserError, first_line
+from ttt_e2e.strict_json import to_json
 
 POSITION_UNITS = ("seq_len", "global_batch_size")
 
@@ -48,7 +49,7 @@ def check_position(progress: dict, config: Config, fingerprint: str) -> None:
 def seal(progress: dict) -> dict:
     """A copy of a record with `digest`, a checksum of all other entries."""
     others = {name: value for name, value in progress.items() if name != "digest"}
-    return others | {"digest": hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:16]}
+    return others | {"digest": hashlib.sha256(to_json(others, sort_keys=True).encode()).hexdigest()[:16]}
 
 
 def load_progress(step_directory) -> dict:

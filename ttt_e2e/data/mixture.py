@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from ttt_e2e.data.store import TokenStore, read_attributes, tokenizer_spec
 from ttt_e2e.data.tokenizers import file_digest
 from ttt_e2e.errors import UserError
+from ttt_e2e.strict_json import to_json
 
 _MEMBER = re.compile(r"(.+):([0-9.eE+-]+)")
 
@@ -36,7 +36,7 @@ class Mixture:
     def fingerprint(self) -> str:
         """Digest, 16 hex digits, of the stores' fingerprints and weights."""
         identity = [[store.fingerprint for store in self.stores], self.weights]
-        return hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(to_json(identity).encode(), digest_size=8).hexdigest()
 
     @property
     def tokenizer_spec(self) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import tensorstore as ts
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.strict_json import to_json
 
 LEGAL_PATHS = "a directory made by `ttt-e2e prepare`, or the gs:// or s3:// URL of a Zarr v3 group of such a layout"
 
@@ -75,7 +76,7 @@ class TokenStore:
         # Where its parts lie is nothing to the store.
         attributes = {name: value for name, value in self.attributes.items() if name != "parts"}
         identity = [attributes, self.split, self.num_tokens, self._array.dtype.name]
-        return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(to_json(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     @property
     def tokenizer_spec(self) -> str:
@@ -289,7 +290,7 @@ def write_attributes(path: str | os.PathLike, attributes: dict[str, Any]) -> Non
     """Makes `path` a Zarr v3 group with `attributes`. It is written last: a store without it is not complete."""
     group = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
     with _writing(path):
-        ts.KvStore.open(_kvstore(os.fspath(path))).result().write("zarr.json", json.dumps(group, indent=2)).result()
+        ts.KvStore.open(_kvstore(os.fspath(path))).result().write("zarr.json", to_json(group, indent=2)).result()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ functions only.
 """
 
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -65,7 +66,8 @@ class Evaluation(ABC):
     def evaluate(self, subject: Subject, output, settings) -> dict:
         """Evaluates the subject, writes `NAME.json` into the directory `output`, and returns its contents.
 
-        `Records.finish` does the writing.
+        `Records.finish` does the writing. If the model computed a number that is not finite, the result has `diverged`:
+        a text that says which, and where.
         """
 
     def printed(self, result: dict) -> dict:
@@ -114,8 +116,11 @@ def evaluations() -> dict[str, Evaluation]:
     return dict(sorted(REGISTERED.items(), key=lambda item: (not item[1].is_default, item[0])))
 
 
-def run_all(asked: list[tuple[Evaluation, Any]], config: Config, checkpoint, output) -> dict:
-    """Runs evaluations, each with its settings, and returns what the command prints, as a dict for JSON.
+def run_all(asked: list[tuple[Evaluation, Any]], config: Config, checkpoint, output) -> tuple[dict, list[str]]:
+    """Runs evaluations, each with its settings.
+
+    Returns what the command prints, as a dict for JSON, and what diverged, one text for each evaluation in which
+    anything did.
 
     Raises:
       UserError: there is no such checkpoint, or checkpoint, held-out text or settings do not fit the config; then
@@ -132,10 +137,12 @@ def run_all(asked: list[tuple[Evaluation, Any]], config: Config, checkpoint, out
                 raise UserError(f"--{evaluation.name} runs in one process, and this is one of several: start it alone")
             find_step(checkpoint)
         evaluation.check(subject, settings)
-    printed = {"output": output}
+    printed, diverged = {"output": output}, []
     for evaluation, settings in asked:
-        printed |= evaluation.printed(evaluation.evaluate(subject, output, settings))
-    return printed
+        result = evaluation.evaluate(subject, output, settings)
+        printed |= evaluation.printed(result)
+        diverged += [f"{evaluation.name}: {result['diverged']}"] if "diverged" in result else []
+    return printed, diverged
 
 
 def read_result(path: Path, fields: Sequence[str]) -> dict | None:
@@ -153,6 +160,8 @@ def read_result(path: Path, fields: Sequence[str]) -> dict | None:
     return result
 
 
-def number(value: float | None) -> str:
-    """Formats a number for a table: integers as they are, others with four decimals, None as a dash."""
-    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+def number(value: float | None, form: str = ".4f") -> str:
+    """Formats a number for a table: integers as they are, others by `form`, None and NaN as a dash."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:{form}}"

@@ -169,7 +169,8 @@ def summarise(records: list[dict], settings: Settings, step: int, num_bytes: int
         for suffix in ("", "_without_learning"):
             if f"nll{suffix}" not in same_length[0]:
                 continue
-            sums, base = (np.array([r[f"nll{suffix}"] for r in group]) for group in (same_length, shortest))
+            # A sum that diverged is None, which NumPy takes as NaN.
+            sums, base = (np.array([r[f"nll{suffix}"] for r in group], float) for group in (same_length, shortest))
             loss, difference = ratio(sums, counts), ratio(sums - base, counts)
             entry |= {f"loss{suffix}": loss[0], f"standard_error{suffix}": loss[1]}
             entry |= {f"difference{suffix}": difference[0], f"difference_standard_error{suffix}": difference[1]}
@@ -203,7 +204,8 @@ def compared(result: dict, first: dict) -> list[dict]:
                 continue
             other, error = reference.get(length), None
             if ours and ours.keys() == theirs.keys():
-                _, error = ratio(np.array([ours[n][f"nll{suffix}"] - theirs[n]["nll"] for n in ours]), counts)
+                nll, base = np.array([(ours[n][f"nll{suffix}"], theirs[n]["nll"]) for n in ours], float).T
+                _, error = ratio(nll - base, counts)
             entry[f"difference{suffix}"] = None if other is None else loss - other
             entry[f"difference_standard_error{suffix}"] = error
         entries.append(entry)

@@ -7,6 +7,7 @@ Shapes: `B` sequences, `P` tokens of a prompt, `V` vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -176,14 +177,14 @@ def summarise(generated: list[dict], judged: list[dict], prompt_tokens: int) -> 
     """Computes the result: mean NLL per token and per byte, over all continuations of all documents."""
 
     def rates(name: str) -> dict:
-        nll, num_tokens = (sum(r[f"{name}_{field}"] for r in judged) for field in ("nll", "num_tokens"))
+        nll, num_tokens = _total(judged, f"{name}_nll"), sum(r[f"{name}_num_tokens"] for r in judged)
         num_bytes = sum(r[f"{name}_num_bytes"] for r in generated)
         per_token, per_byte = (nll / count if count else None for count in (num_tokens, num_bytes))
         counts = {"num_bytes": num_bytes, "judge_num_tokens": num_tokens}
         return counts | {"judge_nll_per_token": per_token, "judge_nll_per_byte": per_byte}
 
     own_tokens = sum(len(r["tokens"]) for r in generated)
-    own = sum(r["own_nll"] for r in generated) / own_tokens if own_tokens else None
+    own = _total(generated, "own_nll") / own_tokens if own_tokens else None
     return {
         "num_samples": len(generated),
         "prompt_tokens": prompt_tokens,
@@ -191,6 +192,11 @@ def summarise(generated: list[dict], judged: list[dict], prompt_tokens: int) -> 
         "reference": rates("reference"),
         "ended_by_bos": sum(r["ended_by"] == "bos" for r in generated),
     }
+
+
+def _total(records: list[dict], field: str) -> float:
+    """Sum of a field over records; NaN where one is None, that is, diverged."""
+    return sum(math.nan if record[field] is None else record[field] for record in records)
 
 
 # ------------------------------------------------------------------------------------------------------- two stages
@@ -210,23 +216,23 @@ def _generate_all(reader: Reader, subject: Subject, plan: Plan, settings: Settin
             tokens, nlls = _continue(reader, documents[:, :P], filled, settings, bos_id, bar)
             finished = []
             for i, sample in enumerate(batch):
-                ended = np.flatnonzero(tokens[i] == bos_id)
-                count = int(ended[0]) if len(ended) else len(tokens[i])
+                count, ended_by = _end_of(tokens[i], nlls[i], bos_id)
                 prompt, reference = documents[i, :P], documents[i, P:]
                 record = {"stage": "generated", "sample": sample, "start": begins[i]}
                 record["prompt"] = tokenizer.decode(prompt)
                 for name, ids in (("generated", tokens[i, :count]), ("reference", reference)):
                     record[name] = _text_after(tokenizer, prompt, ids)
                     record[f"{name}_num_bytes"] = len(record[name].encode("utf-8"))
-                record |= {"tokens": tokens[i, :count].tolist(), "ended_by": "bos" if len(ended) else "length"}
-                finished.append(record | {"own_nll": float(nlls[i, :count].sum(dtype=np.float64))})
+                record |= {"tokens": tokens[i, :count].tolist(), "ended_by": ended_by}
+                own_nll = math.nan if ended_by == "diverged" else float(nlls[i, :count].sum(dtype=np.float64))
+                finished.append(record | {"own_nll": own_nll})
             records.add(finished)
 
 
 def _continue(reader: Reader, prompts_BP, samples: list[int], settings: Settings, bos_id: int, bar: tqdm):
     """Samples continuations of prompts [B, P]: tokens [B, n], and their NLL [B, n] in nats.
 
-    n is `settings.tokens`, or less where all sequences have reached BOS before.
+    n is `settings.tokens`, or less where all sequences have reached BOS, or diverged, before.
     """
     import jax
 
@@ -245,11 +251,19 @@ def _continue(reader: Reader, prompts_BP, samples: list[int], settings: Settings
         state, token_B, nll_B = reader.step(state, draw)
         tokens.append(np.asarray(token_B))
         nlls.append(np.asarray(nll_B))
-        ended_B |= tokens[-1] == bos_id
+        ended_B |= (tokens[-1] == bos_id) | ~np.isfinite(nlls[-1])
         bar.update(B)
         if ended_B.all():
             break
     return np.stack(tokens, axis=1), np.stack(nlls, axis=1)
+
+
+def _end_of(tokens_n, nll_n, bos_id: int) -> tuple[int, str]:
+    """Number of tokens of a continuation, and what ended it: "bos", "length", or "diverged": an NLL is not finite."""
+    ends = np.flatnonzero((tokens_n == bos_id) | ~np.isfinite(nll_n))
+    if not len(ends):
+        return len(tokens_n), "length"
+    return int(ends[0]), "bos" if np.isfinite(nll_n[ends[0]]) else "diverged"
 
 
 def _judge_all(reader: Reader, bos_id: int, texts: list, records: Records, batch_size: int) -> None:

@@ -150,7 +150,8 @@ class Needle(Evaluation):
             for row, (field, title, text) in zip(panels, PANELS):
                 grids = [_grid(result, task, field) for _, result, task in columns]
                 # One colour scale for each row, white at 0.
-                limit = 1.0 if field == "exact_match" else max(0.1, *(float(np.abs(grid).max()) for grid in grids))
+                largest = max(float(np.abs(np.nan_to_num(grid)).max()) for grid in grids)
+                limit = 1.0 if field == "exact_match" else max(0.1, largest)
                 colors = {"cmap": "Blues", "vmin": 0} if field == "exact_match" else {"cmap": "RdBu", "vmin": -limit}
                 for panel, grid, (name, result, task) in zip(row, grids, columns):
                     image = panel.imshow(grid, vmax=limit, aspect="auto", **colors)
@@ -242,7 +243,7 @@ def _listed(values) -> str:
 
 
 def _grid(result: dict, task: int, field: str) -> np.ndarray:
-    """One field of the cells of one task, as an array [depths, lengths]."""
+    """One field of the cells of one task, as an array [depths, lengths]; NaN where it diverged."""
     cells = {(cell["depth"], cell["length"]): cell[field] for cell in result["cells"] if cell["task"] == task}
     return np.array([[cells[depth, length] for length in result["lengths"]] for depth in result["depths"]], float)
 
@@ -254,4 +255,5 @@ def _label(panel, grid: np.ndarray, result: dict, text: str, limit: float) -> No
     panel.tick_params(length=0)
     for (i, j), value in np.ndenumerate(grid):
         color = "white" if abs(value) > 0.6 * limit else "#333333"
-        panel.text(j, i, text.format(value), ha="center", va="center", fontsize=8, color=color)
+        label = text.format(value) if np.isfinite(value) else "–"
+        panel.text(j, i, label, ha="center", va="center", fontsize=8, color=color)

@@ -9,8 +9,10 @@ import logging
 
 from etils import epath
 
+from ttt_e2e.errors import UserError
 from ttt_e2e.outputs import writing
-from ttt_e2e.runs.files import replace_text
+from ttt_e2e.runs.files import parse_json, replace_text
+from ttt_e2e.strict_json import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ class Records:
         """
         directory = epath.Path(output)
         self._path, self._result = directory / f"{name}.jsonl", directory / f"{name}.json"
-        self._key, self.about = key, json.loads(json.dumps(about))
+        self._key, self.about = key, json.loads(to_json(about))
         with writing(f"output {output}"):
             directory.mkdir(parents=True, exist_ok=True)
             lines = _whole_lines(self._path)
@@ -42,7 +44,7 @@ class Records:
             if not lines:
                 self._result.unlink(missing_ok=True)  # it is a result of other records
             # The file is written again, as a killed process may have left half a line at its end.
-            replace_text(self._path, "".join(json.dumps(line) + "\n" for line in lines or [{"about": self.about}]))
+            replace_text(self._path, "".join(to_json(line) + "\n" for line in lines or [{"about": self.about}]))
         self.done = {self._key_of(record): record for record in lines[1:]}
         if self.done:
             logger.info("%s: going on after %d finished records", self._path, len(self.done))
@@ -61,16 +63,30 @@ class Records:
         return [(batch, batch + batch[-1:] * (batch_size - len(batch))) for batch in missing]
 
     def add(self, records: list[dict]) -> None:
-        """Appends finished records to the file, and to `done`."""
+        """Appends finished records to the file, and to `done`; in both, numbers that are not finite are None."""
+        lines = [to_json(record) + "\n" for record in records]
         with writing(self._path), self._path.open("a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
-        self.done |= {self._key_of(record): record for record in records}
+            file.write("".join(lines))
+        self.done |= {self._key_of(record): record for record in map(json.loads, lines)}
 
     def finish(self, summary: dict) -> dict:
-        """Writes summary and `about` to `NAME.json`, whole or not at all; returns its contents."""
-        result = {**summary, "about": self.about}
-        replace_text(self._result, json.dumps(result, indent=2) + "\n")
-        return result
+        """Writes summary and `about` to `NAME.json`, whole or not at all; returns its contents.
+
+        With `diverged`, the first record that has a number that is not finite, if there is one.
+        """
+        diverged = self._diverged()
+        result = to_json({**summary, **({"diverged": diverged} if diverged else {}), "about": self.about}, indent=2)
+        replace_text(self._result, result + "\n")
+        return json.loads(result)
+
+    def _diverged(self) -> str:
+        """Names a number that is not finite, and its record, the first in the order of keys; "" if there is none."""
+        for record in sorted(self.done.values(), key=self._key_of):
+            for field, value in record.items():
+                if value is None:
+                    place = ", ".join(f"{name} {record[name]}" for name in self._key)
+                    return f"{field} of {place} is NaN or infinite"
+        return ""
 
     def _key_of(self, record: dict) -> tuple:
         return tuple(record[field] for field in self._key)
@@ -90,8 +106,8 @@ def _whole_lines(path: epath.Path) -> list[dict]:
     objects = []
     for line in lines:
         try:
-            value = json.loads(line)
-        except ValueError:
+            value = parse_json(line, path)
+        except UserError:
             break
         if not isinstance(value, dict):
             break

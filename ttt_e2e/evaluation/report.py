@@ -3,11 +3,11 @@
 import base64
 import html
 import io
-import json
 import os
 import statistics
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ttt_e2e.config import ModelConfig, to_dict
@@ -15,9 +15,10 @@ from ttt_e2e.evaluation import token_losses
 from ttt_e2e.evaluation.base import Table, evaluations, number
 from ttt_e2e.evaluation.plots import colors_of, costs_figure, training_figure
 from ttt_e2e.evaluation.runs import Run, read_runs
-from ttt_e2e.figures import require_matplotlib
+from ttt_e2e.figures import drawable, fonts_for, require_matplotlib
 from ttt_e2e.outputs import writing
 from ttt_e2e.runs.files import replace_bytes, replace_text
+from ttt_e2e.strict_json import to_json
 
 NUM_WORD_COLUMNS = 4  # columns at the left of the first table that are text; the others are numbers
 
@@ -58,11 +59,13 @@ def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLik
     with writing(f"--output {output}"):
         output.mkdir(parents=True, exist_ok=True)
     figures, files = _figures(runs, rows), {}
+    for name in _figure_names() - figures.keys():  # of the runs of an earlier report
+        (output / f"{name}.png").unlink(missing_ok=True)
     for name, (png, _) in figures.items():
         files[name] = output / f"{name}.png"
         replace_bytes(files[name], png)
     files["json"], files["html"] = output / "report.json", output / "report.html"
-    replace_text(files["json"], json.dumps(rows, indent=2) + "\n")
+    replace_text(files["json"], to_json(rows, indent=2) + "\n")
     replace_text(files["html"], _page(runs, rows, figures))
     return {"files": {name: str(path) for name, path in files.items()}, "rows": rows}
 
@@ -78,17 +81,28 @@ def format_table(rows: Sequence[dict]) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def _figure_names() -> set[str]:
+    """Names of the files, without .png, of all figures that a report can have."""
+    return {evaluation.figure_name or name for name, evaluation in evaluations().items()} | {"models", "training"}
+
+
 def _figures(runs: list[Run], rows: list[dict]) -> dict[str, tuple[bytes, str]]:
     """Draws the figures that some run has results for: (PNG bytes, caption) by the name of the file, without .png."""
+    import matplotlib
+
+    families = fonts_for(run.name for run in runs)
+    runs = [replace(run, name=drawable(run.name, families)) for run in runs]
+    rows = [row | {"run": run.name} for run, row in zip(runs, rows)]
     figures = {}
-    for name, evaluation in evaluations().items():
-        if any(run.results[name] for run in runs) and (figure := evaluation.figure(runs)):
-            figures[evaluation.figure_name or name] = (_png(figure), evaluation.caption)
-    if len(runs) > 1:
-        figures["models"] = (_png(costs_figure(rows, colors_of(runs))), COSTS_CAPTION)
-    if any(run.training for run in runs):
-        figures["training"] = (_png(training_figure(runs)), TRAINING_CAPTION)
-    return figures
+    with matplotlib.rc_context({"font.family": families}):
+        for name, evaluation in evaluations().items():
+            if any(run.results[name] for run in runs) and (figure := evaluation.figure(runs)):
+                figures[evaluation.figure_name or name] = (_png(figure), evaluation.caption)
+        if len(runs) > 1:
+            figures["models"] = (_png(costs_figure(rows, colors_of(runs))), COSTS_CAPTION)
+        if any(run.training for run in runs):
+            figures["training"] = (_png(training_figure(runs)), TRAINING_CAPTION)
+        return figures
 
 
 def _png(figure) -> bytes:
@@ -155,7 +169,8 @@ def _row(run: Run, sections: tuple[int, str]) -> dict:
         "train_loss": last.get("loss"),
         "loss": loss,
         "loss_without_learning": without,
-        "difference": None if without is None else loss - without,
+        "difference": None if loss is None or without is None else loss - without,
+        "diverged": metrics.get("diverged"),
         "token_loss": metrics.get("token_loss"),
         "token_loss_without_learning": metrics.get("token_loss_without_learning"),
         "tokenizer": metrics.get("tokenizer"),
@@ -249,7 +264,7 @@ def _table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for row in rows:
         begin = [row["run"], row["model"], row["size"]]
-        if row["loss"] is None:
+        if not row["by_position"]:
             lines.append([*begin, "not evaluated", str(row["step"]), *["–"] * (len(header) - 5)])
             continue
         pairs = [
@@ -258,12 +273,12 @@ def _table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
             *[(row["bits_per_byte"], row["bits_per_byte_without_learning"])] * has_bytes,
             *((part["loss"], part["loss_without_learning"]) for part in row["by_position"]),
         ]
-        has_both = row["loss_without_learning"] is not None
+        has_both = row["kind"] == "e2e"
         reading = "learning" if has_both else "no fast weights"
         lines.append([*begin, reading, str(row["step"]), *(number(loss) for loss, _ in pairs)])
         if has_both:
             lines.append(["", "", "", "not learning", "", *(number(without) for _, without in pairs)])
-            differences = ("–" if without is None else f"{loss - without:+.4f}" for loss, without in pairs)
+            differences = ("–" if None in pair else number(pair[0] - pair[1], "+.4f") for pair in pairs)
             lines.append(["", "", "", "difference", "", *differences])
     return header, lines
 
@@ -287,7 +302,8 @@ def _notes(rows: Sequence[dict]) -> list[str]:
         notes.append(f"Positions in context: {', '.join(described)}.")
     if any(row["loss_without_learning"] is not None for row in rows):
         notes.append(NOT_LEARNING_NOTE)
-    if any(row["loss"] is None for row in rows):
+    notes += [f"{row['run']} diverged: {row['diverged']}." for row in rows if row["diverged"]]
+    if any(not row["by_position"] for row in rows):
         notes.append("Not evaluated: ttt-e2e evaluate --workdir=RUN --output=RUN/evaluation, then report again.")
     return notes
 
@@ -350,7 +366,7 @@ def _page(runs: list[Run], rows: list[dict], figures: dict[str, tuple[bytes, str
     costs = _costs(rows)
     configs = [
         f"<details><summary>{html.escape(run.name)}: {row['model']}, {row['size']}</summary>"
-        f"<pre>{html.escape(json.dumps(to_dict(run.config), indent=2))}</pre></details>"
+        f"<pre>{html.escape(to_json(to_dict(run.config), indent=2))}</pre></details>"
         for run, row in zip(runs, rows)
     ]
     return PAGE.format(

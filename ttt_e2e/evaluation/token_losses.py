@@ -5,7 +5,6 @@ Shapes: `B` sequences, `T` positions of a sequence.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +22,7 @@ from ttt_e2e.evaluation.text_bytes import TextBytes, bits_per_byte
 from ttt_e2e.figures import STYLE, add_legend, make_figure
 from ttt_e2e.outputs import writing
 from ttt_e2e.runs.files import replace_text, replacing
+from ttt_e2e.strict_json import to_json
 
 if TYPE_CHECKING:
     from ttt_e2e.data.store import TokenStore
@@ -153,13 +153,11 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
     eval_step = make_eval_step(config, mesh, placed)
 
     whole = jax.jit(lambda nll_BT: nll_BT, out_shardings=NamedSharding(mesh, P()))
-    nlls: dict[str, list[np.ndarray]] = {}  # by file name, NLL [B, T] of each batch; on process 0 only
+    nlls: dict[str, list[np.ndarray]] = {}  # by file name, NLL [B, T] of each batch
 
     def read(inner_rate, desc, name):
         def take(nll_BT, num_sequences):
-            nll_BT = whole(nll_BT)
-            if jax.process_index() == 0:
-                nlls.setdefault(name, []).append(np.asarray(nll_BT)[:num_sequences])
+            nlls.setdefault(name, []).append(np.asarray(whole(nll_BT))[:num_sequences])
 
         def evaluate(tokens, num_sequences):
             return eval_step(params, tokens, inner_rate, num_sequences)
@@ -179,9 +177,21 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
         static = read(0.0, "evaluate without learning", "token_nll_without_learning")
         metrics |= {"loss_without_learning": static.loss, "token_loss_without_learning": static.token_loss}
     metrics |= _bits_per_byte(config, store, metrics)
+    arrays = {name: np.concatenate(parts) for name, parts in nlls.items()}
+    metrics |= _divergence(arrays)
     if jax.process_index() == 0:
-        _write(epath.Path(output), metrics, {name: np.concatenate(parts) for name, parts in nlls.items()})
+        _write(epath.Path(output), metrics, arrays)
     return metrics
+
+
+def _divergence(arrays: dict[str, np.ndarray]) -> dict:
+    """The metric `diverged`, of NLL [sequences, T] by name: where the first that is not finite is; {} if all are."""
+    for name, nll in arrays.items():
+        if len(places := np.argwhere(~np.isfinite(nll))):
+            sequence, position = map(int, places[0])
+            where = f"position {position} of held-out sequence {sequence}, both counted from 0"
+            return {"diverged": f"{name} is {nll[sequence, position]} at {where}"}
+    return {}
 
 
 def _bits_per_byte(config: Config, store: TokenStore, metrics: dict) -> dict:
@@ -204,15 +214,16 @@ def _bits_per_byte(config: Config, store: TokenStore, metrics: dict) -> dict:
 def _write(output: epath.Path, metrics: dict, arrays: dict[str, np.ndarray]) -> None:
     """Writes the arrays, then `metrics.json`, whose presence says that the arrays are whole.
 
-    Those of before stay where the new ones cannot be written.
+    Those of before stay where the new ones cannot be written; then nothing is left of another model's.
     """
     with writing(output), ExitStack() as stack:
         output.mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
             with stack.enter_context(replacing(output / f"{name}.npy")).open("wb") as file:
                 np.save(file, array.astype(np.float32))
-        (output / "metrics.json").unlink(missing_ok=True)
-    replace_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        for name in ("metrics.json", "token_nll.npy", "token_nll_without_learning.npy"):  # of another model
+            (output / name).unlink(missing_ok=True)
+    replace_text(output / "metrics.json", to_json(metrics, indent=2) + "\n")
 
 
 def _read_nll(path: Path, seq_len: int) -> np.ndarray:

@@ -7,7 +7,6 @@ Shapes: `B` sequences, `L` blocks of a stack, `K` positions of a KV cache, `G` k
 """
 
 import hashlib
-import json
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from ttt_e2e.errors import UserError, first_line
 from ttt_e2e.inference import older_state
 from ttt_e2e.inference.reader import Reader, ReaderState
 from ttt_e2e.model.parameters import parameter_name
+from ttt_e2e.strict_json import to_json
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -137,7 +137,7 @@ def parameters_digest(params) -> str:
         (jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), sums[parameter_name(path)][1])
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
-    return hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(to_json(identity).encode(), digest_size=8).hexdigest()
 
 
 def _check_model(path, about: dict, reader: Reader) -> None:

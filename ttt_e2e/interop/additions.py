@@ -6,7 +6,6 @@ parameters under our names.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.interop import safetensors_files
 from ttt_e2e.model.parameters import parameter_name
 from ttt_e2e.runs.files import read_json
+from ttt_e2e.strict_json import to_json
 
 DIRECTORY = "ttt_e2e"
 FIELDS = ("num_fast_blocks", "fast_intermediate_size", "fast_layer_scale", "attention_sinks", "sliding_window", "mixer")
@@ -70,7 +70,7 @@ def write(output: Path, config: Config, params: dict[str, jax.Array]) -> None:
         "model": {name: getattr(config.model, name) for name in FIELDS},
         "inner": dataclasses.asdict(config.inner),
     }
-    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    (directory / "config.json").write_text(to_json(fields, indent=2) + "\n")
 
 
 def are_beside(checkpoint: Path) -> bool:

@@ -4,7 +4,6 @@ An imported model is a run directory: `config.json`, `checkpoints/0`, and its to
 by each device only what it stores of them.
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -30,6 +29,7 @@ from ttt_e2e.model.parameters import parameter_name, split
 from ttt_e2e.outputs import check_free, new_directory
 from ttt_e2e.runs.directory import write_config
 from ttt_e2e.runs.files import read_json
+from ttt_e2e.strict_json import to_json
 from ttt_e2e.train.batches import find_alike_tokens
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
@@ -150,7 +150,7 @@ def export_model(config: Config, checkpoint, output) -> Path:
             tensors[name] = (source.shape(leaf), leaf.dtype, make)
     with new_directory(output) as new:
         safetensors_files.write(new, dict(sorted(tensors.items())), {"format": "pt"})
-        (new / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+        (new / "config.json").write_text(to_json(theirs, indent=2) + "\n")
         if base != config.model:
             additions.write(new, config, {name: leaf for name, leaf in params.items() if name not in sources})
         tokenizer = Path(config.data.tokenizer)

@@ -1,12 +1,12 @@
 """The tensors of a directory of safetensors files, one or several with an index. Nothing of them is executed."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from ttt_e2e.errors import UserError, first_line
 from ttt_e2e.runs.files import read_json
+from ttt_e2e.strict_json import to_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -85,7 +85,7 @@ def write(directory: Path, tensors: dict, metadata: dict[str, str]) -> None:
             raise UserError(f"{directory / file} cannot be written: {first_line(error)}") from None
         files |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        (directory / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": files}, indent=2) + "\n")
+        (directory / INDEX).write_text(to_json({"metadata": metadata, "weight_map": files}, indent=2) + "\n")
 
 
 def _file_names(directory: Path) -> dict[str, str] | list[str]:

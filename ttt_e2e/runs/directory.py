@@ -17,6 +17,7 @@ from ttt_e2e.outputs import writing
 from ttt_e2e.runs.files import read_json, read_text, replace_text
 from ttt_e2e.runs.resume import check_resume
 from ttt_e2e.runs.secrets import find_secrets, redact
+from ttt_e2e.strict_json import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def write_config(workdir, config: Config) -> None:
     directory = epath.Path(workdir)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    replace_text(directory / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+    replace_text(directory / "config.json", to_json(to_dict(config), indent=2) + "\n")
 
 
 def refuse_secrets(config: Config) -> None:
@@ -115,7 +116,7 @@ def record_start(workdir, overrides: list[str], policies: dict[str, str]) -> Non
         replace_text(directory / start["config"], (directory / "config.json").read_text())
     if saved_steps(directory / "checkpoints"):
         _warn_of_other_code(directory, before, start)
-    replace_text(path, before + json.dumps(start) + "\n")
+    replace_text(path, before + to_json(start) + "\n")
 
 
 def first_start(workdir) -> float:

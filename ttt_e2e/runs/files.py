@@ -29,9 +29,12 @@ def read_json(path) -> dict:
 
 
 def parse_json(text: str, where):
-    """Parses JSON. Raises `UserError` if it is not valid; the message begins with `where`, the place it is from."""
+    """Parses JSON; NaN and Infinity, which are no JSON but were written once, are read as null is.
+
+    Raises `UserError` if it is not valid; the message begins with `where`, the place it is from.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=lambda _: None)
     except (ValueError, RecursionError) as error:  # `json` raises these, also for too long numbers and too deep nesting
         raise UserError(f"{where} is not readable JSON: {error}") from None
 

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import math
 
 from etils import epath
@@ -13,6 +12,7 @@ from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.outputs import writing
 from ttt_e2e.runs.files import parse_json, read_text, replace_text
+from ttt_e2e.strict_json import to_json
 
 
 class MetricsWriter:
@@ -21,7 +21,7 @@ class MetricsWriter:
     def __init__(self, workdir, config: Config, resume_step: int):
         self.path = epath.Path(workdir) / "metrics.jsonl"
         lines = read_metrics(self.path) if self.path.exists() else []
-        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= resume_step))
+        replace_text(self.path, "".join(to_json(line) + "\n" for line in lines if line["step"] <= resume_step))
         with writing(self.path):
             self._file = self.path.open("a")
         self._tensorboard = _tensorboard(workdir) if config.log.tensorboard else None
@@ -31,7 +31,7 @@ class MetricsWriter:
         """Writes the metrics of a step. Values that are not finite, which JSON lacks, become null."""
         values = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
         with writing(self.path):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(to_json({"step": step, **values}) + "\n")
             self._file.flush()
         if self._tensorboard:
             for name, value in values.items():

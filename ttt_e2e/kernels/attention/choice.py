@@ -24,6 +24,7 @@ from ttt_e2e.kernels.attention import problems, trials
 from ttt_e2e.kernels.attention.backends import REGISTRY
 from ttt_e2e.kernels.attention.problems import Problem
 from ttt_e2e.kernels.attention.window_attention import window_attention
+from ttt_e2e.strict_json import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def _line(tried: dict[str, trials.Trial]) -> str:
 
 
 def _key(problem: Problem) -> str:
-    return json.dumps(problem)
+    return to_json(problem)
 
 
 def _versions() -> dict[str, str]:
@@ -164,7 +165,7 @@ def _write(file: Path, verdicts: dict[str, str]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".new", delete=False, encoding="utf-8") as new:
-            json.dump({"versions": _versions(), "verdicts": verdicts}, new, indent=1)
+            new.write(to_json({"versions": _versions(), "verdicts": verdicts}, indent=1))
         os.replace(new.name, file)
     except OSError as error:
         logger.warning("%s cannot be written, and what was measured will be again: %s", file, error)
