@@ -374,6 +374,7 @@ CONFIGS = [
     ({"model_type": "gemma2"}, "model_type is 'gemma2', but it must be one of llama, mistral, qwen2, qwen3"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn', but it must be"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope_scaling has no 'low_freq_factor'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": None}}, "rope_scaling has no 'factor'"),
     ({"attention_bias": True}, "attention_bias is True, but only qwen2"),
     ({"mlp_bias": True}, "mlp_bias is True, but it must be False"),
     ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types has 'linear_attention'"),
@@ -392,7 +393,7 @@ CONFIGS = [
     ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_parameters.rope_theta is '1e6', but it takes one finite number"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor is 0.5, but it must"),
     ({"partial_rotary_factor": 0.5}, "config.json: partial_rotary_factor is 0.5, but it must be 1.0"),
-    ({"quantization_config": {"quant_method": "fp8"}}, "has a quantization_config, but weights must be plain floats"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "has a quantization_config, but weights must be floats: dequ"),
 ]
 
 

@@ -8,19 +8,12 @@ from ttt_e2e.config import ModelConfig
 from ttt_e2e.config.fields import coerce, require
 from ttt_e2e.errors import UserError
 
-# Fields that mean the same.
-SAME = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("rms_norm_eps", "initializer_range"),
-)
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SAME = (*SIZES, "rms_norm_eps", "initializer_range")  # fields that mean the same
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 LAYERS = {"full_attention": "attention", "sliding_attention": "window"}
 MUST_BE = {"hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1, "partial_rotary_factor": 1.0}
-INTEGERS = (  # with the least that is legal
-    *((name, 1) for name in SAME[:5]),
-    *((name, 0) for name in ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")),
-    *((name, 0) for name in ("max_position_embeddings", "bos_token_id")),
-)
+INTEGERS = ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers", "max_position_embeddings")
 FLOATS = ("rms_norm_eps", "initializer_range", "rope_theta")
 
 
@@ -38,7 +31,7 @@ def to_model(theirs: dict) -> dict:
         if theirs.get(name) not in (None, legal):
             raise UserError(f"config.json: {name} is {theirs[name]!r}, but it must be {legal!r}")
     if theirs.get("quantization_config"):
-        raise UserError("config.json has a quantization_config, but weights must be plain floats")
+        raise UserError("config.json has a quantization_config, but weights must be floats: dequantize them first")
     theirs = theirs | _numbers(theirs)
     bias = theirs.get("attention_bias", False)
     if bias and kind != "qwen2":
@@ -120,10 +113,10 @@ def _numbers(theirs: dict) -> dict:
     if isinstance(bos_ids := given.get("bos_token_id"), list):
         given["bos_token_id"] = bos_ids[0] if bos_ids else 0
     numbers = {name: coerce(f"config.json: {name}", given[name], float) for name in FLOATS if name in given}
-    for name, least in INTEGERS:
-        if name in given:
-            numbers[name] = coerce(f"config.json: {name}", given[name], int)
-            require(numbers[name] >= least, f"config.json: {name}", numbers[name], f"at least {least}")
+    for name in sorted(given.keys() & {*SIZES, *INTEGERS, "bos_token_id"}):
+        least = 1 if name in SIZES else 0
+        numbers[name] = coerce(f"config.json: {name}", given[name], int)
+        require(numbers[name] >= least, f"config.json: {name}", numbers[name], f"at least {least}")
     return numbers
 
 
@@ -135,7 +128,7 @@ def _rope(theirs: dict) -> dict:
         raise UserError(f"config.json: {name} is {rope!r}, but it must be one object of numbers for all layers")
     kind = rope.get("rope_type", rope.get("type", "default"))
     names = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    given = {key: coerce(f"config.json: {name}.{key}", rope[key], float) for key in names if key in rope}
+    given = {key: coerce(f"config.json: {name}.{key}", rope[key], float) for key in names if rope.get(key) is not None}
     if rope.get("partial_rotary_factor") not in (None, 1.0):
         raise UserError(
             f"config.json: {name}.partial_rotary_factor is {rope['partial_rotary_factor']!r}, but it must be 1"
