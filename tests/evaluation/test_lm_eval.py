@@ -26,6 +26,7 @@ CLOSE = {"rel": 2e-6, "abs": 2e-4}
 def harness(tmp_path_factory):
     """The harness; what it reads of data is cached in a directory of the tests."""
     lm_eval, datasets = pytest.importorskip("lm_eval"), pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield lm_eval
@@ -251,6 +252,16 @@ def test_bad_tasks_are_one_line(harness, tasks_dir, check_refused, tmp_path_fact
     text = (tasks_dir / "mc.yaml").read_text()
     (broken / "mc.yaml").write_text(text.replace("mc.jsonl", "gone.jsonl"))
     check_refused(f"--lm_eval=local_choice --lm_eval_tasks_dir={broken}", "cannot be loaded .*gone.jsonl")
+
+
+def test_what_a_task_cannot_be_given_is_one_line(tasks_dir, check_refused, tmp_path_factory):
+    flags = f"--lm_eval=local_generation --lm_eval_tasks_dir={tasks_dir} --lm_eval_max_length=24"
+    check_refused(flags, "lm_eval_max_length is 24, but local_generation generates 24 tokens")
+    beams = tmp_path_factory.mktemp("beams")
+    text = (tasks_dir / "gen.yaml").read_text()
+    (beams / "gen.yaml").write_text(text.replace("do_sample: false", "num_beams: 4"))
+    flags = f"--lm_eval=local_generation --lm_eval_tasks_dir={beams}"
+    check_refused(flags, "task local_generation generates by 'num_beams', but there are until, do_sample")
 
 
 def test_a_result_without_learning_has_no_value_with_it():

@@ -9,7 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -65,24 +65,33 @@ def load_tasks(names: tuple[str, ...], directory: str, metadata: str, fingerprin
     except Exception as error:  # whatever is wrong with a task, its data or the network
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"lm_eval is {','.join(names)}, but these tasks cannot be loaded ({reason})") from error
-    for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise UserError(f"lm_eval names {name}, which runs code of the model's or takes more than text")
     manager.load = lambda _: loaded
     return manager
+
+
+def check_tasks(manager, max_length: int) -> None:
+    """Raises `UserError` where one of the tasks of `load_tasks` asks for what there is not, or for too many tokens."""
+    for name, task in manager.load([])["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise UserError(f"lm_eval names {name}, which runs code of the model's or takes more than text")
+        if task.OUTPUT_TYPE == "generate_until":
+            num_tokens = _manner(name, task.config.generation_kwargs or {}).max_tokens
+            if 0 < max_length <= num_tokens:
+                raise UserError(f"lm_eval_max_length is {max_length}, but {name} generates {num_tokens} tokens")
 
 
 def _find_tasks(names: tuple[str, ...], directory: str, metadata: dict):
     """Makes a `TaskManager` that has these tasks. Raises `UserError` where one is unknown."""
     from lm_eval.tasks import TaskManager
 
-    if directory:
-        if not Path(directory).expanduser().is_dir():
+    path = Path(directory).expanduser() if directory else None
+    if path:
+        if not path.is_dir():
             raise UserError(f"lm_eval_tasks_dir is {directory}, but it must be a directory of tasks as YAML files")
-        manager = TaskManager(include_path=directory, include_defaults=False, metadata=metadata)
+        manager = TaskManager(include_path=path, include_defaults=False, metadata=metadata)
         if set(names) <= set(manager.all_tasks):
             return manager  # without the harness's own tasks, which take 15 seconds to index
-    manager = TaskManager(include_path=directory or None, metadata=metadata)
+    manager = TaskManager(include_path=path, metadata=metadata)
     for name in names:
         if name not in manager.all_tasks:
             hint = suggestion(name, manager.all_tasks)
@@ -164,10 +173,11 @@ class Desk:
 
     def generate(self, requests: Sequence) -> list[dict]:
         """Continues the context of each request in the manner that it asks for."""
-        manners = [_manner(request) for request in requests]
+        manners = [_manner(request.task_name, request.args[1]) for request in requests]
         contexts = [self.encode(request.args[0], begins=True) or [self.answers.bos_id] for request in requests]
         if self.max_length:
-            contexts = [_last(ids, self.max_length - manner.max_tokens) for ids, manner in zip(contexts, manners)]
+            rooms = [self.max_length - manner.max_tokens for manner in manners]
+            contexts = [ids[-room:] for ids, room in zip(contexts, rooms)]
         prompts = [Prompt(np.array(ids, np.int32), number) for number, ids in enumerate(contexts)]
         return self._run(
             [_names(self.answers.learn, "generate_until", i, 0, request) for i, request in enumerate(requests)],
@@ -239,24 +249,14 @@ def _names(learn: bool, kind: str, number: int, part: int, request) -> dict:
     return names | {"task": request.task_name, "document": request.doc_id, "choice": request.idx}
 
 
-def _last(ids: list[int], count: int) -> list[int]:
-    """The last tokens of a context. Raises `UserError` where there is room for none."""
-    if count < 1:
-        raise UserError(f"lm_eval_max_length leaves {count} tokens for a prompt: it must be more than are generated")
-    return ids[-count:]
-
-
-def _manner(request) -> Manner:
-    """How a request is to be continued. Raises `UserError` where it asks for what there is not."""
+def _manner(task: str, wishes: dict) -> Manner:
+    """How a task's prompts are to be continued. Raises `UserError` where it asks for what there is not."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    wishes = normalize_gen_kwargs(request.args[1], MAX_NEW_TOKENS)
+    wishes = {name: value for name, value in normalize_gen_kwargs(wishes, MAX_NEW_TOKENS).items() if value is not None}
     for name in wishes:
         if name not in GENERATION:
-            raise UserError(
-                f"lm_eval task {request.task_name} generates by {name!r}, but there are {', '.join(GENERATION)}"
-            )
-    names = ("top_k", "top_p", "repetition_penalty")
+            raise UserError(f"lm_eval task {task} generates by {name!r}, but there are {', '.join(GENERATION)}")
     temperature = wishes.get("temperature", 1.0) if wishes["do_sample"] else 0.0
-    sampling = replace(Sampling(temperature), **{name: wishes[name] for name in names if name in wishes})
-    return Manner(wishes["max_gen_toks"], tuple(filter(None, wishes["until"])), sampling)
+    others = {name: wishes[name] for name in ("top_k", "top_p", "repetition_penalty") if name in wishes}
+    return Manner(wishes["max_gen_toks"], tuple(filter(None, wishes["until"])), Sampling(temperature, **others))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.answers import Answers
 from ttt_e2e.evaluation.base import Evaluation, Table, number, register
-from ttt_e2e.evaluation.harness import KEY, AutoTokenizer, Desk, load_tasks, make_model, require_lm_eval
+from ttt_e2e.evaluation.harness import KEY, AutoTokenizer, Desk, check_tasks, load_tasks, make_model, require_lm_eval
 from ttt_e2e.evaluation.records import Records
 from ttt_e2e.evaluation.subject import Subject
 from ttt_e2e.settings import setting
@@ -77,12 +79,15 @@ class LMEval(Evaluation):
         """Loads the tasks into the `TaskManager` that it returns.
 
         Raises:
-          UserError: the harness or the tokenizer is missing, a task is unknown or cannot be loaded.
+          UserError: the harness or the tokenizer is missing; a task is unknown, cannot be loaded, or asks for what is
+            not there.
         """
         require_lm_eval()
         tokenizer = subject.tokenizer
         AutoTokenizer.known[tokenizer.fingerprint] = tokenizer
-        return load_tasks(settings.names, settings.directory, settings.metadata, tokenizer.fingerprint)
+        manager = load_tasks(settings.names, settings.directory, settings.metadata, tokenizer.fingerprint)
+        check_tasks(manager, settings.max_length)
+        return manager
 
     def evaluate(self, subject: Subject, output, settings: Settings) -> dict:
         """Answers the requests that have no record yet, and has the harness compute the metrics."""
@@ -145,13 +150,16 @@ def summarise(found: dict[bool, dict], answered: list[dict]) -> list[dict]:
     for name, first in next(iter(found.values()))["results"].items():
         metrics = {}
         for learn, results in found.items():
-            for key, value in results["results"][name].items():
+            of_name = results["results"][name]
+            for key, value in of_name.items():
                 metric, comma, filter_name = key.partition(",")
                 if comma and not metric.endswith("_stderr"):
-                    error = results["results"][name].get(f"{metric}_stderr,{filter_name}")
+                    error = of_name.get(f"{metric}_stderr,{filter_name}")
                     entry = metrics.setdefault(key, {"metric": metric, "filter": filter_name})
                     entry[f"value{SUFFIX[learn]}"] = _number_or_none(value)
                     entry[f"standard_error{SUFFIX[learn]}"] = _number_or_none(error)
+        if not metrics:
+            continue  # a group that is only a list of tasks
         task = {"task": name, "num_documents": first.get("sample_len"), "metrics": list(metrics.values())}
         of_task = [record for record in answered if record["task"] == name]
         if of_task:
@@ -165,8 +173,8 @@ def summarise(found: dict[bool, dict], answered: list[dict]) -> list[dict]:
 
 
 def _number_or_none(value) -> float | None:
-    """The number that the harness gives; None where it gives words, such as N/A."""
-    return float(value) if isinstance(value, (int, float)) else None
+    """The number that the harness gives; None where it gives words, such as N/A, or what is no finite number."""
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 def _learned_in(task: dict) -> str:
