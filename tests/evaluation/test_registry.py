@@ -118,7 +118,7 @@ def test_its_bad_input_is_one_line_and_leaves_nothing(flags, check_refused):
 
 
 def test_the_files_of_the_room_are_the_evaluations():
-    assert list(evaluations()) == ["token_losses", "context_lengths", "generation", "needle"]
+    assert list(evaluations()) == ["token_losses", "context_lengths", "generation", "lm_eval", "needle"]
     assert [each.name for each in evaluations().values() if each.is_default] == ["token_losses"]
     for name, each in evaluations().items():
         assert each.name == name and type(each).__module__ == f"ttt_e2e.evaluation.{name}"

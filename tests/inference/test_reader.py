@@ -203,3 +203,34 @@ def test_full_attention_refuses_to_exceed_its_maximum():
     for read_on in (lambda: reader.read(state, [[2]]), lambda: reader.step(state, lambda logits_BV: logits_BV[:, 0])):
         with pytest.raises(UserError, match=r"max_length is 6, but 6 tokens were read and 1 more"):
             read_on()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "fields", [{}, {"sliding_window": 3, "mixer": "window,attention", "num_hidden_layers": 4}], ids=str
+)
+def test_rated_tokens_have_the_nll_of_reading_them_and_are_not_read(fields, monkeypatch):
+    monkeypatch.setattr("ttt_e2e.inference.reader.MIN_RATED", 1)  # b is small
+    reader, tokens_BT1 = reader_of(learning_model(**fields), max_length=3 * b), some_tokens(B, 3 * b)
+    state, _ = reader.read(reader.start(tokens_BT1[:, 0], B), tokens_BT1[:, 1 : 2 * b + 1])
+    rest_Bb = tokens_BT1[:, 2 * b + 1 :]
+    _, expected_Bb = reader.read(state, rest_Bb)
+    likeliest = []
+    decoding = state
+    for i in range(b):
+
+        def choose(logits_BV, i=i):
+            likeliest.append(np.asarray(logits_BV.argmax(-1)))
+            return rest_Bb[:, i]
+
+        decoding, _, _ = reader.step(decoding, choose)
+    for n in (1, b - 1, b):
+        nll_Bn, is_likeliest_Bn = reader.rate(state, rest_Bb[:, :n])
+        np.testing.assert_allclose(nll_Bn, expected_Bb[:, :n], **EXACT)
+        np.testing.assert_array_equal(is_likeliest_Bn, np.stack(likeliest, axis=1)[:, :n] == rest_Bb[:, :n])
+    rated = np.stack(likeliest[:1], axis=1)
+    assert reader.rate(state, rated)[1].all()
+    with pytest.raises(ValueError, match="no beginning of a mini-batch"):
+        reader.rate(decoding._replace(position=decoding.position + 1), rest_Bb)
+    with pytest.raises(UserError, match="tokens to read are from"):
+        reader.rate(state, rest_Bb + 1000)

@@ -91,6 +91,10 @@ class Subject:
 
     def about(self, reader: Reader, settings) -> dict:
         """What an evaluation's records depend on, as a dict: checkpoint, model, inner loop, data, settings."""
+        return self.about_model(reader, settings) | {"data": self.store.fingerprint}
+
+    def about_model(self, reader: Reader, settings) -> dict:
+        """The same of an evaluation that reads no held-out text."""
         from ttt_e2e.inference.state import parameters_digest
 
         return {
@@ -99,7 +103,6 @@ class Subject:
             "model": to_dict(self.config)["model"],
             "inner": dataclasses.asdict(self.config.inner),
             "bos_id": self.config.data.bos_id,
-            "data": self.store.fingerprint,
             "batch_size": self.config.eval.batch_size,
             "settings": dataclasses.asdict(settings),
         }

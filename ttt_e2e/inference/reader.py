@@ -31,6 +31,7 @@ from ttt_e2e.model.passes import FirstOrderPass
 # Models without fast weights have mini-batches as long as a training sequence. Their reader does not need these, and
 # runs at most this many positions at once.
 MAX_STATIC_MINI_BATCH = 1024
+MIN_RATED = 16  # positions that `rate` runs at least
 PIECE = 4096  # tokens of a sequence that are read between two updates of a progress bar
 
 
@@ -99,6 +100,7 @@ class Reader:
         self._learn = self._finish
         if model.num_fast_blocks:
             self._learn = batched(_learn, graphdef, config, in_axes=part, out_axes=(most | {"fast": 0}, 0))
+        self._rate = batched(_rate, graphdef, in_axes=part, out_axes=0)
         self._prepare = jax.jit(jax.vmap(self.model.prepare, in_axes=1, out_axes=1))
         self._predict = batched(_predict, graphdef, in_axes=(None, _BATCHED), out_axes=(0, 1))
         self._append = batched(_append, self.model, in_axes=(_BATCHED, 1, 0, 0), out_axes=(some, 0))
@@ -160,11 +162,7 @@ class Reader:
                 nlls.append(nll_Bn)
                 bar.update(piece_Bn.size)
             return state, np.concatenate(nlls, axis=1)
-        if n and not 0 <= tokens_Bn.min() <= tokens_Bn.max() < self.config.model.vocab_size:
-            raise UserError(
-                f"tokens to read are from {tokens_Bn.min()} to {tokens_Bn.max()}, but they must be at least 0 and "
-                f"below config.model.vocab_size {self.config.model.vocab_size}"
-            )
+        self._check_tokens(tokens_Bn)
         self.check_room(state, n)
         parts, done = [], 0
         while done < n:
@@ -183,6 +181,32 @@ class Reader:
         # would be a program to compile.
         nlls = [np.asarray(nll)[:, start : start + size] for nll, start, size in parts]
         return state, np.concatenate(nlls, axis=1) if nlls else np.zeros((B, 0), np.float32)
+
+    def rate(self, state: ReaderState, tokens_Bn) -> tuple[np.ndarray, np.ndarray]:
+        """Scores tokens [B, n] that may come next, without reading them: costs a forward pass over them alone.
+
+        Args:
+          state: the state before them, at the beginning of a mini-batch.
+          tokens_Bn: integers below the vocabulary's size, at most as many as a mini-batch has.
+
+        Returns:
+          The NLL [B, n] of each token, as that of `read`, and whether it is the likeliest, by which a greedy decoder
+          would choose it.
+
+        Raises:
+          UserError: a token is not in the vocabulary, or full attention has no room for n more tokens.
+        """
+        tokens_Bn, b = np.asarray(tokens_Bn, np.int32), self.mini_batch_size
+        n = tokens_Bn.shape[1]
+        if state.position % b or not 0 < n <= b:
+            raise ValueError(f"{n} tokens from position {state.position} on are no beginning of a mini-batch of {b}")
+        self._check_tokens(tokens_Bn)
+        self.check_room(state, n)
+        width = min(b, max(MIN_RATED, 1 << (n - 1).bit_length()))  # few widths, as each is a program to compile
+        nll_Bw, likeliest_Bw = self._rate(
+            self.params["slow"], state._replace(prepared=None), np.pad(tokens_Bn, ((0, 0), (0, width - n)))
+        )
+        return np.asarray(nll_Bw)[:, :n], np.asarray(likeliest_Bw)[:, :n]
 
     def step(self, state: ReaderState, choose: Callable, *, learn: bool = True):
         """Decodes one token: predicts its logits, lets `choose` choose it, and reads it.
@@ -256,6 +280,14 @@ class Reader:
         shapes = jax.eval_shape(lambda: self.model.empty(room))
         return jax.tree.map(lambda a: (a.shape[0], batch_size, *a.shape[1:]), shapes)
 
+    def _check_tokens(self, tokens_Bn: np.ndarray) -> None:
+        """Raises `UserError` where a token is not in the vocabulary."""
+        if tokens_Bn.size and not 0 <= tokens_Bn.min() <= tokens_Bn.max() < self.config.model.vocab_size:
+            raise UserError(
+                f"tokens to read are from {tokens_Bn.min()} to {tokens_Bn.max()}, but they must be at least 0 and "
+                f"below config.model.vocab_size {self.config.model.vocab_size}"
+            )
+
     def check_room(self, state: ReaderState, n: int) -> None:
         """Raises `UserError` where a model with full attention has no room for `n` more tokens."""
         if self.grows and state.position + n > self.max_length:
@@ -289,6 +321,14 @@ def _finish(graphdef, slow, state: ReaderState, part_b):
     model = merge(graphdef, state.fast, slow)
     nll_b, entries = _score(model, state, tokens_b1)
     return _next_mini_batch(model, state, entries, tokens_b1), nll_b
+
+
+def _rate(graphdef, slow, state: ReaderState, tokens_w):
+    """NLL [w] of the first tokens of a mini-batch, which has none so far, and whether each is the likeliest."""
+    model = merge(graphdef, state.fast, slow)
+    inputs_w = jnp.concatenate([state.tokens[:1], tokens_w[:-1]])
+    x_wD, _ = model.extend(model.embed(inputs_w), state.states, _context(state, inputs_w))
+    return model.scores(x_wD, tokens_w)
 
 
 def _learn(graphdef, config: Config, slow, state: ReaderState, part_b):

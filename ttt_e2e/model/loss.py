@@ -99,6 +99,23 @@ def token_nll(x_TD, head_DC, targets_T, vocab_size: int = 0):
     return jax.lax.map(one_block, blocks).reshape(T)
 
 
+def token_scores(x_TD, head_DV, targets_T):
+    """Computes the NLL [T] of each target as `token_nll` does, and whether it is the likeliest token [T].
+
+    For inference, with a whole head; a block of tokens at a time.
+    """
+
+    def one_block(args):
+        x_tD, targets_t = args
+        logits_tV = logits(x_tD, head_DV)
+        target_t = jnp.take_along_axis(logits_tV, targets_t[:, None], axis=-1)[:, 0]
+        return jax.nn.logsumexp(logits_tV, axis=-1) - target_t, logits_tV.argmax(axis=-1) == targets_t
+
+    block = _block_size(len(x_TD), max(1, MAX_LOGITS // head_DV.shape[1]))
+    scores = jax.lax.map(one_block, _blocks((x_TD, targets_T), block))
+    return jax.tree.map(lambda a: a.reshape(-1), scores)
+
+
 class Softmax(NamedTuple):
     """Residuals of `nll_forward` for `nll_reverse`."""
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ttt_e2e.model.block import Block
-from ttt_e2e.model.loss import logits, token_nll
+from ttt_e2e.model.loss import logits, token_nll, token_scores
 from ttt_e2e.model.mixers import Context
 from ttt_e2e.model.norm import RMSNorm
 from ttt_e2e.model.parameters import Traits, at_least_float32, list_traits, matrix, split
@@ -140,6 +140,10 @@ class Transformer(Stacks):
     def nll(self, x_TD, targets_T):
         """Computes the NLL [T] of the targets, float32 nats, from the last block's hidden states."""
         return token_nll(self.final_norm(x_TD), self.head_DV, targets_T)
+
+    def scores(self, x_TD, targets_T):
+        """Computes the NLL [T] of the targets as `nll` does, and whether each is the likeliest token [T]."""
+        return token_scores(self.final_norm(x_TD), self.head_DV, targets_T)
 
     def logits(self, x_TD):
         """Computes the logits [T, V] of the next token, float32, from the last block's hidden states."""
