@@ -12,7 +12,6 @@ docs/sweeps.md has the rest. What the sweep directory holds:
     NAME/logs/sweep.log output of the runs that were started here
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -35,6 +34,7 @@ from ttt_e2e.errors import EXIT_REQUEUE, UserError
 from ttt_e2e.flags import parse
 from ttt_e2e.runs.directory import write_config
 from ttt_e2e.runs.files import replace_text
+from ttt_e2e.runs.lock import is_alive, try_flock
 from ttt_e2e.runs.secrets import redact
 from ttt_e2e.sweep import Point, check_unchanged, make_points, seems_whole
 
@@ -163,16 +163,14 @@ def acquire(point: Point):
     """Locks a run directory: returns the locked open file, or None if another process holds the lock.
 
     The kernel keeps the lock as long as any process has the file open, so that it ends with the last of them, even if
-    that is killed. Machines may share a file system but not its locks; for these, the file names the holder's host.
+    that is killed. Machines may share a file system but not its locks, and some file systems have none: for these, the
+    file names the holder and its host. (Two that come at the same moment may then both get it, or one whose launcher
+    was killed while its run goes on: the second run is refused by the lock of the first, runs/lock.py.)
     """
     point.workdir.mkdir(parents=True, exist_ok=True)
     file = (point.workdir / "sweep.lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    if _holder(point).get("host", socket.gethostname()) != socket.gethostname():
+    locked = try_flock(file)
+    if locked is False or _is_of_another(_holder(point), bool(locked)):
         file.close()
         return None
     _fill(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
@@ -194,25 +192,27 @@ def _fill(file, text: str) -> None:
 
 def _holder(point: Point) -> dict:
     """{"pid", "host"} of the launcher that locked a point; {} if none is recorded."""
-    path = point.workdir / "sweep.lock"
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # not locked, or cut short by a kill
+        holder = json.loads((point.workdir / "sweep.lock").read_bytes())
+    except (FileNotFoundError, ValueError):  # not locked, or cut short by a kill
         return {}
+    return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
+
+
+def _is_of_another(holder: dict, has_locks: bool) -> bool:
+    """Whether the launcher that a file names may live. Of this machine, the kernel knows it where there are locks."""
+    if not holder or holder.get("host", socket.gethostname()) != socket.gethostname():
+        return bool(holder)
+    return not has_locks and holder["pid"] != os.getpid() and is_alive(holder["pid"])
 
 
 def _is_locked(point: Point) -> bool:
-    """Whether another process holds a point's lock: `acquire` would return None. Writes nothing."""
+    """Whether another process holds a point's lock: `acquire` would return None. Changes nothing."""
     if not (point.workdir / "sweep.lock").exists():
         return False
-    if _holder(point).get("host", socket.gethostname()) != socket.gethostname():
-        return True
     with (point.workdir / "sweep.lock").open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        locked = try_flock(file, shared=True)
+    return locked is False or _is_of_another(_holder(point), bool(locked))
 
 
 # ----------------------------------------------------------------------------------------------------------- runs, here

@@ -3,11 +3,14 @@
 All but the last test train nothing: a stub stands for `ttt-e2e`, so that the tests decide when a run ends, and how.
 """
 
+import errno
+import fcntl
 import importlib.util
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -296,6 +299,32 @@ def test_a_signal_makes_runs_save_and_nothing_is_left(number, code, launch, conf
         with pytest.raises(ProcessLookupError):
             os.kill(int((out / name / "starts").read_text().split()[0]), 0)
     assert not (out / NAMES[2] / "starts").exists()
+
+
+@pytest.mark.parametrize("number", (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP))
+def test_on_a_file_system_without_locks_the_file_says_who_lives(number, launch, tmp_path, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    holder = subprocess.Popen(["sleep", "600"])
+    path = tmp_path / "out" / NAMES[1] / "sweep.lock"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"pid": holder.pid, "host": socket.gethostname()}))
+    try:
+        assert launch("--dry_run") == 0
+        states = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  state ")]
+        assert states == ["missing", "running", "missing", "missing"]
+        assert launch("--submit=true {args}; echo 7") == 1
+        assert "3 of 4 points finished or submitted" in capsys.readouterr().out
+    finally:
+        holder.kill()
+        holder.wait()
+    for name in set(NAMES) - {NAMES[1]}:
+        (tmp_path / "out" / name / "submitted.json").unlink()
+    assert launch("--parallel=2") == 0
+    assert starts(tmp_path / "out") == dict.fromkeys(NAMES, 1)
+    assert path.read_text() == ""
 
 
 # ----------------------------------------------------------------------------------------------------------- submitting

@@ -20,6 +20,7 @@ from ttt_e2e.errors import PreemptedError
 from ttt_e2e.kernels.attention import choice
 from ttt_e2e.model import abstract_model
 from ttt_e2e.runs import directory as run_directory
+from ttt_e2e.runs.lock import lock_run
 from ttt_e2e.train.batches import check_batch, find_alike_tokens, held_out_loss, open_store, to_device
 from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.policies import check_tables
@@ -39,8 +40,8 @@ def train(config: Config, workdir, overrides: list[str] = ()) -> dict:
     up for when the run is resumed.
 
     Raises:
-      UserError: data, mesh, checkpoint or run directory do not fit the config; a metric became NaN or infinite; a save
-        failed.
+      UserError: data, mesh, checkpoint or run directory do not fit the config; another run trains in that directory; a
+        metric became NaN or infinite; a save failed.
       PreemptedError: a signal asked to stop.
     """
     with ExitStack() as stack:
@@ -63,6 +64,8 @@ def _train(
     starts_anew = not (config.train.init_from or saved_steps(workdir / "checkpoints"))
     tokenizer = train_store.tokenizer_spec or config.data.tokenizer
     alike_V = find_alike_tokens(config, tokenizer) if starts_anew else None
+    run_directory.refuse_secrets(config)  # before the lock makes the directory
+    stack.enter_context(lock_run(workdir))
     run_directory.claim(workdir, config)
     policies = take_policies(config, mesh)
     run_directory.record_start(workdir, overrides, policies.record())
