@@ -30,6 +30,7 @@ from absl import flags
 from tqdm import tqdm
 
 from ttt_e2e.checkpoints.steps import saved_steps
+from ttt_e2e.cluster.signals import GRACE_SECONDS, STOP_SIGNALS
 from ttt_e2e.errors import EXIT_REQUEUE, UserError
 from ttt_e2e.flags import parse
 from ttt_e2e.runs.directory import write_config
@@ -232,14 +233,20 @@ class _Child:
 def run_here(points: list[Point], launcher: str, parallel: int) -> tuple[dict[str, str], signal.Signals | None]:
     """Runs points on this machine, `parallel` at a time.
 
-    It waits for points that another process runs. The first SIGINT, SIGTERM or SIGHUP makes the runs save and end, the
-    second makes them end at once, the third kills them.
+    It waits for points that another process runs. The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP makes the runs save and
+    end, the second makes them end at once, the third kills them; signals within `GRACE_SECONDS` of one are no other.
 
     Returns:
       ({name of a point: its outcome}, the first signal received, or None).
     """
-    waiting, children, outcomes, signals = list(points), [], {}, []
-    before = {number: signal.signal(number, lambda received, _: signals.append(received)) for number in _STOPPING}
+    waiting, children, outcomes, signals, times = list(points), [], {}, [], []
+
+    def receive(number: int, _) -> None:
+        if not times or time.monotonic() - times[-1] > GRACE_SECONDS:
+            signals.append(number)
+            times.append(time.monotonic())
+
+    before = {number: signal.signal(number, receive) for number in _STOPPING}
     num_handled = 0  # signals
     bar = tqdm(total=len(points), desc="sweep", unit="run", disable=not points)
     try:
@@ -266,7 +273,7 @@ def run_here(points: list[Point], launcher: str, parallel: int) -> tuple[dict[st
     return outcomes, signal.Signals(signals[0]) if signals else None
 
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPPING = (*STOP_SIGNALS, signal.SIGHUP)
 
 
 def _start_some(waiting: list[Point], children: list[_Child], outcomes: dict, launcher: str, parallel: int) -> None:

@@ -11,6 +11,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from ttt_e2e import settings
+from ttt_e2e.cluster import signals
 from ttt_e2e.config import Config, suggestion, to_dict
 from ttt_e2e.errors import EXIT_REQUEUE, PreemptedError, UserError
 from ttt_e2e.flags import load_config_file, override, parse, string
@@ -23,8 +24,12 @@ def main(argv: list[str] | None = None) -> int:
 
     0: done. Otherwise with one line on stderr, 2: bad input; 75: preempted, to be started again; 1: another process of
     the run has ended; 130: Ctrl-C. An exception that is none of these is raised.
+
+    Without `argv` it is the program itself, whose arguments are those of the process, and so are its signals.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        _receive_signals(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("ttt_e2e").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs many lines for every save
@@ -41,8 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     except PreemptedError as error:
         print(error, file=sys.stderr)
         return _leave(EXIT_REQUEUE)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        if str(error):  # all processes have agreed to stop
+            _leave(EXIT_REQUEUE)
         return 130
     except Exception as error:
         if not _is_of_a_peer(error):
@@ -313,6 +320,14 @@ def _processes(values: flags.FlagValues) -> None:
     bound = {"lower_bound": 1, "flag_values": values}
     flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for all processes.", **bound)
     flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds until a silent process counts as dead.", **bound)
+
+
+def _receive_signals(argv: list[str]) -> None:
+    """Has signals to stop end the program as they should: see cluster/signals.py."""
+    if argv[:1] in (["train"], ["evaluate"]):
+        signals.watch_program()
+    else:
+        signals.send_interrupts_again()
 
 
 def _join(values: flags.FlagValues) -> bool:

@@ -287,11 +287,14 @@ def test_a_kill_in_the_middle_and_a_second_launch(launch, config_file, tmp_path,
     assert [run.name for run in read_runs([out])] == NAMES
 
 
-@pytest.mark.parametrize(("number", "code"), ((signal.SIGINT, 130), (signal.SIGTERM, 75)))
+# Signals that come together are one: two would end the runs at once, three would kill them.
+@pytest.mark.parametrize(("number", "code"), ((signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)))
 def test_a_signal_makes_runs_save_and_nothing_is_left(number, code, launch, config_file, tmp_path):
     launch("--dry_run")
     process, out = start_sweep(config_file, tmp_path)
-    process.send_signal(number)
+    for each in (number, signal.SIGTERM, number):
+        process.send_signal(each)
+        time.sleep(0.02)
     assert process.wait() == code
     for name in NAMES[:2]:
         assert (out / name / "checkpoints" / "1").is_dir()
