@@ -1,6 +1,7 @@
 """The training loop: setup, then one step after another, with evaluations, saves and preemption between them."""
 
 import logging
+import time
 from contextlib import ExitStack, closing
 
 import jax
@@ -54,7 +55,7 @@ def _train(
     config: Config, workdir: epath.Path, overrides: list[str], stack: ExitStack
 ) -> dict:  # long: one straight loop
     # ---------------------------------------------------------------- set up
-    batch_size, num_steps = config.train.global_batch_size, config.train.num_steps
+    batch_size, num_steps, started = config.train.global_batch_size, config.train.num_steps, time.time()
     mesh = make_mesh(config.mesh)
     choice.check(config.model)
     check_batch("config.train.global_batch_size", batch_size, mesh, config.train.accumulation_steps)
@@ -69,12 +70,15 @@ def _train(
     run_directory.refuse_secrets(config)  # before the lock makes the directory
     preemption = stack.enter_context(watch_for_preemption())
     stack.enter_context(lock_run(workdir))
-    run_directory.claim(workdir, config)
+    run_directory.check(workdir, config)
     policies = take_policies(config, mesh)
-    run_directory.record_start(workdir, overrides, policies.record())
     checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", config.checkpoint)))
     state, progress = restore_or_init(config, optimizer, mesh, checkpoints, train_store.fingerprint, alike_V)
     first_step, next_batch = int(state.step), progress.get("next_batch", 0)
+    owes_evaluation = bool(eval_store and progress.get("owes_evaluation"))
+    if first_step < num_steps or owes_evaluation:  # otherwise, nothing is done with this config
+        run_directory.claim(workdir, config)
+    run_directory.record_start(workdir, overrides, policies.record(), started)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     train_step = make_train_step(config, optimizer, mesh, state_shardings, policies)
     eval_step = make_eval_step(config, mesh, state_shardings.params)
@@ -123,7 +127,6 @@ def _train(
         where = f"step {step} is saved in {checkpoints.directory}"
         return preemption.stopped(where if step else "before the first step")
 
-    owes_evaluation = eval_store and progress.get("owes_evaluation")
     if preemption.poll() or (owes_evaluation and not evaluate(first_step)):
         raise stopped(first_step)
     log.restart_clock()
