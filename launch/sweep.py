@@ -34,7 +34,7 @@ from ttt_e2e.cluster.signals import GRACE_SECONDS, STOP_SIGNALS
 from ttt_e2e.errors import EXIT_REQUEUE, UserError
 from ttt_e2e.flags import parse
 from ttt_e2e.runs.directory import write_config
-from ttt_e2e.runs.files import replace_text
+from ttt_e2e.runs.files import read_json, replace_text
 from ttt_e2e.runs.lock import is_alive, try_flock
 from ttt_e2e.runs.secrets import redact
 from ttt_e2e.sweep import Point, check_unchanged, make_points, seems_whole
@@ -42,6 +42,13 @@ from ttt_e2e.sweep import Point, check_unchanged, make_points, seems_whole
 logger = logging.getLogger("ttt_e2e.sweep")
 
 SLURM_JOBS = "squeue --me --noheader --format=%A"
+# What schedulers answer to a submission: the job's id, and of Slurm its cluster, if there are several.
+SLURM_ANSWERS = (r"Submitted batch job (\d+)(?: on cluster (\S+))?", r"^(\d+)(?:;(\S+))?$")  # the latter: --parsable
+OTHER_ANSWERS = (
+    r"^[\w.-]+/(\S+)(?: (?:created|configured|unchanged|serverside-applied))?$",  # kubectl, also with -o name
+    r"^Your job(?:-array)? (\d+)",  # qsub of Grid Engine
+    r"^Job <(\d+)> is submitted",  # bsub
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,8 +130,8 @@ def state_of(point: Point, active: set[str] | None) -> str:
     step = last_step(point.workdir)
     if _is_finished(point):
         return "finished"
-    if (point.workdir / "submitted.json").exists():
-        job = json.loads((point.workdir / "submitted.json").read_text())["job"]
+    if submission := _submitted(point):
+        job = submission.get("job")
         if not job or active is None or job in active:
             return "submitted"
     if _is_locked(point):
@@ -151,13 +158,24 @@ def _active_jobs(points: list[Point], values: flags.FlagValues) -> set[str] | No
     """
     if not any((point.workdir / "submitted.json").exists() for point in points):
         return None
-    command = values.active or (SLURM_JOBS if re.search(r"\bsbatch\b", values.submit) else "")
-    if not command:
+    if not values.active and not _is_slurm(values.submit):
         return None
-    result = subprocess.run(command, shell=True, capture_output=True, text=True)
-    if result.returncode:  # does not mean that no job is active: jobs would be submitted twice
-        raise UserError(f"--active: {command!r} failed with exit code {result.returncode}: {_last_line(result.stderr)}")
-    return set(result.stdout.split())
+    clusters = {_submitted(point).get("cluster", "") for point in points}
+    of_slurm = {f"{SLURM_JOBS} --clusters={shlex.quote(name)}" if name else SLURM_JOBS for name in clusters}
+    jobs: set[str] = set()
+    for command in [values.active] if values.active else of_slurm:
+        result = subprocess.run(command, shell=True, capture_output=True, text=True)
+        if result.returncode:  # does not mean that no job is active: jobs would be submitted twice
+            failure = f"{command!r} failed with exit code {result.returncode}: {_last_line(result.stderr)}"
+            raise UserError(f"--active: {failure}")
+        jobs |= set(result.stdout.split())
+    return jobs
+
+
+def _submitted(point: Point) -> dict:
+    """The record of a point's submission, `submitted.json`: {"job", "cluster", "time"}; {} if it was not submitted."""
+    path = point.workdir / "submitted.json"
+    return read_json(path) if path.exists() else {}
 
 
 def acquire(point: Point):
@@ -351,16 +369,40 @@ def submit(point: Point, template: str) -> str:
         write_config(point.workdir, point.config)
         replace_text(record, json.dumps({"job": "", "time": time.time()}) + "\n")
         result = subprocess.run(_submission(point, template), shell=True, capture_output=True, text=True)
-        # sbatch: "Submitted batch job 7", with --parsable "7;cluster"; kubectl -o name: "jobset.jobset.x-k8s.io/NAME".
-        job = (result.stdout.split() or [""])[-1].partition(";")[0].rpartition("/")[2]
-        if result.returncode or not job:
+        job, cluster = _job(result.stdout, template)
+        if result.returncode or not (job or _is_slurm(template)):
             record.unlink()
             return f"failed to submit with exit code {result.returncode}: {_last_line(result.stderr)}"
-        replace_text(record, json.dumps({"job": job, "time": time.time()}) + "\n")
+        if not job:  # it may be in the queue: `sbatch --quiet` says nothing
+            said = _last_line(result.stdout)
+            return f"failed: sbatch answered without a job's number ({said}); if no job came of it, remove {record}"
+        replace_text(record, json.dumps({"job": job, "cluster": cluster, "time": time.time()}) + "\n")
         logger.info("%s: submitted, job %s", point.name, job)
         return "submitted"
     finally:
         release(lock)
+
+
+def _job(answer: str, template: str) -> tuple[str, str]:
+    """Id and cluster of the job in what `--submit` printed, "" for what it does not say.
+
+    `sbatch` may say more before and after. Of other commands the last line counts: an answer that is known, or else its
+    last word.
+    """
+    lines = answer.strip().splitlines() or [""]
+    for pattern in SLURM_ANSWERS:
+        for line in lines if _is_slurm(template) else lines[-1:]:
+            if found := re.search(pattern, line.strip()):
+                return found[1], found[2] or ""
+    if _is_slurm(template):
+        return "", ""
+    known = filter(None, (re.search(pattern, lines[-1]) for pattern in OTHER_ANSWERS))
+    return next((found[1] for found in known), (lines[-1].split() or [""])[-1]), ""
+
+
+def _is_slurm(template: str) -> bool:
+    """Whether a shell command submits by `sbatch`."""
+    return re.search(r"\bsbatch\b", template) is not None
 
 
 def _submission(point: Point, template: str) -> str:

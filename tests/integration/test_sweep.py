@@ -356,6 +356,76 @@ def test_what_is_submitted_is_not_submitted_again_while_its_job_lives(launch, tm
     assert len(queue.read_text().splitlines()) == 6
 
 
+@pytest.mark.parametrize(
+    "answer, job",
+    (
+        ("Submitted batch job 41", ("41", "")),
+        ("Submitted batch job 41 on cluster blue", ("41", "blue")),
+        ("loading modules\nSubmitted batch job 41 on cluster blue\ndone, 3 hours left\n", ("41", "blue")),
+        ("41;blue\n", ("41", "blue")),
+        ("41", ("41", "")),
+        ("", ("", "")),
+        ("sbatch: your quota is 7", ("", "")),
+        ("jobs are submitted to blue", ("", "")),
+    ),
+)
+def test_the_number_of_a_slurm_job_is_found_in_any_answer(answer, job, sweep):
+    assert sweep._job(answer, "sbatch --clusters=blue launch/slurm.sbatch") == job
+
+
+@pytest.mark.parametrize(
+    "answer, job",
+    (
+        ("jobset.jobset.x-k8s.io/ttt-7f created", "ttt-7f"),
+        ("jobset.jobset.x-k8s.io/ttt-7f", "ttt-7f"),
+        ("pod/a-b unchanged\n", "a-b"),
+        ('Your job 41 ("train") has been submitted', "41"),
+        ("Job <41> is submitted to queue <normal>.", "41"),
+        ("Submitted batch job 41 on cluster blue", "41"),  # by a wrapper of another name
+        ("41.server", "41.server"),
+        ("some words\nttt-7f", "ttt-7f"),
+    ),
+)
+def test_the_job_of_other_schedulers_is_found(answer, job, sweep):
+    assert sweep._job(answer, "my_wrapper {args}")[0] == job
+
+
+def tools(directory, monkeypatch, **programs) -> None:
+    """Puts programs, shell scripts, on the path."""
+    directory.mkdir()
+    for name, script in programs.items():
+        (directory / name).write_text(f"#!/bin/sh\n{script}\n")
+        (directory / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+
+
+def test_jobs_of_another_slurm_cluster_are_submitted_once(launch, tmp_path, monkeypatch):
+    """`squeue` lists those of another cluster only if told its name."""
+    count = f'echo >> {tmp_path}/queue; echo "Submitted batch job $(wc -l < {tmp_path}/queue) on cluster blue"'
+    squeue = 'case "$*" in *--clusters=blue*) echo "CLUSTER: blue"; echo 1; echo 2; echo 4;; esac'
+    tools(tmp_path / "bin", monkeypatch, sbatch=count, squeue=squeue)
+    submitted = lambda: len((tmp_path / "queue").read_text().splitlines())  # noqa: E731
+    assert launch("--submit=sbatch") == 0
+    assert submitted() == 4
+    records = [json.loads((tmp_path / "out" / name / "submitted.json").read_text()) for name in NAMES]
+    assert [(record["job"], record["cluster"]) for record in records] == [(str(n), "blue") for n in (1, 2, 3, 4)]
+    assert launch("--submit=sbatch") == 0
+    assert submitted() == 5  # job 3 is over, and its run is not finished
+
+
+@pytest.mark.parametrize("answer", ("", "echo it is submitted"))
+def test_an_answer_of_sbatch_without_a_number_is_refused_and_never_repeated(
+    answer, launch, tmp_path, monkeypatch, capsys
+):
+    tools(tmp_path / "bin", monkeypatch, sbatch=f"echo >> {tmp_path}/queue; {answer}", squeue="true")
+    assert launch("--submit=sbatch --quiet") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("failed: sbatch answered without a job's number") == 4
+    assert f"remove {tmp_path}/out/{NAMES[0]}/submitted.json" in printed
+    launch("--submit=sbatch --quiet")
+    assert len((tmp_path / "queue").read_text().splitlines()) == 4
+
+
 def test_a_failed_submission_is_said_and_a_killed_one_is_not_repeated(launch, tmp_path, capsys):
     assert launch("--submit=echo queue is closed >&2; false") == 1
     assert capsys.readouterr().out.count("failed to submit with exit code 1: queue is closed") == 4
