@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
+from ttt_e2e.bars import progress_bar
 from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.cluster.signals import GRACE_SECONDS, STOP_SIGNALS
 from ttt_e2e.errors import EXIT_REQUEUE, UserError
@@ -266,7 +266,7 @@ def run_here(points: list[Point], launcher: str, parallel: int) -> tuple[dict[st
 
     before = {number: signal.signal(number, receive) for number in _STOPPING}
     num_handled = 0  # signals
-    bar = tqdm(total=len(points), desc="sweep", unit="run", disable=not points)
+    bar = progress_bar(total=len(points), desc="sweep", unit="run", disable=not points)
     try:
         while children or (waiting and not signals):
             if not signals:

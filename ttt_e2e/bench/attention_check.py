@@ -12,9 +12,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from ttt_e2e import targets
+from ttt_e2e.bars import progress_bar
 from ttt_e2e.bench import table
 from ttt_e2e.errors import UserError
 from ttt_e2e.kernels import window_attention
@@ -52,7 +52,7 @@ def run(  # noqa: PLR0913 -- each is a flag
             raise UserError(f"--variants={variant}: legal are {', '.join(KERNELS + FUSED)}")
     rows = []
     cases = [(H, dtype) for H in head_dims for dtype in dtypes]
-    for H, dtype in tqdm(cases, desc="bench attention_check", unit="case"):
+    for H, dtype in progress_bar(cases, desc="bench attention_check", unit="case"):
         sizes = {"seq_len": seq_len, "cached": cached, "window": window, "head_dim": H, "dtype": dtype}
         shape = (batch, heads_per_key_head, seq_len, cached, H)
         for variant in variants:

@@ -1,8 +1,8 @@
 """`ttt-e2e bench mixers`: what a training step costs with each sequence mixer, against the length of the sequence."""
 
 import jax
-from tqdm import tqdm
 
+from ttt_e2e.bars import progress_bar
 from ttt_e2e.bench import table
 from ttt_e2e.bench.meta_gradient import measure_gradient
 from ttt_e2e.cluster.mesh import make_mesh
@@ -48,7 +48,7 @@ def run(  # noqa: PLR0913 -- each is a flag
     model = {"vocab_size": vocab, "hidden_size": width, "intermediate_size": mlp_width, "num_hidden_layers": num_blocks}
     model |= {"num_attention_heads": num_heads, "sliding_window": window, "compute_dtype": dtype}
     rows = []
-    for name in tqdm(mixers, desc="bench mixers", unit="mixer"):
+    for name in progress_bar(mixers, desc="bench mixers", unit="mixer"):
         for length in lengths:
             train = {"seq_len": length, "global_batch_size": batch}
             config = _config(name, model, train, mini_batch)

@@ -62,6 +62,7 @@ def initialize(
     timeouts = {"initialization_timeout": initialization_timeout, "heartbeat_timeout_seconds": heartbeat_timeout}
     sources = (_from_jax, _from_skypilot, _from_slurm, _from_open_mpi)
     processes = given or next(filter(None, (source(os.environ) for source in sources)), None)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from cluster/signals.py
     if processes is None:
         if _jax_detects(os.environ):
             jax.distributed.initialize(**timeouts)

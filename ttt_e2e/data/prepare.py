@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from ttt_e2e.bars import progress_bar
 from ttt_e2e.data.documents import Corpus, Document, Skipped, counted, find_documents
 from ttt_e2e.data.parts import SPLITS, check_part, merged_attributes, part_of, write_merged
 from ttt_e2e.data.readers import kind
@@ -273,7 +273,7 @@ def _progress(documents: Iterable[Document], corpus: Corpus, what: str, progress
     # The number of records of a file is not known before its end.
     has_records = any(kind(name) in (".jsonl", ".parquet") for _, name in corpus.files)
     num_documents = None if has_records else len(corpus.files)
-    return tqdm(documents, what, num_documents, unit=" documents", disable=not progress)
+    return progress_bar(documents, desc=what, total=num_documents, unit="document", disable=not progress)
 
 
 def _texts(

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
+from ttt_e2e.bars import progress_bar
 from ttt_e2e.data.masking import is_target
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.base import Evaluation, register
@@ -99,7 +99,7 @@ class ContextLengths(Evaluation):
         ]
         modes = {"": True, "_without_learning": False} if config.model.num_fast_blocks else {"": True}
         total = sum(length for length, *_ in todo) * B * len(modes)
-        with tqdm(total=total, desc="context lengths", unit="token", unit_scale=True, disable=not todo) as bar:
+        with progress_bar(total=total, desc="context lengths", unit="token", unit_scale=True, disable=not todo) as bar:
             for length, batch, filled in todo:
                 tokens = store.sequences(filled, longest, config.model.vocab_size)[:, longest - length :]
                 is_scored = is_target(tokens[:, -settings.scored_tokens :], config.data.bos_id)

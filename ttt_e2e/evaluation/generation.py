@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from ttt_e2e.bars import progress_bar
 from ttt_e2e.config import to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.base import Evaluation, Table, number, register
@@ -201,7 +201,7 @@ def _generate_all(reader: Reader, subject: Subject, plan: Plan, settings: Settin
     B, P = min(config.eval.batch_size, len(plan.documents)), plan.prompt_tokens
     todo = records.unfinished(("generated",), len(plan.documents), B)
     total = len(todo) * B * (P + settings.tokens)
-    with tqdm(total=total, desc="generate", unit="token", unit_scale=True, disable=not todo) as bar:
+    with progress_bar(total=total, desc="generate", unit="token", unit_scale=True, disable=not todo) as bar:
         for batch, filled in todo:
             begins = [plan.documents[sample] for sample in filled]
             length, vocab_size = P + settings.tokens, config.model.vocab_size
@@ -222,7 +222,7 @@ def _generate_all(reader: Reader, subject: Subject, plan: Plan, settings: Settin
             records.add(finished)
 
 
-def _continue(reader: Reader, prompts_BP, samples: list[int], settings: Settings, bos_id: int, bar: tqdm):
+def _continue(reader: Reader, prompts_BP, samples: list[int], settings: Settings, bos_id: int, bar):
     """Samples continuations of prompts [B, P]: tokens [B, n], and their NLL [B, n] in nats.
 
     n is `settings.tokens`, or less where all sequences have reached BOS before.
@@ -260,7 +260,7 @@ def _judge_all(reader: Reader, bos_id: int, texts: list, records: Records, batch
     todo = records.unfinished(("judged",), len(texts), B)
     names = ("generated", "reference")
     total = sum(B * max(len(texts[n][0]) + len(texts[n][k]) for n in batch) for batch, _ in todo for k in (1, 2))
-    with tqdm(total=total, desc="judge", unit="token", unit_scale=True, disable=not todo) as bar:
+    with progress_bar(total=total, desc="judge", unit="token", unit_scale=True, disable=not todo) as bar:
         for batch, filled in todo:
             finished = [{"stage": "judged", "sample": sample} for sample in batch]
             for which, name in enumerate(names, start=1):
@@ -270,7 +270,7 @@ def _judge_all(reader: Reader, bos_id: int, texts: list, records: Records, batch
             records.add(finished)
 
 
-def _score(reader: Reader, bos_id: int, rows: list[tuple[np.ndarray, np.ndarray]], bar: tqdm) -> list[float]:
+def _score(reader: Reader, bos_id: int, rows: list[tuple[np.ndarray, np.ndarray]], bar) -> list[float]:
     """NLL, in nats and summed over its tokens, of each continuation in rows of (prompt, continuation)."""
     texts = [np.concatenate(row) for row in rows]
     longest = max(map(len, texts))

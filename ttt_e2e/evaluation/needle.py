@@ -11,8 +11,8 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
+from ttt_e2e.bars import progress_bar
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.base import Evaluation, register
 from ttt_e2e.evaluation.haystacks import TASKS, Haystacks, Prompt
@@ -123,7 +123,7 @@ class Needle(Evaluation):
             for batches in records.unfinished(cell, settings.samples, B)
         ]
         total = sum(2 * length for (_, length, _), *_ in todo) * B
-        with tqdm(total=total, desc="needle", unit="token", unit_scale=True, disable=not todo) as bar:
+        with progress_bar(total=total, desc="needle", unit="token", unit_scale=True, disable=not todo) as bar:
             for cell, batch, filled in todo:
                 bar.set_postfix_str("task {}, length {}, depth {}".format(*cell), refresh=False)
                 answers = ask(reader, haystacks, [haystacks.prompt(*cell, sample) for sample in filled], bar)
@@ -162,7 +162,7 @@ class Needle(Evaluation):
             return figure
 
 
-def ask(reader: Reader, haystacks: Haystacks, prompts: list[Prompt], bar: tqdm) -> list[dict]:
+def ask(reader: Reader, haystacks: Haystacks, prompts: list[Prompt], bar) -> list[dict]:
     """Continues prompts of one length greedily and scores their values; returns a record for each prompt."""
     B = len(prompts)
     start = reader.start(haystacks.bos_id, B)

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
+from ttt_e2e.bars import progress_bar
 from ttt_e2e.checkpoints.params import load_params
 from ttt_e2e.cluster.mesh import with_shardings
 from ttt_e2e.config import Config
@@ -169,7 +169,7 @@ def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, end
     # A progress bar would break up text that is streamed to the same terminal.
     hidden = echo and sys.stdout.isatty()
     started = time.perf_counter()
-    with tqdm(total=len(ids), desc="read", unit="token", disable=hidden, leave=False) as bar:
+    with progress_bar(total=len(ids), desc="read", unit="token", disable=hidden, leave=False) as bar:
         state, _ = reader.read(state, ids[None], learn=settings.learn != "none", bar=bar)
     prompt_end = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(settings.seed), index)
@@ -181,7 +181,7 @@ def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, end
             print(more, end="", flush=True)
         return more
 
-    bar = tqdm(total=settings.max_new_tokens, desc="generate", unit="token", disable=hidden, leave=False)
+    bar = progress_bar(total=settings.max_new_tokens, desc="generate", unit="token", disable=hidden, leave=False)
     with bar:
         for token in generate_tokens(reader, state, ids, settings, key, ends):
             state = token.state

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from tqdm import tqdm
 
+from ttt_e2e.bars import progress_bar
 from ttt_e2e.cluster.mesh import BATCH, local_rows
 from ttt_e2e.config import Config
 from ttt_e2e.data.mixture import Mixture, open_tokens
@@ -117,7 +117,7 @@ def held_out_loss(
       store: token store.
       config: the run's configuration.
       mesh: that of the evaluation step.
-      desc: label of the progress bar; "" = no bar.
+      desc: label of the progress bar, in process 0; "" = no bar.
       stop: called after every batch; if it returns True, the evaluation is abandoned.
       take: called with each batch's NLL, an array on the devices, and the number of rows that count.
 
@@ -135,7 +135,8 @@ def held_out_loss(
         vocab_size=config.model.vocab_size,
     )
     loss, token_nll, num_tokens = 0.0, 0.0, 0
-    for tokens, num_valid in tqdm(batches, total=-(-num_sequences // B), desc=desc, unit="batch", disable=not desc):
+    shown = {"total": -(-num_sequences // B), "desc": desc, "unit": "batch"}
+    for tokens, num_valid in progress_bar(batches, **shown, disable=not desc or jax.process_index() != 0):
         sums, nll_BT = evaluate(to_device(tokens, mesh, B), num_valid)
         take(nll_BT, num_valid)
         sums = jax.device_get(sums)
