@@ -12,7 +12,6 @@ docs/sweeps.md has the rest. What the sweep directory holds:
     NAME/logs/sweep.log output of the runs that were started here
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -28,15 +27,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
 from ttt_e2e import streams
 from ttt_e2e.checkpoints.steps import saved_steps
+from ttt_e2e.cluster.signals import GRACE_SECONDS, STOP_SIGNALS
 from ttt_e2e.errors import EXIT_REQUEUE, UserError
 from ttt_e2e.flags import parse
 from ttt_e2e.outputs import check_directory, is_of_the_disk, writing
+from ttt_e2e.progress import progress_bar
 from ttt_e2e.runs.directory import write_config
-from ttt_e2e.runs.files import replace_text
+from ttt_e2e.runs.files import read_json, replace_text
+from ttt_e2e.runs.lock import is_alive, try_flock
 from ttt_e2e.runs.secrets import redact
 from ttt_e2e.strict_json import to_json
 from ttt_e2e.sweep import Point, check_unchanged, make_points, seems_whole
@@ -44,6 +45,13 @@ from ttt_e2e.sweep import Point, check_unchanged, make_points, seems_whole
 logger = logging.getLogger("ttt_e2e.sweep")
 
 SLURM_JOBS = "squeue --me --noheader --format=%A"
+# What schedulers answer to a submission: the job's id, and of Slurm its cluster, if there are several.
+SLURM_ANSWERS = (r"Submitted batch job (\d+)(?: on cluster (\S+))?", r"^(\d+)(?:;(\S+))?$")  # the latter: --parsable
+OTHER_ANSWERS = (
+    r"^[\w.-]+/(\S+)(?: (?:created|configured|unchanged|serverside-applied))?$",  # kubectl, also with -o name
+    r"^Your job(?:-array)? (\d+)",  # qsub of Grid Engine
+    r"^Job <(\d+)> is submitted",  # bsub
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,8 +145,8 @@ def state_of(point: Point, active: set[str] | None) -> str:
     step = last_step(point.workdir)
     if _is_finished(point):
         return "finished"
-    if (point.workdir / "submitted.json").exists():
-        job = json.loads((point.workdir / "submitted.json").read_text())["job"]
+    if submission := _submitted(point):
+        job = submission.get("job")
         if not job or active is None or job in active:
             return "submitted"
     if _is_locked(point):
@@ -165,30 +173,39 @@ def _active_jobs(points: list[Point], values: flags.FlagValues) -> set[str] | No
     """
     if not any((point.workdir / "submitted.json").exists() for point in points):
         return None
-    command = values.active or (SLURM_JOBS if re.search(r"\bsbatch\b", values.submit) else "")
-    if not command:
+    if not values.active and not _is_slurm(values.submit):
         return None
-    result = subprocess.run(command, shell=True, capture_output=True, text=True)
-    if result.returncode:  # does not mean that no job is active: jobs would be submitted twice
-        raise UserError(f"--active: {command!r} failed with exit code {result.returncode}: {_last_line(result.stderr)}")
-    return set(result.stdout.split())
+    clusters = {_submitted(point).get("cluster", "") for point in points}
+    of_slurm = {f"{SLURM_JOBS} --clusters={shlex.quote(name)}" if name else SLURM_JOBS for name in clusters}
+    jobs: set[str] = set()
+    for command in [values.active] if values.active else of_slurm:
+        result = subprocess.run(command, shell=True, capture_output=True, text=True)
+        if result.returncode:  # does not mean that no job is active: jobs would be submitted twice
+            failure = f"{command!r} failed with exit code {result.returncode}: {_last_line(result.stderr)}"
+            raise UserError(f"--active: {failure}")
+        jobs |= set(result.stdout.split())
+    return jobs
+
+
+def _submitted(point: Point) -> dict:
+    """The record of a point's submission, `submitted.json`: {"job", "cluster", "time"}; {} if it was not submitted."""
+    path = point.workdir / "submitted.json"
+    return read_json(path) if path.exists() else {}
 
 
 def acquire(point: Point):
     """Locks a run directory: returns the locked open file, or None if another process holds the lock.
 
     The kernel keeps the lock as long as any process has the file open, so that it ends with the last of them, even if
-    that is killed. Machines may share a file system but not its locks; for these, the file names the holder's host.
+    that is killed. Machines may share a file system but not its locks, and some file systems have none: for these, the
+    file names the holder and its host. (Two that come at the same moment may then both get it, or one whose launcher
+    was killed while its run goes on: the second run is refused by the lock of the first, runs/lock.py.)
     """
     with writing(point.workdir):
         point.workdir.mkdir(parents=True, exist_ok=True)
         file = (point.workdir / "sweep.lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    if _holder(point).get("host", socket.gethostname()) != socket.gethostname():
+    locked = try_flock(file)
+    if locked is False or _is_of_another(_holder(point), bool(locked)):
         file.close()
         return None
     with writing(point.workdir):
@@ -211,25 +228,27 @@ def _fill(file, text: str) -> None:
 
 def _holder(point: Point) -> dict:
     """{"pid", "host"} of the launcher that locked a point; {} if none is recorded."""
-    path = point.workdir / "sweep.lock"
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # not locked, or cut short by a kill
+        holder = json.loads((point.workdir / "sweep.lock").read_bytes())
+    except (FileNotFoundError, ValueError):  # not locked, or cut short by a kill
         return {}
+    return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
+
+
+def _is_of_another(holder: dict, has_locks: bool) -> bool:
+    """Whether the launcher that a file names may live. Of this machine, the kernel knows it where there are locks."""
+    if not holder or holder.get("host", socket.gethostname()) != socket.gethostname():
+        return bool(holder)
+    return not has_locks and holder["pid"] != os.getpid() and is_alive(holder["pid"])
 
 
 def _is_locked(point: Point) -> bool:
-    """Whether another process holds a point's lock: `acquire` would return None. Writes nothing."""
+    """Whether another process holds a point's lock: `acquire` would return None. Changes nothing."""
     if not (point.workdir / "sweep.lock").exists():
         return False
-    if _holder(point).get("host", socket.gethostname()) != socket.gethostname():
-        return True
     with (point.workdir / "sweep.lock").open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        locked = try_flock(file, shared=True)
+    return locked is False or _is_of_another(_holder(point), bool(locked))
 
 
 # ----------------------------------------------------------------------------------------------------------- runs, here
@@ -249,16 +268,22 @@ class _Child:
 def run_here(points: list[Point], launcher: str, parallel: int) -> tuple[dict[str, str], signal.Signals | None]:
     """Runs points on this machine, `parallel` at a time.
 
-    It waits for points that another process runs. The first SIGINT, SIGTERM or SIGHUP makes the runs save and end, the
-    second makes them end at once, the third kills them.
+    It waits for points that another process runs. The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP makes the runs save and
+    end, the second makes them end at once, the third kills them; signals within `GRACE_SECONDS` of one are no other.
 
     Returns:
       ({name of a point: its outcome}, the first signal received, or None).
     """
-    waiting, children, outcomes, signals = list(points), [], {}, []
-    before = {number: signal.signal(number, lambda received, _: signals.append(received)) for number in _STOPPING}
+    waiting, children, outcomes, signals, times = list(points), [], {}, [], []
+
+    def receive(number: int, _) -> None:
+        if not times or time.monotonic() - times[-1] > GRACE_SECONDS:
+            signals.append(number)
+            times.append(time.monotonic())
+
+    before = {number: signal.signal(number, receive) for number in _STOPPING}
     num_handled = 0  # signals
-    bar = tqdm(total=len(points), desc="sweep", unit="run", disable=not points)
+    bar = progress_bar(total=len(points), desc="sweep", unit="run", disable=not points)
     try:
         while children or (waiting and not signals):
             if not signals:
@@ -283,7 +308,7 @@ def run_here(points: list[Point], launcher: str, parallel: int) -> tuple[dict[st
     return outcomes, signal.Signals(signals[0]) if signals else None
 
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPPING = (*STOP_SIGNALS, signal.SIGHUP)
 
 
 def _start_some(waiting: list[Point], children: list[_Child], outcomes: dict, launcher: str, parallel: int) -> None:
@@ -372,16 +397,40 @@ def submit(point: Point, template: str) -> str:
         write_config(point.workdir, point.config)
         replace_text(record, to_json({"job": "", "time": time.time()}) + "\n")
         result = subprocess.run(_submission(point, template), shell=True, capture_output=True, text=True)
-        # sbatch: "Submitted batch job 7", with --parsable "7;cluster"; kubectl -o name: "jobset.jobset.x-k8s.io/NAME".
-        job = (result.stdout.split() or [""])[-1].partition(";")[0].rpartition("/")[2]
-        if result.returncode or not job:
+        job, cluster = _job(result.stdout, template)
+        if result.returncode or not (job or _is_slurm(template)):
             record.unlink()
             return f"failed to submit with exit code {result.returncode}: {_last_line(result.stderr)}"
-        replace_text(record, to_json({"job": job, "time": time.time()}) + "\n")
+        if not job:  # it may be in the queue: `sbatch --quiet` says nothing
+            said = _last_line(result.stdout)
+            return f"failed: sbatch answered without a job's number ({said}); if no job came of it, remove {record}"
+        replace_text(record, to_json({"job": job, "cluster": cluster, "time": time.time()}) + "\n")
         logger.info("%s: submitted, job %s", point.name, job)
         return "submitted"
     finally:
         release(lock)
+
+
+def _job(answer: str, template: str) -> tuple[str, str]:
+    """Id and cluster of the job in what `--submit` printed, "" for what it does not say.
+
+    `sbatch` may say more before and after. Of other commands the last line counts: an answer that is known, or else its
+    last word.
+    """
+    lines = answer.strip().splitlines() or [""]
+    for pattern in SLURM_ANSWERS:
+        for line in lines if _is_slurm(template) else lines[-1:]:
+            if found := re.search(pattern, line.strip()):
+                return found[1], found[2] or ""
+    if _is_slurm(template):
+        return "", ""
+    known = filter(None, (re.search(pattern, lines[-1]) for pattern in OTHER_ANSWERS))
+    return next((found[1] for found in known), (lines[-1].split() or [""])[-1]), ""
+
+
+def _is_slurm(template: str) -> bool:
+    """Whether a shell command submits by `sbatch`."""
+    return re.search(r"\bsbatch\b", template) is not None
 
 
 def _submission(point: Point, template: str) -> str:

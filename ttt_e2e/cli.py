@@ -10,6 +10,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from ttt_e2e import settings, streams
+from ttt_e2e.cluster import signals
 from ttt_e2e.config import Config, suggestion, to_dict
 from ttt_e2e.errors import EXIT_REQUEUE, DivergedError, PreemptedError, UserError
 from ttt_e2e.flags import load_config_file, override, parse, string
@@ -20,8 +21,14 @@ _INPUTS = "a file, directory or glob of .txt .md .py .jsonl, plain, .gz or .zst,
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command, with streams that outlive their readers; returns the exit code."""
-    return streams.run(lambda: _main(sys.argv[1:] if argv is None else argv))
+    """Runs one command, with streams that outlive their readers; returns the exit code.
+
+    Without `argv` it is the program itself, whose arguments are those of the process, and so are its signals.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
+        _receive_signals(argv)
+    return streams.run(lambda: _main(argv))
 
 
 def _main(argv: list[str]) -> int:
@@ -50,8 +57,10 @@ def _main(argv: list[str]) -> int:
     except PreemptedError as error:
         print(error, file=sys.stderr)
         return _leave(EXIT_REQUEUE)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        if str(error):  # all processes have agreed to stop
+            _leave(EXIT_REQUEUE)
         return 130
     except OSError as error:
         if not is_of_the_disk(error):
@@ -366,6 +375,14 @@ def _processes(values: flags.FlagValues) -> None:
     bound = {"lower_bound": 1, "flag_values": values}
     flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for all processes.", **bound)
     flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds until a silent process counts as dead.", **bound)
+
+
+def _receive_signals(argv: list[str]) -> None:
+    """Has signals to stop end the program as they should: see cluster/signals.py."""
+    if argv[:1] in (["train"], ["evaluate"]):
+        signals.watch_program()
+    else:
+        signals.send_interrupts_again()
 
 
 def _join(values: flags.FlagValues) -> bool:

@@ -3,6 +3,8 @@
 import socket
 import threading
 
+import pytest
+
 from ttt_e2e.cluster import meeting
 from ttt_e2e.errors import UserError
 
@@ -45,3 +47,12 @@ def test_process_0_that_does_not_come_is_named():
 def test_a_number_given_twice_is_told_to_all():
     told = meet((0, 1, 1), timeout=60)
     assert set(told.values()) == {"two processes have the number 1: each needs its own"}
+
+
+def test_a_number_past_the_last_is_told_to_all():
+    assert set(meet((0, 3), timeout=60).values()) == {"process 3 of 3: numbers are 0 to 2"}
+
+
+def test_a_host_that_no_host_can_be_called_is_one_line():
+    with pytest.raises(UserError, match=r"process 0 at a{70}:9 did not answer within 0.3 seconds"):
+        meeting.meet("a" * 70 + ":9", 2, 1, 0.3)

@@ -54,6 +54,88 @@ def test_skypilot():
     assert start._from_skypilot({"SKYPILOT_NUM_NODES": "1"}) is None
 
 
+JAX = {"JAX_COORDINATOR_ADDRESS": "host:99", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+
+
+def test_jaxs_own_variables_come_before_a_schedulers():
+    assert start._from_jax(JAX) == start._from_jax(SLURM | OPEN_MPI | JAX) == Processes("host:99", 3, 2, 1)
+    assert start._from_jax(dict.fromkeys(JAX, "")) is None
+    # The address alone says where process 0 of a scheduler's processes is, and which is which is the scheduler's.
+    address = {"JAX_COORDINATOR_ADDRESS": "host:99"}
+    assert start._from_jax(SLURM | address) is None
+    assert start._from_slurm(SLURM | address).coordinator == "host:99"
+    assert start._from_open_mpi(OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": ""} | address) == Processes("host:99", 4, 3, 2)
+
+
+def changes(variables: dict) -> list:
+    """Each variable of a scheduler taken out, emptied, and made nonsense of."""
+    optional = {"SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE"}
+    nonsense = [(name, value) for name in variables for value in ("x", "-1", "²", "[", "1 2")]
+    return [(name, value) for name in variables if name not in optional for value in (None, "", " ")] + nonsense
+
+
+@pytest.mark.parametrize("source", ("jax", "skypilot", "slurm", "open_mpi"))
+def test_variables_half_set_or_nonsense_are_one_line_that_names_one(source):
+    variables = {"jax": JAX, "skypilot": SKYPILOT, "slurm": SLURM, "open_mpi": OPEN_MPI}[source]
+    read, prefix = getattr(start, f"_from_{source}"), next(iter(variables)).split("_")[0]
+    refused = 0
+    for name, value in changes(variables):
+        env = {key: text for key, text in (variables | {name: value}).items() if text is not None}
+        try:
+            read(env)
+        except UserError as error:
+            refused += 1
+            assert f"{prefix}_" in str(error) or "mpirun" in str(error), (name, value)
+    # Whatever a host or list of nodes may be called is taken; numbers are not.
+    assert refused >= 2 * len(variables)
+    rank = next(name for name in variables if name.endswith(("RANK", "PROCID", "PROCESS_ID")))
+    with pytest.raises(UserError, match=f"{rank} is 4, but it takes 0 to .* - 1 = [123]"):
+        read(variables | {rank: "4"})
+
+
+@pytest.mark.parametrize("missing", JAX)
+def test_jaxs_variables_without_one_of_them_are_refused(missing, monkeypatch):
+    for name in [*SLURM, *OPEN_MPI, *SKYPILOT, *JAX]:
+        monkeypatch.delenv(name, raising=False)
+    for name in set(JAX) - {missing}:
+        monkeypatch.setenv(name, JAX[name])
+    with pytest.raises(UserError, match=f"is set, but {missing} is not: set all of JAX_COORDINATOR_ADDRESS, "):
+        start.initialize()
+
+
+@pytest.mark.parametrize(
+    "address", ("host", "host:", ":99", "host:x", "host:²", "host:0", "host:65536", "a..b:9", "a b:9")
+)
+def test_addresses_that_are_none_are_refused_wherever_they_come_from(address):
+    for read in (start._from_jax, start._from_slurm, start._from_skypilot, start._from_open_mpi):
+        with pytest.raises(UserError, match=r"JAX_COORDINATOR_ADDRESS=.*: it takes HOST:PORT"):
+            read(JAX | SLURM | SKYPILOT | OPEN_MPI | {"JAX_COORDINATOR_ADDRESS": address})
+    with pytest.raises(UserError, match=r"--coordinator=.*: it takes HOST:PORT"):
+        start.initialize(address, 2, 0)
+    with pytest.raises(UserError, match="JAX_COORDINATOR_PORT"):
+        start._from_skypilot(SKYPILOT | {"JAX_COORDINATOR_PORT": "65536" if address == "host" else address})
+
+
+def test_local_devices_are_as_jaxs_variable_says():
+    assert start._local_devices({}, several_per_node=False) == []
+    assert start._local_devices({}, several_per_node=True) is None
+    assert start._local_devices({"JAX_LOCAL_DEVICE_IDS": "0, 2"}, several_per_node=True) == [0, 2]
+    with pytest.raises(UserError, match="JAX_LOCAL_DEVICE_IDS is 'a'"):
+        start._local_devices({"JAX_LOCAL_DEVICE_IDS": "a"}, several_per_node=False)
+
+
+def test_jaxs_variables_start_jax(monkeypatch):
+    for name in [*SLURM, *OPEN_MPI, *SKYPILOT]:
+        monkeypatch.delenv(name, raising=False)
+    for name in JAX:
+        monkeypatch.setenv(name, JAX[name])
+    started = []
+    monkeypatch.setattr(start, "meet", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(start.jax.distributed, "initialize", lambda *arguments, **_: started.append(arguments))
+    assert not start.initialize()
+    assert started == [("host:99", 3, 2, 300), ("host:99", 3, 2)]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     (
@@ -70,7 +152,7 @@ def test_flags_that_do_not_fit_are_one_line(flags, message):
 
 
 def test_alone_it_opens_no_connection(monkeypatch):
-    for name in [*SLURM, *OPEN_MPI, *SKYPILOT]:
+    for name in [*SLURM, *OPEN_MPI, *SKYPILOT, *JAX]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(socket, "socket", None)
     monkeypatch.setattr(start.jax.distributed, "initialize", None)

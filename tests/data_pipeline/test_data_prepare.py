@@ -327,7 +327,8 @@ def test_documents_are_consumed_no_faster_than_tokens():
         assert len(submitted) == number + 4
 
 
-def test_stdlib_with_progress(output, capfd):
+def test_stdlib_with_progress(output, capfd, monkeypatch):
+    monkeypatch.setattr("ttt_e2e.progress.on_terminal", lambda: True)
     summary = prepare("stdlib", "bytes", output)
     assert summary["num_tokens"]["train"] > 5_000_000 and summary["num_tokens"]["val"] > 100_000
     out, err = capfd.readouterr()

@@ -3,12 +3,15 @@
 All but the last test train nothing: a stub stands for `ttt-e2e`, so that the tests decide when a run ends, and how.
 """
 
+import errno
+import fcntl
 import importlib.util
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -299,11 +302,14 @@ def test_a_kill_in_the_middle_and_a_second_launch(launch, config_file, tmp_path,
     assert [run.name for run in read_runs([out])] == NAMES
 
 
-@pytest.mark.parametrize(("number", "code"), ((signal.SIGINT, 130), (signal.SIGTERM, 75)))
+# Signals that come together are one: two would end the runs at once, three would kill them.
+@pytest.mark.parametrize(("number", "code"), ((signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)))
 def test_a_signal_makes_runs_save_and_nothing_is_left(number, code, launch, config_file, tmp_path):
     launch("--dry_run")
     process, out = start_sweep(config_file, tmp_path)
-    process.send_signal(number)
+    for each in (number, signal.SIGTERM, number):
+        process.send_signal(each)
+        time.sleep(0.02)
     assert process.wait() == code
     for name in NAMES[:2]:
         assert (out / name / "checkpoints" / "1").is_dir()
@@ -311,6 +317,32 @@ def test_a_signal_makes_runs_save_and_nothing_is_left(number, code, launch, conf
         with pytest.raises(ProcessLookupError):
             os.kill(int((out / name / "starts").read_text().split()[0]), 0)
     assert not (out / NAMES[2] / "starts").exists()
+
+
+@pytest.mark.parametrize("number", (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP))
+def test_on_a_file_system_without_locks_the_file_says_who_lives(number, launch, tmp_path, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    holder = subprocess.Popen(["sleep", "600"])
+    path = tmp_path / "out" / NAMES[1] / "sweep.lock"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"pid": holder.pid, "host": socket.gethostname()}))
+    try:
+        assert launch("--dry_run") == 0
+        states = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  state ")]
+        assert states == ["missing", "running", "missing", "missing"]
+        assert launch("--submit=true {args}; echo 7") == 1
+        assert "3 of 4 points finished or submitted" in capsys.readouterr().out
+    finally:
+        holder.kill()
+        holder.wait()
+    for name in set(NAMES) - {NAMES[1]}:
+        (tmp_path / "out" / name / "submitted.json").unlink()
+    assert launch("--parallel=2") == 0
+    assert starts(tmp_path / "out") == dict.fromkeys(NAMES, 1)
+    assert path.read_text() == ""
 
 
 # ----------------------------------------------------------------------------------------------------------- submitting
@@ -337,6 +369,76 @@ def test_what_is_submitted_is_not_submitted_again_while_its_job_lives(launch, tm
     assert launch(*arguments) == 2
     assert "--active" in capsys.readouterr().err
     assert len(queue.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    "answer, job",
+    (
+        ("Submitted batch job 41", ("41", "")),
+        ("Submitted batch job 41 on cluster blue", ("41", "blue")),
+        ("loading modules\nSubmitted batch job 41 on cluster blue\ndone, 3 hours left\n", ("41", "blue")),
+        ("41;blue\n", ("41", "blue")),
+        ("41", ("41", "")),
+        ("", ("", "")),
+        ("sbatch: your quota is 7", ("", "")),
+        ("jobs are submitted to blue", ("", "")),
+    ),
+)
+def test_the_number_of_a_slurm_job_is_found_in_any_answer(answer, job, sweep):
+    assert sweep._job(answer, "sbatch --clusters=blue launch/slurm.sbatch") == job
+
+
+@pytest.mark.parametrize(
+    "answer, job",
+    (
+        ("jobset.jobset.x-k8s.io/ttt-7f created", "ttt-7f"),
+        ("jobset.jobset.x-k8s.io/ttt-7f", "ttt-7f"),
+        ("pod/a-b unchanged\n", "a-b"),
+        ('Your job 41 ("train") has been submitted', "41"),
+        ("Job <41> is submitted to queue <normal>.", "41"),
+        ("Submitted batch job 41 on cluster blue", "41"),  # by a wrapper of another name
+        ("41.server", "41.server"),
+        ("some words\nttt-7f", "ttt-7f"),
+    ),
+)
+def test_the_job_of_other_schedulers_is_found(answer, job, sweep):
+    assert sweep._job(answer, "my_wrapper {args}")[0] == job
+
+
+def tools(directory, monkeypatch, **programs) -> None:
+    """Puts programs, shell scripts, on the path."""
+    directory.mkdir()
+    for name, script in programs.items():
+        (directory / name).write_text(f"#!/bin/sh\n{script}\n")
+        (directory / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+
+
+def test_jobs_of_another_slurm_cluster_are_submitted_once(launch, tmp_path, monkeypatch):
+    """`squeue` lists those of another cluster only if told its name."""
+    count = f'echo >> {tmp_path}/queue; echo "Submitted batch job $(wc -l < {tmp_path}/queue) on cluster blue"'
+    squeue = 'case "$*" in *--clusters=blue*) echo "CLUSTER: blue"; echo 1; echo 2; echo 4;; esac'
+    tools(tmp_path / "bin", monkeypatch, sbatch=count, squeue=squeue)
+    submitted = lambda: len((tmp_path / "queue").read_text().splitlines())  # noqa: E731
+    assert launch("--submit=sbatch") == 0
+    assert submitted() == 4
+    records = [json.loads((tmp_path / "out" / name / "submitted.json").read_text()) for name in NAMES]
+    assert [(record["job"], record["cluster"]) for record in records] == [(str(n), "blue") for n in (1, 2, 3, 4)]
+    assert launch("--submit=sbatch") == 0
+    assert submitted() == 5  # job 3 is over, and its run is not finished
+
+
+@pytest.mark.parametrize("answer", ("", "echo it is submitted"))
+def test_an_answer_of_sbatch_without_a_number_is_refused_and_never_repeated(
+    answer, launch, tmp_path, monkeypatch, capsys
+):
+    tools(tmp_path / "bin", monkeypatch, sbatch=f"echo >> {tmp_path}/queue; {answer}", squeue="true")
+    assert launch("--submit=sbatch --quiet") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("failed: sbatch answered without a job's number") == 4
+    assert f"remove {tmp_path}/out/{NAMES[0]}/submitted.json" in printed
+    launch("--submit=sbatch --quiet")
+    assert len((tmp_path / "queue").read_text().splitlines()) == 4
 
 
 def test_a_failed_submission_is_said_and_a_killed_one_is_not_repeated(launch, tmp_path, capsys):

@@ -1,12 +1,15 @@
 """Metrics survive kills and resumes; model FLOPs count what the method needs."""
 
+import struct
 import sys
 import types
+from typing import ClassVar
 
 import pytest
 
-from ttt_e2e.config import Config, from_config_dict
+from ttt_e2e.config import Config, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
+from ttt_e2e.runs import metrics
 from ttt_e2e.runs.metrics import MetricsWriter, first_not_finite, read_metrics
 from ttt_e2e.train.flops import model_flops_per_token
 
@@ -67,18 +70,116 @@ def test_tensorboard_gets_a_copy(tmp_path):
     assert b"mfu" not in events.read_bytes()
 
 
-def test_wandb_gets_a_copy(tmp_path, monkeypatch):
-    """Against a stand-in for the module: the real one wants an account."""
-    calls = []
-    run = types.SimpleNamespace(
-        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
-    )
-    stand_in = types.SimpleNamespace(init=lambda **options: calls.append(options["project"]) or run)
-    monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    writer = MetricsWriter(tmp_path, from_config_dict({"log": {"wandb": "reading"}}), resume_step=0)
-    writer.write(1, {"loss": 0.5})
+class FakeWriter:
+    """What is used of tensorboardX, and what TensorBoard shows of it: of a step that is purged, nothing of before."""
+
+    shown: ClassVar[list[tuple]] = []
+
+    def __init__(self, logdir, purge_step):
+        FakeWriter.shown = [(name, step) for name, step in self.shown if step < purge_step]
+
+    def add_scalar(self, name, value, step):
+        self.shown.append((name, step))
+
+    def close(self):
+        pass
+
+
+def start(workdir, config: Config, resume_step: int, *steps: int) -> None:
+    """A start of a run, which goes on from one step and makes these."""
+    workdir.mkdir(exist_ok=True)
+    writer = MetricsWriter(workdir, config, resume_step)
+    for step in steps:
+        writer.write(step, {"loss": 1.0 / step})
+        if step % 2 == 0:
+            writer.write(step, {"eval_loss": 1.0 / step})
     writer.close()
-    assert calls == ["reading", (1, {"loss": 0.5}), "end"]
+
+
+# Killed after step 3 with step 1 saved; before that, with none.
+STARTS = ((0, (1, 2)), (0, (1, 2, 3)), (1, (2, 3, 4)))
+SHOWN = [("loss", 1), ("loss", 2), ("eval_loss", 2), ("loss", 3), ("loss", 4), ("eval_loss", 4)]
+
+
+def test_tensorboard_shows_each_step_once_however_often_the_run_was_started(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=FakeWriter))
+    monkeypatch.setattr(FakeWriter, "shown", [])
+    for resume_step, steps in STARTS:
+        start(tmp_path, from_config_dict({"log": {"tensorboard": True}}), resume_step, *steps)
+    assert FakeWriter.shown == SHOWN
+
+
+def test_tensorboards_files_say_what_to_purge(tmp_path):
+    """As TensorBoard reads them: a log that starts at a step replaces what the files before it have from there on."""
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    shown = []
+    for number, (resume_step, steps) in enumerate(STARTS):
+        start(tmp_path / str(number), from_config_dict({"log": {"tensorboard": True}}), resume_step, *steps)
+        (file,) = (tmp_path / str(number) / "logs").glob("events.out.tfevents.*")
+        data = file.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])  # a record: size, its checksum, the event, its checksum
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            if event.HasField("session_log"):
+                shown = [(name, step) for name, step in shown if step < event.step]
+            shown += [(value.tag, event.step) for value in event.summary.value]
+    assert shown == SHOWN
+
+
+class FakeRuns:
+    """What is used of wandb: runs by id, whose steps must go up."""
+
+    def __init__(self):
+        self.runs = {}
+
+    def init(self, *, project, dir, name, id, resume, config, allow_val_change):
+        assert resume == "allow"
+        run = self.runs.setdefault(id, types.SimpleNamespace(project=project, name=name, lines=[], finished=0))
+        assert allow_val_change or getattr(run, "config", config) == config
+        run.config = config
+        run.finish = lambda: setattr(run, "finished", run.finished + 1)
+        run.log = lambda values, step: run.lines.append((step, values)) if step >= self._last(run) else None
+        return run
+
+    def _last(self, run) -> int:
+        return run.lines[-1][0] if run.lines else 0
+
+
+def test_every_start_is_of_one_run_at_wandb_which_has_the_config(tmp_path, monkeypatch):
+    fake = FakeRuns()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    configs = [from_config_dict({"log": {"wandb": "reading"}, "train": {"num_steps": n}}) for n in (20, 20, 30)]
+    for config, (resume_step, steps) in zip(configs, STARTS):
+        start(tmp_path / "run", config, resume_step, *steps)
+    (run,) = fake.runs.values()
+    assert (run.project, run.name, run.finished) == ("reading", "run", 3)
+    assert run.config == to_dict(configs[-1])
+    assert sorted({step for step, _ in run.lines}) == [1, 2, 3, 4]
+    start(tmp_path / "other", configs[0], 0, 1)
+    assert len(fake.runs) == 2
+
+
+@pytest.mark.parametrize("damage", (b"", b"\xff", b"a/b", b"../x\n"))
+def test_a_damaged_id_of_wandb_is_replaced(damage, tmp_path):
+    first = metrics._wandb_id(tmp_path)
+    assert metrics._wandb_id(tmp_path) == first
+    (tmp_path / "logs" / "wandb_id").write_bytes(damage)
+    second = metrics._wandb_id(tmp_path)
+    assert second != first and metrics._wandb_id(tmp_path) == second
+
+
+def test_wandb_itself_takes_what_it_is_given(tmp_path, monkeypatch):
+    """Without its server, by files."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for resume_step, steps in STARTS[:2]:
+        start(tmp_path, from_config_dict({"log": {"wandb": "reading"}}), resume_step, *steps)
+    stored = (tmp_path / "logs" / "wandb_id").read_text().strip()
+    names = {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert names == {stored}
 
 
 @pytest.mark.parametrize(("field", "value"), (("tensorboard", True), ("wandb", "project")))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -29,6 +30,12 @@ def parameters(workdir, config):
     _, abstract = abstract_model(config.model)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return load_params(workdir, with_shardings(abstract, device))
+
+
+def contents(workdir) -> dict:
+    """What a run directory holds, but the records of its starts."""
+    paths = [path for path in workdir.rglob("*") if path.is_file() and "starts" not in str(path.relative_to(workdir))]
+    return {path: path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +94,31 @@ def test_resuming_changes_nothing_to_the_bit(stop_after, finished, tmp_path, mon
 
 def test_a_finished_run_is_left_alone(finished):
     config, workdir = finished
-    before = (workdir / "metrics.jsonl").read_text()
+    before = contents(workdir)
     assert loop.train(config, workdir) == {}
-    assert (workdir / "metrics.jsonl").read_text() == before
+    # No step is made with another rate or log, and so they are not those of the run.
+    other = dataclasses.replace(config.optimizer, learning_rate=1.0)
+    assert loop.train(dataclasses.replace(config, optimizer=other), workdir) == {}
+    assert contents(workdir) == before
+
+
+def test_fewer_steps_than_are_made_are_refused_and_change_nothing(finished):
+    config, workdir = finished
+    before = contents(workdir)
+    fewer = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=5))
+    with pytest.raises(UserError, match=r"num_steps is 5, but workdir .* has made 6 steps: set .*=6 or more, or"):
+        loop.train(fewer, workdir)
+    assert contents(workdir) == before
+
+
+def test_a_run_of_which_the_last_steps_are_damaged_is_trained_to_its_end_with_the_config_given(finished, tmp_path):
+    """The rule is of what can be restored: it is not finished then."""
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "6" / "progress" / "metadata").write_text("{}")
+    other = dataclasses.replace(config, log=dataclasses.replace(config.log, every_steps=2))
+    assert loop.train(other, tmp_path / "run")["loss"] == losses(workdir)[6]
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == to_dict(other)
 
 
 def test_accumulation_changes_only_rounding(finished, token_store, tmp_path):

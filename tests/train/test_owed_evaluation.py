@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny_run import tiny_run
 from ttt_e2e.checkpoints.progress import load_progress
-from ttt_e2e.cluster.agreement import watch_for_preemption
+from ttt_e2e.cluster.signals import watch_for_preemption
 from ttt_e2e.errors import PreemptedError
 from ttt_e2e.runs.metrics import read_metrics
 from ttt_e2e.train import loop

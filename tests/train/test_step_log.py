@@ -63,3 +63,28 @@ def test_waiting_for_data_and_the_spread_of_hosts_are_of_all_steps_since_the_las
     assert by_step[2]["host_spread_seconds"] == pytest.approx(1)
     assert by_step[4]["data_wait_share"] == pytest.approx((3 + 2) / (4 + 4))
     assert by_step[4]["host_spread_seconds"] == pytest.approx((1 + 3) / 2)
+
+
+@pytest.mark.parametrize("is_terminal", (False, True))
+def test_a_log_file_gets_a_line_for_each_line_of_metrics(is_terminal, clock, tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.setattr(step_log, "on_terminal", lambda: is_terminal)
+    monkeypatch.setattr(step_log, "peak_flops", lambda: 1e9)
+    caplog.set_level("INFO", logger="ttt_e2e")
+    config = from_config_dict({"log": {"every_steps": 10}, "train": {"num_steps": 30}})
+    log = StepLog(config, tmp_path, first_step=0, productive_seconds=0.0, begun=clock.now)
+    monkeypatch.setattr(log, "_flops", 1e9)
+    for step in range(1, 26):
+        finish(log, clock, step, {"compute": 60.0 if step == 1 else 4.0})
+    log.close()
+    said = [record.getMessage() for record in caplog.records]
+    tokens = config.train.global_batch_size * config.train.seq_len
+    if is_terminal:
+        assert said == [] and "\r" in capsys.readouterr().err
+        return
+    assert "\r" not in capsys.readouterr().err
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 10, 20]
+    assert said == [
+        f"step 1 of 30: loss 1.0000, {tokens / 60:,.0f} tokens/s, MFU 1.7%, unknown time left",
+        f"step 10 of 30: loss 1.0000, {tokens / 4:,.0f} tokens/s, MFU 25.0%, 01:20 left",
+        f"step 20 of 30: loss 1.0000, {tokens / 4:,.0f} tokens/s, MFU 25.0%, 00:40 left",
+    ]

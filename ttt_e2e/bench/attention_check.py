@@ -12,7 +12,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from ttt_e2e import targets
 from ttt_e2e.bench import table
@@ -21,6 +20,7 @@ from ttt_e2e.kernels import window_attention
 from ttt_e2e.kernels.attention import backends, xla
 from ttt_e2e.kernels.attention.trials import MAX_RATIO, SMALLEST, relative_error
 from ttt_e2e.kernels.precision import matmul_precision
+from ttt_e2e.progress import progress_bar
 
 PASSES = ("forward", "tangent", "dual", "reverse", "second_reverse")
 KERNELS = backends.names("passes", "", "gpu")  # checked in all five passes
@@ -52,7 +52,7 @@ def run(  # noqa: PLR0913 -- each is a flag
             raise UserError(f"--variants={variant}: legal are {', '.join(KERNELS + FUSED)}")
     rows = []
     cases = [(H, dtype) for H in head_dims for dtype in dtypes]
-    for H, dtype in tqdm(cases, desc="bench attention_check", unit="case"):
+    for H, dtype in progress_bar(cases, desc="bench attention_check", unit="case"):
         sizes = {"seq_len": seq_len, "cached": cached, "window": window, "head_dim": H, "dtype": dtype}
         shape = (batch, heads_per_key_head, seq_len, cached, H)
         for variant in variants:

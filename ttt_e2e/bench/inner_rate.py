@@ -6,7 +6,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from etils import epath
-from tqdm import tqdm
 
 from ttt_e2e.bench import table
 from ttt_e2e.checkpoints.params import load_params
@@ -18,6 +17,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.figures import COLORS, STYLE, make_figure, require_matplotlib
 from ttt_e2e.model import abstract_model, abstract_transformer
 from ttt_e2e.model.parameters import parameter_name
+from ttt_e2e.progress import progress_bar
 from ttt_e2e.train.batches import HeldOut, check_batch, held_out_loss, open_store
 from ttt_e2e.train.steps import make_eval_step
 
@@ -62,7 +62,7 @@ def run(output, config: Config, checkpoint, *, rates=RATES, num_fast_blocks: int
         "clip_norm": config.inner.clip_norm,
     }
     rows = []
-    for rate in tqdm(sorted({0.0, own_rate, *rates}), desc="bench inner_rate", unit="rate"):
+    for rate in progress_bar(sorted({0.0, own_rate, *rates}), desc="bench inner_rate", unit="rate"):
 
         def evaluate(tokens, num_sequences, rate=rate):
             return eval_step(params, tokens, rate, num_sequences)

@@ -9,12 +9,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
-from tqdm import tqdm
 
 from ttt_e2e.bench import mosaic_compiler, table
 from ttt_e2e.bench.attention_check import PASSES, pass_operands
 from ttt_e2e.errors import UserError
 from ttt_e2e.kernels.attention.hopper import passes
+from ttt_e2e.progress import progress_bar
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
             raise UserError(f"--variants={name}: legal are {', '.join(PASSES)}")
     modules, sizes = [], []
     cases = [(H, name) for H in head_dims for name in variants]
-    for H, name in tqdm(cases, desc="bench kernel_code: lowering", unit="pass"):
+    for H, name in progress_bar(cases, desc="bench kernel_code: lowering", unit="pass"):
         case = {"seq_len": seq_len, "cached": cached, "window": window, "head_dim": H, "dtype": dtype}
         for module in kernels(name, **case):
             modules.append(module)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from ttt_e2e.bench import compiled, table
 from ttt_e2e.config import Config, from_config_dict
@@ -18,6 +17,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.flags import load_config_file, override
 from ttt_e2e.inference.reader import Reader, ReaderState
 from ttt_e2e.model import abstract_model
+from ttt_e2e.progress import progress_bar
 from ttt_e2e.train.steps import init_state
 
 WINDOW = 256
@@ -197,7 +197,7 @@ def _measure(variants: list[Variant], lengths: list[int], batch: int, repeats: i
     piece = int(np.gcd.reduce(lengths))
     rounds = itertools.product(range(repeats + 1), itertools.pairwise([0, *lengths]), variants)
     total = (repeats + 1) * len(lengths) * len(variants)
-    for i, (begin, end), variant in tqdm(rounds, desc="bench latency", unit="part", total=total):
+    for i, (begin, end), variant in progress_bar(rounds, desc="bench latency", unit="part", total=total):
         reader, vocab_size = variant.reader, variant.config.model.vocab_size
         state = states[variant.name, begin] if begin else reader.start(variant.config.data.bos_id, batch)
         tokens = random.integers(0, vocab_size, (batch, end - begin))

@@ -13,7 +13,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 from ttt_e2e.bench import compiled, table
 from ttt_e2e.cluster.mesh import BATCH, divide, make_mesh, shardings
@@ -26,6 +25,7 @@ from ttt_e2e.inner.step import MiniBatch, mini_batch_loss
 from ttt_e2e.model import abstract_model
 from ttt_e2e.model.mixers import Context
 from ttt_e2e.model.parameters import merge, split, structure_of
+from ttt_e2e.progress import progress_bar
 from ttt_e2e.train import policies
 from ttt_e2e.train.batches import check_batch
 from ttt_e2e.train.steps import init_state, make_gradient, take_policies
@@ -88,7 +88,7 @@ def run(  # noqa: PLR0913 -- each is a flag
     check_batch("--batch", config.train.global_batch_size, mesh)
     case = _case(config, mesh)
     rows = []
-    for variant in tqdm(variants, desc="bench meta_gradient", unit="variant"):
+    for variant in progress_bar(variants, desc="bench meta_gradient", unit="variant"):
         figures = measure_gradient(_loss_and_gradient(variant, config, mesh), config, mesh, 0 if abstract else repeats)
         rows.append({"variant": variant} | case | figures)
     for plain in [row for row in rows if row["variant"] == "plain"]:

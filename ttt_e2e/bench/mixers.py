@@ -1,7 +1,6 @@
 """`ttt-e2e bench mixers`: what a training step costs with each sequence mixer, against the length of the sequence."""
 
 import jax
-from tqdm import tqdm
 
 from ttt_e2e.bench import table
 from ttt_e2e.bench.meta_gradient import measure_gradient
@@ -9,6 +8,7 @@ from ttt_e2e.cluster.mesh import make_mesh
 from ttt_e2e.config import MIXERS, Config, MeshConfig, from_config_dict, suggestion
 from ttt_e2e.errors import UserError
 from ttt_e2e.model import abstract_model, state_bytes
+from ttt_e2e.progress import progress_bar
 from ttt_e2e.train.steps import make_gradient, take_policies
 
 E2E = "e2e"  # window attention, and a fast MLP in each block
@@ -48,7 +48,7 @@ def run(  # noqa: PLR0913 -- each is a flag
     model = {"vocab_size": vocab, "hidden_size": width, "intermediate_size": mlp_width, "num_hidden_layers": num_blocks}
     model |= {"num_attention_heads": num_heads, "sliding_window": window, "compute_dtype": dtype}
     rows = []
-    for name in tqdm(mixers, desc="bench mixers", unit="mixer"):
+    for name in progress_bar(mixers, desc="bench mixers", unit="mixer"):
         for length in lengths:
             train = {"seq_len": length, "global_batch_size": batch}
             config = _config(name, model, train, mini_batch)

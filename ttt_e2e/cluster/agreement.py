@@ -1,10 +1,5 @@
-"""What the processes of a run tell each other: failures, the wish to stop, and numbers beside each training step."""
+"""What the processes of a run tell each other: failures, and numbers beside each training step."""
 
-import logging
-import os
-import signal
-import socket
-import threading
 from collections.abc import Sequence
 from contextlib import contextmanager
 
@@ -13,10 +8,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-logger = logging.getLogger(__name__)
-
-PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: Slurm's, ahead of a job's time limit
 
 
 def any_process(mine: bool) -> bool:
@@ -69,54 +60,3 @@ class Exchange:
             return mine
         local = np.repeat(mine, jax.local_device_count(), axis=0)
         return self._gather(jax.make_array_from_process_local_data(self._sharding, local))
-
-
-class Preemption:
-    """Whether this process was asked to stop (`requested`), and whether any process was (`poll`)."""
-
-    def __init__(self):
-        self.requested = threading.Event()
-
-    def poll(self) -> bool:
-        """Whether any process was asked to stop. Every process must call it; it waits for all."""
-        return any_process(self.requested.is_set())
-
-
-@contextmanager
-def watch_for_preemption():
-    """Yields a `Preemption` that SIGTERM or SIGUSR1 sets; a second signal exits at once, with code 128 + signal.
-
-    A thread reads the signals' numbers, because Python's own handlers do not run while JAX keeps the main thread busy.
-    In another thread than the main one, where Python allows no signal handlers, nothing is watched.
-    """
-    preemption = Preemption()
-    if threading.current_thread() is not threading.main_thread():
-        yield preemption
-        return
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    watcher = threading.Thread(target=_watch, args=(reader, preemption), daemon=True)
-    before = {number: signal.signal(number, lambda *_: None) for number in PREEMPTION_SIGNALS}
-    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    watcher.start()
-    try:
-        yield preemption
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        writer.close()
-        watcher.join()
-        reader.close()
-
-
-def _watch(reader: socket.socket, preemption: Preemption) -> None:
-    """Sets `preemption` at the first signal and exits at the second; returns when the other end is closed."""
-    while received := reader.recv(1):
-        number = received[0]
-        if number not in PREEMPTION_SIGNALS:
-            continue
-        if preemption.requested.is_set():
-            os._exit(128 + number)
-        preemption.requested.set()
-        logger.warning("%s: saving, then stopping; a second signal stops at once", signal.Signals(number).name)

@@ -68,7 +68,7 @@ def _wait_for_callers(listener: socket.socket, callers: list[socket.socket], num
         except TimeoutError:
             break
         caller.settimeout(min(left, 10))
-        introduction = re.fullmatch(r"ttt-e2e (\d+) (\d+)\n", _receive_line(caller))
+        introduction = re.fullmatch(r"ttt-e2e ([0-9]{1,9}) ([0-9]{1,9})\n", _receive_line(caller))
         if not introduction:  # another program, or gone again
             caller.close()
             continue
@@ -76,6 +76,8 @@ def _wait_for_callers(listener: socket.socket, callers: list[socket.socket], num
         number, count = int(introduction[1]), int(introduction[2])
         if count != num_processes:
             raise UserError(f"process {number} was told of {count} processes, process 0 of {num_processes}")
+        if number >= num_processes:
+            raise UserError(f"process {number} of {num_processes}: numbers are 0 to {num_processes - 1}")
         if number not in missing:
             raise UserError(f"two processes have the number {number}: each needs its own")
         missing.remove(number)
@@ -94,8 +96,8 @@ def _join(coordinator: str, introduction: str, timeout: float) -> None:
                 connection.sendall(introduction.encode())
                 connection.settimeout(left + 5)  # process 0 is given time to say who is missing
                 answer, reason = _receive_line(connection).strip(), "it hung up"
-        except OSError as error:
-            answer, reason = "", error.strerror or str(error)
+        except (OSError, UnicodeError) as error:  # UnicodeError: no host has such a name
+            answer, reason = "", getattr(error, "strerror", None) or str(error)
         if answer == "go":
             return
         if answer:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from tqdm import tqdm
 
 from ttt_e2e.data.documents import Corpus, Document, Skipped, counted, find_documents
 from ttt_e2e.data.parts import SPLITS, check_part, merged_attributes, part_of, write_merged
@@ -25,6 +24,7 @@ from ttt_e2e.data.store import TokenStore, TokenWriter, read_attributes, write_a
 from ttt_e2e.data.tokenizers import Tokenizer, files_of, load_tokenizer, train_sentencepiece
 from ttt_e2e.errors import UserError
 from ttt_e2e.outputs import is_free, new_directory
+from ttt_e2e.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -299,7 +299,7 @@ def _progress(documents: Iterable[Document], corpus: Corpus, what: str, progress
     # The number of records of a file is not known before its end.
     has_records = any(kind(name) in (".jsonl", ".parquet") for _, name in corpus.files)
     num_documents = None if has_records else len(corpus.files)
-    return tqdm(documents, what, num_documents, unit=" documents", disable=not progress)
+    return progress_bar(documents, desc=what, total=num_documents, unit="document", disable=not progress)
 
 
 def _texts(

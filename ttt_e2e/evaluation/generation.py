@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from ttt_e2e.config import to_dict
 from ttt_e2e.errors import UserError
@@ -229,7 +228,7 @@ def _generate_all(reader: Reader, subject: Subject, plan: Plan, settings: Settin
             records.add(finished)
 
 
-def _continue(reader: Reader, prompts_BP, samples: list[int], settings: Settings, bos_id: int, bar: tqdm):
+def _continue(reader: Reader, prompts_BP, samples: list[int], settings: Settings, bos_id: int, bar):
     """Samples continuations of prompts [B, P]: tokens [B, n], and their NLL [B, n] in nats.
 
     n is `settings.tokens`, or less where all sequences have reached BOS, or diverged, before.
@@ -285,7 +284,7 @@ def _judge_all(reader: Reader, bos_id: int, texts: list, records: Records, batch
             records.add(finished)
 
 
-def _score(reader: Reader, bos_id: int, rows: list[tuple[np.ndarray, np.ndarray]], bar: tqdm) -> list[float]:
+def _score(reader: Reader, bos_id: int, rows: list[tuple[np.ndarray, np.ndarray]], bar) -> list[float]:
     """NLL, in nats and summed over its tokens, of each continuation in rows of (prompt, continuation)."""
     texts = [np.concatenate(row) for row in rows]
     longest = max(map(len, texts))

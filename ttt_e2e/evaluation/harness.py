@@ -16,12 +16,12 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from tqdm import tqdm
 
 from ttt_e2e.config import suggestion
 from ttt_e2e.errors import UserError, first_line
 from ttt_e2e.evaluation.answers import SEED, Answers, Manner, Prompt, Text, batches, equal_batches, filled
 from ttt_e2e.inference.settings import Sampling
+from ttt_e2e.progress import progress_bar
 
 if TYPE_CHECKING:
     from ttt_e2e.data.tokenizers import Tokenizer
@@ -198,7 +198,7 @@ class Desk:
         keys = [tuple(name[each] for each in KEY) for name in names]
         done = self.records.done
         todo = [batch for batch in todo if not all(keys[i] in done for i in batch)]
-        with tqdm(total=sum(map(len, todo)), desc="lm_eval", unit="request", disable=not todo) as bar:
+        with progress_bar(total=sum(map(len, todo)), desc="lm_eval", unit="request", disable=not todo) as bar:
             for batch in todo:
                 found = run(filled(batch, self.batch_size))
                 self.records.add([names[i] | answer for i, answer in zip(batch, found)])

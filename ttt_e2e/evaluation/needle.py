@@ -11,7 +11,6 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.base import Evaluation, register
@@ -164,7 +163,7 @@ class Needle(Evaluation):
             return figure
 
 
-def ask(reader: Reader, haystacks: Haystacks, prompts: list[Prompt], bar: tqdm) -> list[dict]:
+def ask(reader: Reader, haystacks: Haystacks, prompts: list[Prompt], bar) -> list[dict]:
     """Continues prompts of one length greedily and scores their values; returns a record for each prompt."""
     B = len(prompts)
     start = reader.start(haystacks.bos_id, B)

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from ttt_e2e.config import Config
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import PreemptedError, UserError
 from ttt_e2e.evaluation.base import Evaluation, read_result, register
 from ttt_e2e.evaluation.plots import colors_of
 from ttt_e2e.evaluation.subject import Subject
@@ -122,12 +122,15 @@ def evaluate(config: Config, checkpoint, output) -> dict:
 
     Raises:
       UserError: there is no such checkpoint, or it or the token store does not fit the config.
-      PreemptedError: a signal asked to stop; nothing is written.
+      PreemptedError, KeyboardInterrupt: a signal, or Ctrl-C, asked to stop; nothing is written.
     """
-    from ttt_e2e.cluster.agreement import watch_for_preemption
+    from ttt_e2e.cluster.signals import watch_for_preemption
 
     with watch_for_preemption() as preemption:
-        return _evaluate(config, checkpoint, output, stop=preemption.poll)
+        try:
+            return _evaluate(config, checkpoint, output, stop=preemption.poll)
+        except PreemptedError:
+            raise preemption.stopped("in an evaluation, of which nothing is written") from None
 
 
 def _evaluate(config: Config, checkpoint, output, stop) -> dict:

@@ -143,7 +143,7 @@ class Reader:
           state: the state before them; it is not changed.
           tokens_Bn: integers below the vocabulary's size.
           learn: whether to take inner steps.
-          bar: tqdm progress bar, updated by the number of tokens; they are then read `PIECE` tokens at a time.
+          bar: progress bar, updated by the number of tokens; they are then read `PIECE` tokens at a time.
 
         Returns:
           The state after them, and the NLL [B, n] of each token given those before it, in nats, under the fast weights

@@ -15,7 +15,7 @@ from ttt_e2e.config import Config, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.outputs import writing
 from ttt_e2e.runs.files import read_json, read_text, replace_text
-from ttt_e2e.runs.resume import check_resume
+from ttt_e2e.runs.resume import check_resume, log_changes
 from ttt_e2e.runs.secrets import find_secrets, redact
 from ttt_e2e.strict_json import to_json
 
@@ -26,17 +26,31 @@ MAX_UNTRACKED = 200  # names of untracked files that are recorded
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
-def claim(workdir, config: Config) -> None:
-    """Writes `config.json` into a run directory that is new, or whose run may be resumed with this config.
+def check(workdir, config: Config) -> None:
+    """Checks that a run directory is new, or that its run may be resumed with this config. Writes nothing.
 
     Raises:
-      UserError: it holds a run from which a field differs that may not (resume.py; the message names the field), or the
-        config holds a secret.
+      UserError: it holds a run from which a field differs that may not (resume.py; the message names the field), or one
+        of more steps than `train.num_steps`; or the config holds a secret.
     """
     refuse_secrets(config)
+    newest = max(saved_steps(epath.Path(workdir) / "checkpoints"), default=0)
+    if newest > config.train.num_steps:
+        raise UserError(
+            f"config.train.num_steps is {config.train.num_steps}, but workdir {workdir} has made {newest} steps: set "
+            f"--config.train.num_steps={newest} or more, or choose another workdir"
+        )
     if (epath.Path(workdir) / "config.json").exists():
-        check_resume(workdir, config, load_config(workdir), bool(saved_steps(epath.Path(workdir) / "checkpoints")))
+        check_resume(workdir, config, load_config(workdir), newest > 0)
+
+
+def claim(workdir, config: Config) -> None:
+    """Writes `config.json` into a run directory, and logs what a resumed run changes. Raises `UserError` as `check`."""
+    check(workdir, config)
     if jax.process_index() == 0:
+        directory = epath.Path(workdir)
+        if (directory / "config.json").exists() and saved_steps(directory / "checkpoints"):
+            log_changes(config, load_config(workdir))
         write_config(workdir, config)
 
 
@@ -82,7 +96,7 @@ def load_config(workdir) -> Config:
         raise UserError(f"{path}: {error}") from None
 
 
-def record_start(workdir, overrides: list[str], policies: dict[str, str]) -> None:
+def record_start(workdir, overrides: list[str], policies: dict[str, str], started: float = 0.0) -> None:
     """Appends a line for this start of the run to `starts.jsonl`: time, overrides, code revision, devices, policies.
 
     For start N, counted from 1, the resolved config is in `starts/N.json` and, if the checkout has uncommitted changes,
@@ -92,6 +106,7 @@ def record_start(workdir, overrides: list[str], policies: dict[str, str]) -> Non
       workdir: the run directory.
       overrides: of the config, as given on the command line.
       policies: what was chosen for the fields that are "auto".
+      started: its time, in seconds since 1970; 0 = the present time.
     """
     devices = [device.device_kind for device in jax.devices()]
     if jax.process_index() != 0:
@@ -103,7 +118,7 @@ def record_start(workdir, overrides: list[str], policies: dict[str, str]) -> Non
     before = read_text(path) if path.exists() else ""
     name = f"starts/{before.count(chr(10)) + 1}"
     start = {
-        "time": time.strftime(TIME_FORMAT, time.gmtime()),
+        "time": time.strftime(TIME_FORMAT, time.gmtime(started or time.time())),
         "overrides": [redact(override) for override in overrides],
         "config": "",
         **_code(directory, name),

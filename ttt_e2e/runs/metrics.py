@@ -5,10 +5,12 @@
 
 import contextlib
 import math
+import re
+import uuid
 
 from etils import epath
 
-from ttt_e2e.config import Config
+from ttt_e2e.config import Config, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.outputs import writing
 from ttt_e2e.runs.files import parse_json, read_text, replace_text
@@ -16,7 +18,10 @@ from ttt_e2e.strict_json import to_json
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to `metrics.jsonl`. On resume, lines past the restored step are dropped."""
+    """Appends one JSON object a line to `metrics.jsonl`. On resume, lines past the restored step are dropped.
+
+    TensorBoard drops its own, too. Weights & Biases goes on with the same run, and keeps the first line of each step.
+    """
 
     def __init__(self, workdir, config: Config, resume_step: int):
         self.path = epath.Path(workdir) / "metrics.jsonl"
@@ -24,7 +29,7 @@ class MetricsWriter:
         replace_text(self.path, "".join(to_json(line) + "\n" for line in lines if line["step"] <= resume_step))
         with writing(self.path):
             self._file = self.path.open("a")
-        self._tensorboard = _tensorboard(workdir) if config.log.tensorboard else None
+        self._tensorboard = _tensorboard(workdir, resume_step) if config.log.tensorboard else None
         self._wandb = _wandb(workdir, config) if config.log.wandb else None
 
     def write(self, step: int, values: dict) -> None:
@@ -78,12 +83,12 @@ def first_not_finite(metrics: dict) -> str | None:
     return next((name for name, value in metrics.items() if not math.isfinite(value)), None)
 
 
-def _tensorboard(workdir):
+def _tensorboard(workdir, resume_step: int):
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise UserError("config.log.tensorboard needs the extra: pip install 'ttt-e2e[tensorboard]'") from None
-    return SummaryWriter(str(epath.Path(workdir) / "logs"))
+    return SummaryWriter(str(epath.Path(workdir) / "logs"), purge_step=resume_step + 1)
 
 
 def _wandb(workdir, config: Config):
@@ -91,4 +96,23 @@ def _wandb(workdir, config: Config):
         import wandb
     except ImportError:
         raise UserError("config.log.wandb needs the extra: pip install 'ttt-e2e[wandb]'") from None
-    return wandb.init(project=config.log.wandb, dir=str(workdir), name=epath.Path(workdir).name, resume="allow")
+    return wandb.init(
+        project=config.log.wandb,
+        dir=str(workdir),
+        name=epath.Path(workdir).name,
+        id=_wandb_id(workdir),
+        resume="allow",
+        config=to_dict(config),
+        allow_val_change=True,  # of the config, at a resume
+    )
+
+
+def _wandb_id(workdir) -> str:
+    """The id of the run at Weights & Biases, stored in `logs/wandb_id`: every start of the run is of the same one."""
+    path = epath.Path(workdir) / "logs" / "wandb_id"
+    stored = path.read_bytes().decode(errors="replace").strip() if path.exists() else ""
+    if not re.fullmatch(r"[a-z0-9]{8,64}", stored):  # none yet, or damaged
+        stored = uuid.uuid4().hex
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, f"{stored}\n")
+    return stored

@@ -158,7 +158,7 @@ def held_out_loss(
       store: token store.
       config: the run's configuration.
       mesh: that of the evaluation step.
-      desc: label of the progress bar; "" = no bar.
+      desc: label of the progress bar, in process 0; "" = no bar.
       stop: called after every batch; if it returns True, the evaluation is abandoned.
       take: called with each batch's NLL, an array on the devices, and the number of rows that count.
 
@@ -168,8 +168,8 @@ def held_out_loss(
     B, num_sequences = config.eval.batch_size, _num_held_out(store, config)
     batches = _held_out_batches(store, config, mesh)
     loss, token_nll, num_tokens = 0.0, 0.0, 0
-    bar = progress_bar(batches, total=-(-num_sequences // B), desc=desc, unit="batch", disable=not desc)
-    for tokens, num_valid in bar:
+    shown = {"total": -(-num_sequences // B), "desc": desc, "unit": "batch"}
+    for tokens, num_valid in progress_bar(batches, **shown, disable=not desc or jax.process_index() != 0):
         sums, nll_BT = evaluate(to_device(tokens, mesh, B), num_valid)
         take(nll_BT, num_valid)
         sums = jax.device_get(sums)

@@ -1,6 +1,7 @@
 """The training loop: setup, then one step after another, with evaluations, saves and preemption between them."""
 
 import logging
+import time
 from contextlib import ExitStack, closing
 
 import jax
@@ -12,14 +13,16 @@ from ttt_e2e.checkpoints.manager import Checkpoints
 from ttt_e2e.checkpoints.params import load_params
 from ttt_e2e.checkpoints.progress import check_position, progress_of
 from ttt_e2e.checkpoints.steps import saved_steps
-from ttt_e2e.cluster.agreement import Exchange, watch_for_preemption
+from ttt_e2e.cluster.agreement import Exchange
 from ttt_e2e.cluster.mesh import local_rows, make_mesh, shardings, with_shardings
+from ttt_e2e.cluster.signals import watch_for_preemption
 from ttt_e2e.config import Config
 from ttt_e2e.data.pipeline import training_batches
 from ttt_e2e.errors import PreemptedError
 from ttt_e2e.kernels.attention import choice
 from ttt_e2e.model import abstract_model
 from ttt_e2e.runs import directory as run_directory
+from ttt_e2e.runs.lock import lock_run
 from ttt_e2e.train.batches import check_batch, find_alike_tokens, held_out_loss, open_held_out, open_store, to_device
 from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.policies import check_tables
@@ -35,14 +38,15 @@ def train(config: Config, workdir, overrides: list[str] = ()) -> dict:
 
     overrides: the command-line overrides that made the config from its file; they are recorded, not applied.
 
-    However the run ends, a save under way is finished and the files are closed. On SIGTERM or SIGUSR1 to any process,
-    all processes agree on a step, save it and stop. A signal during an evaluation abandons it; the evaluation is made
-    up for when the run is resumed.
+    However the run ends, a save under way is finished and the files are closed. On SIGTERM, SIGUSR1 or Ctrl-C (SIGINT)
+    to any process, all processes agree on a step, save it and stop. A signal during an evaluation abandons it; the
+    evaluation is made up for when the run is resumed.
 
     Raises:
-      UserError: data, mesh, checkpoint or run directory do not fit the config; the initial parameters lost what those
-        of `train.base` have; a metric became NaN or infinite; a save failed.
-      PreemptedError: a signal asked to stop.
+      UserError: data, mesh, checkpoint or run directory do not fit the config; another run trains in that directory;
+        the initial parameters lost what those of `train.base` have; a metric became NaN or infinite; a save failed.
+      PreemptedError: SIGTERM or SIGUSR1 asked to stop, or any signal to another process.
+      KeyboardInterrupt: Ctrl-C asked to stop.
     """
     with ExitStack() as stack:
         return _train(config, epath.Path(workdir), list(overrides), stack)
@@ -52,7 +56,7 @@ def _train(
     config: Config, workdir: epath.Path, overrides: list[str], stack: ExitStack
 ) -> dict:  # long: one straight loop
     # ---------------------------------------------------------------- set up
-    batch_size, num_steps = config.train.global_batch_size, config.train.num_steps
+    batch_size, num_steps, started = config.train.global_batch_size, config.train.num_steps, time.time()
     mesh = make_mesh(config.mesh)
     choice.check(config.model)
     check_batch("config.train.global_batch_size", batch_size, mesh, config.train.accumulation_steps)
@@ -64,15 +68,20 @@ def _train(
     starts_anew = not (config.train.init_from or saved_steps(workdir / "checkpoints"))
     tokenizer = train_store.tokenizer_spec or config.data.tokenizer
     alike_V = find_alike_tokens(config, tokenizer) if starts_anew else None
-    run_directory.claim(workdir, config)
-    policies = take_policies(config, mesh)
-    run_directory.record_start(workdir, overrides, policies.record())
-    checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", config.checkpoint)))
+    run_directory.refuse_secrets(config)  # before the lock makes the directory
     preemption = stack.enter_context(watch_for_preemption())
+    stack.enter_context(lock_run(workdir))
+    run_directory.check(workdir, config)
+    policies = take_policies(config, mesh)
+    checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", config.checkpoint)))
     state, progress = restore_or_init(config, optimizer, mesh, checkpoints, train_store.fingerprint, alike_V)
     if config.train.base and not progress:
         check_start(config, state.params, mesh)
     first_step, next_batch = int(state.step), progress.get("next_batch", 0)
+    owes_evaluation = bool(eval_store and progress.get("owes_evaluation"))
+    if first_step < num_steps or owes_evaluation:  # otherwise, nothing is done with this config
+        run_directory.claim(workdir, config)
+    run_directory.record_start(workdir, overrides, policies.record(), started)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     train_step = make_train_step(config, optimizer, mesh, state_shardings, policies)
     eval_step = make_eval_step(config, mesh, state_shardings.params)
@@ -117,8 +126,12 @@ def _train(
         log.finish_step(step, device_metrics, reports_P[:, 1:])
         return bool(reports_P[:, 0].any())
 
-    if eval_store and progress.get("owes_evaluation") and not evaluate(first_step):
-        raise PreemptedError(f"preempted: step {first_step} is saved in {checkpoints.directory}")
+    def stopped(step: int) -> BaseException:
+        where = f"step {step} is saved in {checkpoints.directory}"
+        return preemption.stopped(where if step else "before the first step")
+
+    if preemption.poll() or (owes_evaluation and not evaluate(first_step)):
+        raise stopped(first_step)
     log.restart_clock()
 
     # ---------------------------------------------------------------- the loop
@@ -148,7 +161,7 @@ def _train(
                 progress = progress_of(step, next_batch + step - first_step, config, **more)
                 checkpoints.save(state, progress, wait=stop or step == num_steps)
         if stop and (step < num_steps or owes_evaluation):
-            raise PreemptedError(f"preempted: step {step} is saved in {checkpoints.directory}")
+            raise stopped(step)
         if save or evaluate_now:
             log.restart_clock()
 

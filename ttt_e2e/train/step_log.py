@@ -1,20 +1,26 @@
 """Logs the steps of the training loop."""
 
+import logging
 import time
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
-from ttt_e2e.progress import progress_bar
+from ttt_e2e.progress import on_terminal, progress_bar
 from ttt_e2e.runs.metrics import MetricsWriter, first_not_finite
 from ttt_e2e.runs.watchdog import Phases, Watchdog, seconds_alone, seconds_in, seconds_of_step
 from ttt_e2e.train.flops import model_flops_per_token, peak_flops
 
+logger = logging.getLogger(__name__)
+
 
 class StepLog:
     """Logs steps: metrics on disk and a progress bar, in process 0 alone; a profile, when asked for.
+
+    Where stderr is no terminal, there is no bar, but a line for each line of metrics.
 
     productive_seconds: spent in steps before this start of the run, without steps that were lost and had to be
     repeated. begun: when the run was first started, in seconds since 1970.
@@ -26,9 +32,10 @@ class StepLog:
         self._flops = model_flops_per_token(config) * self._tokens
         is_main = jax.process_index() == 0
         self._writer = MetricsWriter(workdir, config, first_step) if is_main else None
-        self._bar = progress_bar(
-            total=config.train.num_steps, initial=first_step, desc="train", unit="step", disable=not is_main
-        )
+        shown = {"total": config.train.num_steps, "initial": first_step, "desc": "train", "unit": "step"}
+        self._bar = progress_bar(**shown, disable=not (is_main and on_terminal()))
+        self._has_lines = is_main and not on_terminal()
+        self._compiled = 0.0  # when the first step of this start was done
         self._profiling = False
         self._start = time.perf_counter()
         self._begun = begun
@@ -49,12 +56,16 @@ class StepLog:
         bad = first_not_finite(self.last)
         self._watchdog.step_done(step, seconds_PF)
         self._since_written.append(seconds_PF)
-        if step > self._first_step + 1:  # the first step after a start compiles
+        if step == self._first_step + 1:
+            self._compiled = time.perf_counter()
+        else:  # the first step after a start compiles, and is not productive
             self.productive_seconds += float(seconds_in(seconds_PF[jax.process_index()], "compute"))
         self.last |= self._rates() | self._time_use()
         if bad or step % self._config.log.every_steps == 0 or step in (1, self._config.train.num_steps):
             self.write(step, self.last)
             self._since_written = []
+            if self._has_lines:
+                logger.info("%s", self._line(step))
         self._bar.set_postfix_str(
             f"loss {self.last['loss']:.4f}, {self.last['tokens_per_second']:,.0f} tok/s, "
             f"{self.last['model_flops_per_second'] / 1e9:,.1f} GFLOP/s",
@@ -94,6 +105,18 @@ class StepLog:
         self._bar.close()
         if self._writer:
             self._writer.close()
+
+    def _line(self, step: int) -> str:
+        """The line of a step, with an estimate of the time left from the steps of this start, evaluations included."""
+        last, left = self.last, "unknown time"
+        if done := step - self._first_step - 1:  # since the first, which compiles
+            seconds = (time.perf_counter() - self._compiled) / done
+            left = tqdm.format_interval(seconds * (self._config.train.num_steps - step))
+        mfu = f"{last['mfu']:.1%}" if last["mfu"] else f"unknown ({last['model_flops_per_second'] / 1e9:,.1f} GFLOP/s)"
+        return (
+            f"step {step} of {self._config.train.num_steps}: loss {last['loss']:.4f}, "
+            f"{last['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, {left} left"
+        )
 
     def _rates(self) -> dict:
         """Computes tokens and model FLOPs a second, and the share of the devices' peak (None where it is unknown)."""
