@@ -67,7 +67,8 @@ def test_waiting_for_data_and_the_spread_of_hosts_are_of_all_steps_since_the_las
 
 @pytest.mark.parametrize("is_terminal", (False, True))
 def test_a_log_file_gets_a_line_for_each_line_of_metrics(is_terminal, clock, tmp_path, monkeypatch, caplog, capsys):
-    monkeypatch.setattr(step_log, "on_terminal", lambda: is_terminal)
+    for module in ("ttt_e2e.progress", "ttt_e2e.train.step_log"):
+        monkeypatch.setattr(f"{module}.on_terminal", lambda: is_terminal)
     monkeypatch.setattr(step_log, "peak_flops", lambda: 1e9)
     caplog.set_level("INFO", logger="ttt_e2e")
     config = from_config_dict({"log": {"every_steps": 10}, "train": {"num_steps": 30}})
