@@ -108,12 +108,8 @@ class StepLog:
 
     def _line(self, step: int) -> str:
         """The line of a step, with an estimate of the time left from the steps of this start, evaluations included."""
-        last, left, done = (
-            self.last,
-            "unknown time",
-            step - self._first_step - 1,
-        )  # done: since the first, which compiles
-        if done:
+        last, left = self.last, "unknown time"
+        if done := step - self._first_step - 1:  # the first compiles
             seconds = (time.perf_counter() - self._compiled) / done
             left = tqdm.format_interval(seconds * (self._config.train.num_steps - step))
         mfu = f"{last['mfu']:.1%}" if last["mfu"] else f"unknown ({last['model_flops_per_second'] / 1e9:,.1f} GFLOP/s)"
