@@ -293,7 +293,7 @@ def run_here(points: list[Point], launcher: str, parallel: int) -> tuple[dict[st
             num_handled = len(signals)
             for child in [child for child in children if child.process.poll() is not None]:
                 children.remove(child)
-                outcome = _finish(child)
+                outcome = _finish(child, is_stopping=bool(signals))
                 if outcome == "preempted" and not signals:
                     waiting.append(child.point)
                 else:
@@ -371,14 +371,17 @@ def _stop(children: list[_Child], number_before: int) -> None:
             os.killpg(child.process.pid, signal.SIGKILL)
 
 
-def _finish(child: _Child) -> str:
-    """Releases the lock of a run that has ended, and returns its outcome: finished, preempted, or failed and why."""
+def _finish(child: _Child, is_stopping: bool) -> str:
+    """Releases the lock of a run that has ended, and returns its outcome: finished, preempted, or failed and why.
+
+    is_stopping: whether the runs were told to end.
+    """
     point, code = child.point, child.process.returncode
     step = last_step(point.workdir)
     release(child.lock)
     if _is_finished(point):
         return "finished"
-    if code == EXIT_REQUEUE and step != child.first_step:  # without a new step, it would be restarted for ever
+    if code == EXIT_REQUEUE and (is_stopping or step != child.first_step):  # else it would be restarted for ever
         return "preempted"
     log = point.workdir / "logs" / "sweep.log"
     return f"failed with exit code {code}: {_last_line(log.read_text(errors='replace'))} (all of it: {log})"

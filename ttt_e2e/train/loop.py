@@ -130,7 +130,8 @@ def _train(
         where = f"step {step} is saved in {checkpoints.directory}"
         return preemption.stopped(where if step else "before the first step")
 
-    if preemption.poll() or (owes_evaluation and not evaluate(first_step)):
+    stop_now = preemption.poll() and first_step < num_steps
+    if stop_now or (owes_evaluation and not evaluate(first_step)):
         raise stopped(first_step)
     log.restart_clock()
 
