@@ -1,10 +1,11 @@
 import gzip
 import itertools
 import json
+import os
 
 import pytest
 
-from ttt_e2e.data.documents import find_documents, standard_library
+from ttt_e2e.data.documents import counted, find_documents, standard_library
 from ttt_e2e.data.readers import Document
 from ttt_e2e.errors import UserError
 
@@ -83,6 +84,54 @@ def test_nothing_found(tmp_path):
     for spec in (tmp_path / "absent", tmp_path / "empty", tmp_path / "*.txt"):
         with pytest.raises(UserError, match=r"no document found; legal: 'stdlib', or .*\.txt \.md"):
             find_documents(spec)
+
+
+@pytest.fixture
+def with_irregular(corpus):
+    """Broken links, links to one another, and a pipe that nobody writes to."""
+    (corpus / "dangling.txt").symlink_to("absent.txt")
+    (corpus / "loop.txt").symlink_to("pool.txt")
+    (corpus / "pool.txt").symlink_to("loop.txt")
+    os.mkfifo(corpus / "pipe.txt")
+    return corpus
+
+
+@pytest.mark.parametrize("spec", ["{}", "{}/**/*.txt*"])
+def test_what_is_no_file_is_left_out_and_counted(spec, with_irregular):
+    found = find_documents(spec.format(with_irregular))
+    assert {"b.txt", "deep/c.txt.gz"} <= {document.name for document in found}
+    numbers = {name: number for name, number in found.left_out.items() if name != ".png"}
+    assert numbers == {"broken link": 3, "pipe, socket or device": 1}
+    assert "3 x broken link, 1 x pipe, socket or device" in counted(found.left_out)
+    assert sum(found.sizes()) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("dangling.txt", "broken link"), ("loop.txt", "broken link"), ("pipe.txt", "pipe")]
+)
+def test_what_is_no_file_is_refused_by_name(name, what, with_irregular):
+    with pytest.raises(UserError, match=rf"{name}': is a {what}.*; legal: 'stdlib'"):
+        find_documents(with_irregular / name)
+
+
+def test_a_file_that_is_gone_is_named(corpus):
+    found = find_documents(corpus)
+    (corpus / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"b.txt: cannot be read \(No such file"):
+        found.sizes()
+
+
+def test_a_directory_that_cannot_be_read_is_named(corpus, monkeypatch):
+    scan = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "deep":
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"deep: cannot be read \(Permission denied\)"):
+        find_documents(corpus)
 
 
 def test_unsupported_suffix(corpus):

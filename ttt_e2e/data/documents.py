@@ -40,7 +40,7 @@ class Corpus:
 
     spec: str
     files: tuple[tuple[Path, str], ...]
-    left_out: dict[str, int] = field(default_factory=dict)  # number of files of unsupported suffixes, by suffix
+    left_out: dict[str, int] = field(default_factory=dict)  # number of files by suffix, or by why they are none
     text_field: str = "text"
     skips_bad_records: bool = False
 
@@ -59,15 +59,18 @@ class Corpus:
                 else:
                     raise UserError(document.reason)
 
-    def num_bytes(self) -> int:
-        """Total size of the files on disk, compressed where they are."""
-        return sum(path.stat().st_size for path, _ in self.files)
+    def sizes(self) -> list[int]:
+        """Size of each file on disk, compressed where it is. Raises UserError where one is gone."""
+        try:
+            return [path.stat().st_size for path, _ in self.files]
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
 def standard_library() -> Corpus:
     """The Python sources of the running interpreter's standard library, without its tests: about 10 MB of code."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = (name for name in _names_below(root, _STDLIB_EXCLUDED) if name.endswith(".py"))
+    names = (name for name in _names_below(root, _STDLIB_EXCLUDED)[0] if name.endswith(".py"))
     return Corpus("stdlib", tuple((root / name, name) for name in names))
 
 
@@ -77,7 +80,8 @@ def find_documents(
     """Finds the documents of one or more inputs, in their order, each file once.
 
     An input is "stdlib", a file, a directory (all supported files below it), or a glob; a string may hold several, with
-    commas between. Raises UserError if an input matches nothing, or names or matches a file of an unsupported suffix.
+    commas between. Broken links and pipes are left out, and counted. Raises UserError if an input matches nothing,
+    names or matches a file of an unsupported suffix, or names a broken link or a pipe.
     """
     specs = split_inputs([inputs] if isinstance(inputs, str | os.PathLike) else inputs)
     files, left_out = {}, Counter()
@@ -102,16 +106,20 @@ def _find(spec: str) -> Corpus:
     if spec == "stdlib":
         return standard_library()
     if os.path.isdir(spec):
-        root, all_names = Path(spec), _names_below(Path(spec))
+        root, (all_names, left_out) = Path(spec), _names_below(Path(spec))
         names = [name for name in all_names if kind(name)]
         left_out.update(suffix(name) for name in all_names if not kind(name))
+    elif os.path.lexists(spec) and (what := _irregular(spec)):
+        raise UserError(f"input {spec!r}: is a {what}; legal: {LEGAL_INPUTS}")
     elif os.path.isfile(spec):
         root, names = Path(spec).parent, [Path(spec).name]
     else:
         # Names are relative to the last directory before a wildcard, so that they do not depend on what matches.
         root = Path(re.split(r"[*?\[]", spec, maxsplit=1)[0] + "x").parent
-        matches = (Path(match) for match in glob.iglob(spec, recursive=True))
-        names = sorted(match.relative_to(root).as_posix() for match in matches if match.is_file())
+        matches = [match for match in glob.iglob(spec, recursive=True) if not os.path.isdir(match)]
+        reasons = {match: _irregular(match) for match in matches}
+        left_out.update(filter(None, reasons.values()))
+        names = sorted(Path(match).relative_to(root).as_posix() for match in matches if not reasons[match])
     if not names:
         others = f" (but {counted(left_out)})" if left_out else ""
         raise UserError(f"input {spec!r}: no document found{others}; legal: {LEGAL_INPUTS}")
@@ -122,17 +130,39 @@ def _find(spec: str) -> Corpus:
 
 
 def counted(left_out: dict[str, int]) -> str:
-    """Numbers of files by suffix in words: "3 files of .png, 1 of no suffix"."""
-    return ", ".join(
-        f"{count} {'file' if count == 1 else 'files'} of {name or 'no suffix'}" for name, count in left_out.items()
-    )
+    """What was left out in words: "3 files of .png, 1 file of no suffix, 2 x broken link"."""
+
+    def words(name: str, count: int) -> str:
+        is_suffix = not name or name.startswith(".")
+        files = "file" if count == 1 else "files"
+        return f"{count} {files} of {name or 'no suffix'}" if is_suffix else f"{count} x {name}"
+
+    return ", ".join(words(name, count) for name, count in left_out.items())
 
 
-def _names_below(root: Path, excluded: re.Pattern = re.compile("(?!)")) -> list[str]:
-    """Sorted relative names of all files below `root`, without files and directories whose name matches `excluded`."""
-    names = []
-    for directory, subdirectories, files in os.walk(root):
+def _names_below(root: Path, excluded: re.Pattern = re.compile("(?!)")) -> tuple[list[str], Counter]:
+    """Sorted relative names of all files below `root`, without files and directories whose name matches `excluded`.
+
+    Also counts what is no file: broken links and such. Raises UserError for a directory that cannot be read.
+    """
+
+    def refuse(error: OSError):
+        raise UserError(f"input {error.filename}: cannot be read ({error.strerror})")
+
+    names, left_out = [], Counter()
+    for directory, subdirectories, files in os.walk(root, onerror=refuse):
         subdirectories[:] = [name for name in subdirectories if not excluded.fullmatch(name)]
         below = Path(directory).relative_to(root)
-        names += [(below / file).as_posix() for file in files if not excluded.fullmatch(file)]
-    return sorted(names)
+        for file in (file for file in files if not excluded.fullmatch(file)):
+            if what := _irregular(os.path.join(directory, file)):
+                left_out[what] += 1
+            else:
+                names.append((below / file).as_posix())
+    return sorted(names), left_out
+
+
+def _irregular(path: str) -> str:
+    """What is at `path` if no file, nor a directory: reading a pipe would wait for ever. "" for a file."""
+    if os.path.isfile(path) or os.path.isdir(path):
+        return ""
+    return "broken link" if os.path.islink(path) and not os.path.exists(path) else "pipe, socket or device"
