@@ -114,6 +114,50 @@ def test_what_is_no_file_is_refused_by_name(name, what, with_irregular):
         find_documents(with_irregular / name)
 
 
+@pytest.fixture
+def with_links(tmp_path):
+    """Links to a file and to directories, one to where it is itself; hidden files and directories; upper case."""
+    root = tmp_path / "links"
+    put(root / "BOOK.TXT", "book")
+    put(root / "deep/Lines.JSONL.gz", json_lines("line"))
+    put(root / ".hidden.txt", "hidden")
+    put(root / ".git/config.txt", "hidden")
+    put(tmp_path / "elsewhere/x.md", "x")
+    put(tmp_path / "file.txt", "file")
+    (root / "link.txt").symlink_to(tmp_path / "file.txt")
+    (root / "away").symlink_to(tmp_path / "elsewhere")
+    (root / "deep/again").symlink_to(root)
+    (root / "deep/away").symlink_to(tmp_path / "elsewhere")
+    return root
+
+
+@pytest.mark.parametrize("spec", ["{}", "{}/**/*", "{}/**"])
+def test_directories_and_globs_find_the_same(spec, with_links):
+    found = find_documents(spec.format(with_links))
+    names = ["BOOK.TXT", "away/x.md", "deep/Lines.JSONL.gz", "link.txt"]
+    assert [name for _, name in found.files] == names and found.left_out == {"hidden": 2}
+    assert [document.text for document in found] == ["book", "x", "line", "file"]
+
+
+def test_a_file_that_two_links_name_is_read_once(with_links):
+    (with_links / "other.txt").symlink_to("link.txt")
+    assert [name for _, name in find_documents([with_links / "link.txt", with_links / "other.txt"]).files] == [
+        "link.txt"
+    ]
+
+
+def test_what_a_pattern_names_is_found(with_links):
+    def names(pattern):
+        return [name for _, name in find_documents(f"{with_links}/{pattern}").files]
+
+    assert names("*.txt") == ["link.txt"] and names("**/*.md") == ["away/x.md"]
+    assert names("**/deep/*.gz") == names("d*/**/L*") == ["deep/Lines.JSONL.gz"]
+    assert names("deep/**/L*") == ["Lines.JSONL.gz"]
+    assert names(".hid*") == [".hidden.txt"] and names(".git/**/*.txt") == ["config.txt"]
+    with pytest.raises(UserError, match="no document found"):
+        names("**/deep/*.md")
+
+
 def test_a_file_that_is_gone_is_named(corpus):
     found = find_documents(corpus)
     (corpus / "b.txt").unlink()
