@@ -31,11 +31,11 @@ from absl import flags
 from tqdm import tqdm
 
 from ttt_e2e.checkpoints.steps import saved_steps
-from ttt_e2e.errors import EXIT_REQUEUE, UserError
+from ttt_e2e.errors import EXIT_REQUEUE, JSON_ERRORS, UserError
 from ttt_e2e.flags import parse
 from ttt_e2e.outputs import check_directory, is_of_the_disk, writing
 from ttt_e2e.runs.directory import write_config
-from ttt_e2e.runs.files import replace_text
+from ttt_e2e.runs.files import read_json, replace_text
 from ttt_e2e.runs.secrets import redact
 from ttt_e2e.sweep import Point, check_unchanged, make_points, seems_whole
 
@@ -108,7 +108,7 @@ def _write(spec: str, overrides: list[str], points: list[Point], output: Path) -
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
     path, names = output / "sweep.json", {point.name for point in points}
-    before = json.loads(path.read_text())["points"] if path.exists() else []
+    before = read_json(path).get("points", []) if path.exists() else []
     entries = [entry for entry in before if entry["name"] not in names]
     entries += [{"name": point.name, "overrides": point.overrides} for point in points]
     manifest = {"config": spec, "overrides": [redact(override) for override in overrides], "points": entries}
@@ -131,7 +131,7 @@ def state_of(point: Point, active: set[str] | None) -> str:
     if _is_finished(point):
         return "finished"
     if (point.workdir / "submitted.json").exists():
-        job = json.loads((point.workdir / "submitted.json").read_text())["job"]
+        job = read_json(point.workdir / "submitted.json").get("job")
         if not job or active is None or job in active:
             return "submitted"
     if _is_locked(point):
@@ -207,7 +207,7 @@ def _holder(point: Point) -> dict:
     path = point.workdir / "sweep.lock"
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # not locked, or cut short by a kill
+    except (FileNotFoundError, *JSON_ERRORS):  # not locked, or cut short by a kill
         return {}
 
 

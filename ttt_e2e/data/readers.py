@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import JSON_ERRORS, UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 COMPRESSIONS = (".gz", ".zst")
@@ -164,7 +164,7 @@ def _read_json_lines(file: BinaryIO, path: Path, name: str, text_field: str) -> 
             continue
         try:
             record = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
+        except JSON_ERRORS as error:
             yield BadRecord(f"{path}:{number}: not a line of JSON in UTF-8 ({error})")
             continue
         text = record

@@ -9,6 +9,7 @@ import logging
 
 from etils import epath
 
+from ttt_e2e.errors import JSON_ERRORS
 from ttt_e2e.outputs import writing
 from ttt_e2e.runs.files import replace_text
 
@@ -91,7 +92,7 @@ def _whole_lines(path: epath.Path) -> list[dict]:
     for line in lines:
         try:
             value = json.loads(line)
-        except ValueError:
+        except JSON_ERRORS:
             break
         if not isinstance(value, dict):
             break

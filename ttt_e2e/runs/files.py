@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import JSON_ERRORS, UserError
 from ttt_e2e.outputs import writing
 
 
@@ -32,7 +32,7 @@ def parse_json(text: str, where):
     """Parses JSON. Raises `UserError` if it is not valid; the message begins with `where`, the place it is from."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # `json` raises these, also for too long numbers and too deep nesting
+    except JSON_ERRORS as error:
         raise UserError(f"{where} is not readable JSON: {error}") from None
 
 
