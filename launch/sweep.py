@@ -31,7 +31,7 @@ from absl import flags
 from ttt_e2e import streams
 from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.cluster.signals import GRACE_SECONDS, STOP_SIGNALS
-from ttt_e2e.errors import EXIT_REQUEUE, UserError
+from ttt_e2e.errors import EXIT_REQUEUE, JSON_ERRORS, UserError
 from ttt_e2e.flags import parse
 from ttt_e2e.outputs import check_directory, is_of_the_disk, writing
 from ttt_e2e.progress import progress_bar
@@ -123,7 +123,7 @@ def _write(spec: str, overrides: list[str], points: list[Point], output: Path) -
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
     path, names = output / "sweep.json", {point.name for point in points}
-    before = json.loads(path.read_text())["points"] if path.exists() else []
+    before = read_json(path).get("points", []) if path.exists() else []
     entries = [entry for entry in before if entry["name"] not in names]
     entries += [{"name": point.name, "overrides": point.overrides} for point in points]
     manifest = {"config": spec, "overrides": [redact(override) for override in overrides], "points": entries}
@@ -230,7 +230,7 @@ def _holder(point: Point) -> dict:
     """{"pid", "host"} of the launcher that locked a point; {} if none is recorded."""
     try:
         holder = json.loads((point.workdir / "sweep.lock").read_bytes())
-    except (FileNotFoundError, ValueError):  # not locked, or cut short by a kill
+    except (FileNotFoundError, *JSON_ERRORS):  # not locked, or cut short by a kill
         return {}
     return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
 

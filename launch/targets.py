@@ -11,7 +11,6 @@ Started again, it leaves out those that have a result. What the output directory
     tables.md, *.png        tables and plot of all results there (docs/targets.md)
 """
 
-import json
 import logging
 import re
 import subprocess
@@ -27,6 +26,7 @@ from ttt_e2e import streams
 from ttt_e2e.bench import target_tables
 from ttt_e2e.errors import UserError
 from ttt_e2e.flags import load_config_file, parse
+from ttt_e2e.runs.files import parse_json, read_text
 
 logger = logging.getLogger("ttt_e2e.targets")
 
@@ -132,7 +132,8 @@ def climb(ladder: list[Case], output: Path, match: str = "") -> str:
         directory = output / case.name
         if not (directory / "results.json").exists() and not compile_case(case, directory):
             return case.name
-        if json.loads((directory / "results.json").read_text())[0]["fits"]:
+        results = directory / "results.json"
+        if parse_json(read_text(results), results)[0]["fits"]:
             return ""
     return ""
 

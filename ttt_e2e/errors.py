@@ -2,6 +2,8 @@
 
 import os
 
+# What `json` raises for a text that is none, and for numbers too long and nesting too deep to read.
+JSON_ERRORS = (ValueError, RecursionError)
 EXIT_REQUEUE = os.EX_TEMPFAIL  # 75: exit code that asks a launcher to start the command again
 
 

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ttt_e2e.config import Config, default_config, from_config_dict, suggestion, to_dict
-from ttt_e2e.errors import UserError, first_line
+from ttt_e2e.errors import JSON_ERRORS, UserError, first_line
 
 
 def parse(
@@ -77,12 +77,11 @@ def load_config_file(spec: str) -> ConfigDict:
 def _load_json(path: str) -> ConfigDict:
     """Reads the config of a `config.json`. Raises `UserError` if there is none, or it is damaged."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        return ConfigDict(to_dict(from_config_dict(json.loads(Path(path).read_text(encoding="utf-8"))))).lock()
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise UserError(f"config file {path} is not readable JSON: {error}") from None
-    return ConfigDict(to_dict(from_config_dict(values))).lock()
 
 
 def load_sweep(spec: str) -> dict[str, list]:

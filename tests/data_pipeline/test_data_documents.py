@@ -1,10 +1,11 @@
 import gzip
 import itertools
 import json
+import os
 
 import pytest
 
-from ttt_e2e.data.documents import find_documents, standard_library
+from ttt_e2e.data.documents import counted, find_documents, standard_library
 from ttt_e2e.data.readers import Document
 from ttt_e2e.errors import UserError
 
@@ -83,6 +84,98 @@ def test_nothing_found(tmp_path):
     for spec in (tmp_path / "absent", tmp_path / "empty", tmp_path / "*.txt"):
         with pytest.raises(UserError, match=r"no document found; legal: 'stdlib', or .*\.txt \.md"):
             find_documents(spec)
+
+
+@pytest.fixture
+def with_irregular(corpus):
+    """Broken links, links to one another, and a pipe that nobody writes to."""
+    (corpus / "dangling.txt").symlink_to("absent.txt")
+    (corpus / "loop.txt").symlink_to("pool.txt")
+    (corpus / "pool.txt").symlink_to("loop.txt")
+    os.mkfifo(corpus / "pipe.txt")
+    return corpus
+
+
+@pytest.mark.parametrize("spec", ["{}", "{}/**/*.txt*"])
+def test_what_is_no_file_is_left_out_and_counted(spec, with_irregular):
+    found = find_documents(spec.format(with_irregular))
+    assert {"b.txt", "deep/c.txt.gz"} <= {document.name for document in found}
+    numbers = {name: number for name, number in found.left_out.items() if name != ".png"}
+    assert numbers == {"broken link": 3, "pipe, socket or device": 1}
+    assert "3 x broken link, 1 x pipe, socket or device" in counted(found.left_out)
+    assert sum(found.sizes()) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("dangling.txt", "broken link"), ("loop.txt", "broken link"), ("pipe.txt", "pipe")]
+)
+def test_what_is_no_file_is_refused_by_name(name, what, with_irregular):
+    with pytest.raises(UserError, match=rf"{name}': is a {what}.*; legal: 'stdlib'"):
+        find_documents(with_irregular / name)
+
+
+@pytest.fixture
+def with_links(tmp_path):
+    """Links to a file and to directories, one to where it is itself; hidden files and directories; upper case."""
+    root = tmp_path / "links"
+    put(root / "BOOK.TXT", "book")
+    put(root / "deep/Lines.JSONL.gz", json_lines("line"))
+    put(root / ".hidden.txt", "hidden")
+    put(root / ".git/config.txt", "hidden")
+    put(tmp_path / "elsewhere/x.md", "x")
+    put(tmp_path / "file.txt", "file")
+    (root / "link.txt").symlink_to(tmp_path / "file.txt")
+    (root / "away").symlink_to(tmp_path / "elsewhere")
+    (root / "deep/again").symlink_to(root)
+    (root / "deep/away").symlink_to(tmp_path / "elsewhere")
+    return root
+
+
+@pytest.mark.parametrize("spec", ["{}", "{}/**/*", "{}/**"])
+def test_directories_and_globs_find_the_same(spec, with_links):
+    found = find_documents(spec.format(with_links))
+    names = ["BOOK.TXT", "away/x.md", "deep/Lines.JSONL.gz", "link.txt"]
+    assert [name for _, name in found.files] == names and found.left_out == {"hidden": 2}
+    assert [document.text for document in found] == ["book", "x", "line", "file"]
+
+
+def test_a_file_that_two_links_name_is_read_once(with_links):
+    (with_links / "other.txt").symlink_to("link.txt")
+    assert [name for _, name in find_documents([with_links / "link.txt", with_links / "other.txt"]).files] == [
+        "link.txt"
+    ]
+
+
+def test_what_a_pattern_names_is_found(with_links):
+    def names(pattern):
+        return [name for _, name in find_documents(f"{with_links}/{pattern}").files]
+
+    assert names("*.txt") == ["link.txt"] and names("**/*.md") == ["away/x.md"]
+    assert names("**/deep/*.gz") == names("d*/**/L*") == ["deep/Lines.JSONL.gz"]
+    assert names("deep/**/L*") == ["Lines.JSONL.gz"]
+    assert names(".hid*") == [".hidden.txt"] and names(".git/**/*.txt") == ["config.txt"]
+    with pytest.raises(UserError, match="no document found"):
+        names("**/deep/*.md")
+
+
+def test_a_file_that_is_gone_is_named(corpus):
+    found = find_documents(corpus)
+    (corpus / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"b.txt: cannot be read \(No such file"):
+        found.sizes()
+
+
+def test_a_directory_that_cannot_be_read_is_named(corpus, monkeypatch):
+    scan = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "deep":
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"deep: cannot be read \(Permission denied\)"):
+        find_documents(corpus)
 
 
 def test_unsupported_suffix(corpus):

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import shutil
 
 import numpy as np
@@ -277,6 +278,19 @@ def test_an_input_of_short_documents_is_refused_before_it_is_tokenized(
     with pytest.raises(UserError, match=f"min_tokens 200: leaves no document for the split '{which}'"):
         run(inputs[0], output, tokenizer.format(tmp_path / "any"), val_input=str(inputs[1]), min_tokens=200)
     assert not list(output.parent.iterdir())
+
+
+@pytest.mark.parametrize("name", ["pipe.model", "pipe.json"])
+def test_a_pipe_is_no_tokenizer(name, corpus, output, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name}': is no file; legal"):
+        run(corpus, output, tmp_path / name)
+
+
+def test_editors_lock_files_are_left_out(corpus, output):
+    (corpus / "#lock.txt").symlink_to("user@host.1234:5678")
+    assert run(corpus, output)["left_out"]["files"] == {"broken link": 1}
+    assert run(corpus, output)["already_prepared"]
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_several_inputs(tmp_path):
 def test_files_that_are_left_out_are_counted_by_suffix(tmp_path):
     for name in ("a.txt", "b.png", "c.png", "d.csv.gz", "e", "f.parquet.gz"):
         (tmp_path / name).write_text("text")
-    assert find_documents(tmp_path).left_out == {"": 1, ".csv.gz": 1, ".parquet.gz": 1, ".png": 2}
+    assert find_documents(tmp_path).left_out == {"no suffix": 1, ".csv.gz": 1, ".parquet.gz": 1, ".png": 2}
     (tmp_path / "a.txt").unlink()
     assert "no document found (but 2 files of .png, 1 file of .csv.gz" in refusal(tmp_path)
 

@@ -3,13 +3,12 @@
 The results are in directories CONFIG@TARGET@MESH (launch/targets.py); CONFIG is SIZE-KIND-CONTEXT.
 """
 
-import json
 from pathlib import Path
 
 from ttt_e2e.bench import table
 from ttt_e2e.errors import UserError
 from ttt_e2e.figures import COLORS, STYLE, make_figure, require_matplotlib
-from ttt_e2e.runs.files import replace_text, replacing
+from ttt_e2e.runs.files import parse_json, read_text, replace_text, replacing
 from ttt_e2e.targets.bound import SHARE
 
 GIB = 2**30
@@ -46,7 +45,7 @@ def read(directory: Path) -> list[dict]:
     """
     candidates = {}
     for path in sorted(directory.glob("*@*@*/results.json")):
-        row = json.loads(path.read_text())[0] | {"config": path.parent.name.partition("@")[0]}
+        row = parse_json(read_text(path), path)[0] | {"config": path.parent.name.partition("@")[0]}
         row["num_devices"] = _product(row["mesh"])
         candidates.setdefault((row["config"], row["target"].partition(":")[0]), []).append(row)
     if not candidates:

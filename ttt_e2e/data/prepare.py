@@ -179,8 +179,8 @@ def _files_digest(corpus: Corpus, held_out: Corpus | None, tokenizer: str) -> st
     """Digest, 16 hex digits, of the names and sizes of the document files, and of the tokenizer's files."""
     digest = hashlib.blake2b(digest_size=8)
     for each in filter(None, (corpus, held_out)):
-        for path, name in each.files:
-            digest.update(f"{name}\0{path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+        for (_, name), size in zip(each.files, each.sizes()):
+            digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
     if not tokenizer.startswith("train:"):
         for file in files_of(tokenizer):
             digest.update(file.read_bytes())
@@ -336,7 +336,7 @@ def _encode_in_worker(task: list[tuple[str, str]]) -> list[tuple[str, np.ndarray
 def _executor(model: str, corpus: Corpus, num_workers: int) -> contextlib.AbstractContextManager[Executor | None]:
     """Starts the worker processes that tokenize; gives None where this process does it alone."""
     # Encoding as bytes costs less than sending a text to a worker.
-    if num_workers < 2 or model == "bytes" or corpus.num_bytes() < _MIN_PARALLEL_BYTES:
+    if num_workers < 2 or model == "bytes" or sum(corpus.sizes()) < _MIN_PARALLEL_BYTES:
         return contextlib.nullcontext()
     # Not "fork": the parent may run the threads of JAX.
     context = multiprocessing.get_context("spawn")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import JSON_ERRORS, UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 COMPRESSIONS = (".gz", ".zst")
@@ -43,8 +43,11 @@ class BadRecord:
 
 
 def kind(name: str) -> str:
-    """The suffix that says how to read a file, without that of a compression; "" where it is not supported."""
-    plain = Path(name)
+    """The suffix that says how to read a file, without that of a compression; "" where it is not supported.
+
+    In lower case: `BOOK.TXT` is a text file.
+    """
+    plain = Path(name.lower())
     if plain.suffix in COMPRESSIONS:
         plain = plain.with_suffix("")
         return plain.suffix if plain.suffix in TEXT_SUFFIXES else ""
@@ -53,7 +56,7 @@ def kind(name: str) -> str:
 
 def suffix(name: str) -> str:
     """What `name` ends in, with the suffix of a compression where there is one: ".csv.gz", or "" for none."""
-    path = Path(name)
+    path = Path(name.lower())
     return Path(path.stem).suffix + path.suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
@@ -73,7 +76,7 @@ def read(path: Path, name: str, text_field: str) -> Iterator[Document | BadRecor
             else:
                 yield _read_whole(file, path, name)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix, "")
+        compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower(), "")
         raise UserError(f"{path}: damaged {compression} file ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -81,9 +84,9 @@ def read(path: Path, name: str, text_field: str) -> Iterator[Document | BadRecor
 
 def _open(path: Path) -> BinaryIO:
     """Opens a file for reading what it holds, decompressed."""
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         return io.BufferedReader(_ZstdFile(path), _READ_BYTES)
     return path.open("rb")
 
@@ -161,7 +164,7 @@ def _read_json_lines(file: BinaryIO, path: Path, name: str, text_field: str) -> 
             continue
         try:
             record = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
+        except JSON_ERRORS as error:
             yield BadRecord(f"{path}:{number}: not a line of JSON in UTF-8 ({error})")
             continue
         text = record

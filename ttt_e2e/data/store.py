@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import JSON_ERRORS, UserError
 from ttt_e2e.strict_json import to_json
 
 LEGAL_PATHS = "a directory made by `ttt-e2e prepare`, or the gs:// or s3:// URL of a Zarr v3 group of such a layout"
@@ -213,7 +213,7 @@ def read_attributes(path: str | os.PathLike) -> dict[str, Any]:
         for name, kind in _ATTRIBUTES.items():
             if name in attributes and type(attributes[name]) is not kind:
                 raise ValueError(f"attribute {name} is {attributes[name]!r}, but it takes {kind.__name__}")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:  # what `json` and indexing raise
+    except (*JSON_ERRORS, KeyError, AttributeError, TypeError) as error:  # what `json` and indexing raise
         raise UserError(f"{path}/zarr.json: damaged metadata ({error}); legal: {LEGAL_PATHS}") from None
     return attributes
 
@@ -235,6 +235,10 @@ def _open_array(path: str, split: str, context: ts.Context) -> ts.TensorStore:
     metadata = _read_key(path, f"{split}/zarr.json")
     if metadata is None:
         raise UserError(f"{path}: no split {split!r}; it has {', '.join(_splits(path)) or 'none at all'}")
+    try:
+        json.loads(metadata)  # TensorStore ends the process where it is nested too deep
+    except JSON_ERRORS as error:
+        raise UserError(f"{where}: damaged metadata ({error})") from None
     spec = {
         "driver": "zarr3",
         "kvstore": _kvstore(path, split),

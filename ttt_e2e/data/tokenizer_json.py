@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from ttt_e2e.data.pieces import cut
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import JSON_ERRORS, UserError
 
 CONFIG_NAME = "tokenizer_config.json"
 
@@ -157,7 +157,7 @@ def _config_beside(path: epath.Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(_read(beside))
-    except ValueError as error:
+    except JSON_ERRORS as error:
         raise UserError(f"tokenizer {path}: {CONFIG_NAME} beside it is no JSON ({error})") from None
     return config if isinstance(config, dict) else {}
 

@@ -187,6 +187,8 @@ def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
     """
     if spec == "bytes":
         return ByteTokenizer()
+    if os.path.exists(spec) and not os.path.isfile(spec):  # a pipe would be read for ever, and is read twice
+        raise UserError(f"tokenizer {os.fspath(spec)!r}: is no file; legal: {LEGAL_SPECS}")
     if os.fspath(spec).endswith(".model"):
         return SentencePieceTokenizer(spec)
     if os.fspath(spec).endswith(".json"):

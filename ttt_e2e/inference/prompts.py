@@ -9,7 +9,7 @@ from ttt_e2e.config import Config
 from ttt_e2e.data.mixture import recorded_tokenizer
 from ttt_e2e.data.store import check_range
 from ttt_e2e.data.tokenizers import Tokenizer, load_tokenizer
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import JSON_ERRORS, UserError
 
 
 def find_tokenizer(config: Config) -> Tokenizer:
@@ -83,7 +83,7 @@ def _prompt_of(line: str, where: str) -> str:
     """Reads the prompt of one JSON line. Raises `UserError`, naming `where`, if it has none."""
     try:
         prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
+    except (*JSON_ERRORS, KeyError, TypeError):
         prompt = None
     if not isinstance(prompt, str):
         raise UserError(f"{where}: expected a JSON object with a string in the field 'prompt'")

@@ -19,7 +19,7 @@ from ttt_e2e.checkpoints.digests import digests
 from ttt_e2e.checkpoints.progress import DamagedError
 from ttt_e2e.checkpoints.restore import restore_tree, stored_shapes
 from ttt_e2e.config import each_field, from_config_dict, to_dict
-from ttt_e2e.errors import UserError, first_line
+from ttt_e2e.errors import JSON_ERRORS, UserError, first_line
 from ttt_e2e.inference import older_state
 from ttt_e2e.inference.reader import Reader, ReaderState
 from ttt_e2e.model.parameters import parameter_name
@@ -126,7 +126,7 @@ def read_about(path) -> dict:
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path.resolve() / "about")
-    except (OSError, ValueError) as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise UserError(f"state {path} is damaged: {str(error).splitlines()[0]}") from error
 
 

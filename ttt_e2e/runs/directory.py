@@ -12,7 +12,7 @@ from etils import epath
 
 from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.config import Config, from_config_dict, to_dict
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import JSON_ERRORS, UserError
 from ttt_e2e.outputs import writing
 from ttt_e2e.runs.files import read_json, read_text, replace_text
 from ttt_e2e.runs.resume import check_resume, log_changes
@@ -92,7 +92,7 @@ def load_config(workdir) -> Config:
     values = read_json(path)
     try:
         return from_config_dict(values)
-    except UserError as error:
+    except (UserError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
@@ -140,7 +140,7 @@ def first_start(workdir) -> float:
     try:
         start = json.loads(read_text(path).split("\n", 1)[0])
         return float(calendar.timegm(time.strptime(start["time"], TIME_FORMAT)))
-    except (UserError, ValueError, KeyError, TypeError):
+    except (UserError, *JSON_ERRORS, KeyError, TypeError):
         return time.time()
 
 
@@ -153,7 +153,7 @@ def _warn_of_other_code(directory, before: str, start: dict) -> None:
         last = json.loads(before.splitlines()[-1])
         versions = {name: (last[name], start[name]) for name in ("revision", "jax")}
         diffs = [read_text(directory / line["diff"]) if line["diff"] else "" for line in (last, start)]
-    except (IndexError, KeyError, TypeError, ValueError, UserError):  # no start before, or its record is damaged
+    except (IndexError, KeyError, TypeError, *JSON_ERRORS, UserError):  # no start before, or its record is damaged
         return
     for name, (theirs, ours) in versions.items():
         if ours != theirs:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import JSON_ERRORS, UserError
 from ttt_e2e.outputs import writing
 
 
@@ -35,7 +35,7 @@ def parse_json(text: str, where):
     """
     try:
         return json.loads(text, parse_constant=lambda _: None)
-    except (ValueError, RecursionError) as error:  # `json` raises these, also for too long numbers and too deep nesting
+    except JSON_ERRORS as error:
         raise UserError(f"{where} is not readable JSON: {error}") from None
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ttt_e2e import targets
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import JSON_ERRORS, UserError
 from ttt_e2e.kernels.attention import problems, trials
 from ttt_e2e.kernels.attention.backends import REGISTRY
 from ttt_e2e.kernels.attention.problems import Problem
@@ -151,7 +151,7 @@ def _read(file: Path) -> dict[str, str]:
         versions, verdicts = content["versions"], dict(content["verdicts"])
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, *JSON_ERRORS, KeyError, TypeError) as error:
         logger.warning("%s is damaged and will be written anew: %r", file, error)
         return {}
     if versions != _versions():
