@@ -27,7 +27,7 @@ def get_config(arg: str = ""):
     config = load_config_file(f"{start}/config.json")
     config.train.update(init_from=start, base=base, seq_len=2048, global_batch_size=8, num_steps=1000)
     # What is new learns faster than what was trained before, and inner steps begin small.
-    config.optimizer.update(learning_rate=1e-4, end_learning_rate=1e-5, warmup_steps=20, decay_steps=0, fast_rate=30.0)
+    config.optimizer.update(learning_rate=1e-4, end_learning_rate=1e-5, warmup_steps=20, decay_steps=0, fast_rate=100.0)
     config.optimizer.weight_decay = 0.0
     config.inner.update(learning_rate=1.0, clip_norm=1.0, warmup_steps=100, warmup_init=0.0)
     config.inner.mini_batch_size = 256 if config.model.num_fast_blocks else config.train.seq_len

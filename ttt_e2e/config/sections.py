@@ -137,8 +137,8 @@ class ModelConfig:
     fast_intermediate_size: int = field(0, "width of the fast MLPs; 0 = `intermediate_size`.", least=1)
     fast_layer_scale: float = field(
         0.0,
-        "initial value of a learned scale of each channel of the fast MLPs' output; 0 = no such scale. A small one "
-        "keeps inner steps small in a model that was not trained for them.",
+        "initial value of a number, learned in each block, that multiplies the output of its fast MLP; 0 = none. A "
+        "small one keeps inner steps small in a model that was not trained for them.",
         least=0,
     )
     compute_dtype: str = field(

@@ -15,8 +15,9 @@ class Block(nnx.Module):
     """Runs a mixer, then in a suffix block the fast MLP, then the slow MLP: each `x += post_norm(f(pre_norm(x)))`.
 
     Without `config.post_norm` there is no post-norm. With `config.fast_layer_scale`, the fast MLP's output is
-    multiplied by a learned scale of each channel (LayerScale, arXiv 2103.17239). Before them, an Engram if the block
-    has one: `x += engram(x)`.
+    multiplied by a learned number (as by LayerScale, arXiv 2103.17239, but one for all channels: each of these alone
+    would have a gradient of mostly noise, by which Adam does not find that all should grow). Before them, an Engram if
+    the block has one: `x += engram(x)`.
 
     It has those methods of `Mixer` that make and change a State. Without Engram the State is the mixer's; with one,
     State, Entry, Log and Draft are {"engram": that of the Engram, "mixer": that of the mixer}.
@@ -45,7 +46,7 @@ class Block(nnx.Module):
             if config.post_norm:
                 setattr(self, f"{name}_post_norm", RMSNorm(config.hidden_size, config))
         scale = config.fast_layer_scale if fast else 0
-        self.fast_mlp_scale = vector(jnp.full(config.hidden_size, scale), config) if scale else None
+        self.fast_mlp_scale = vector(jnp.full(1, scale), config) if scale else None
         self.engram = None if engram is None else Engram(config, rngs, block=engram)
         self.kind, self.label = mixer, mixer_layer.label
         self.fast, self.segment, self.post_norm = fast, segment, config.post_norm
@@ -142,6 +143,6 @@ class Block(nnx.Module):
         if self.post_norm:
             y_TD = compute.apply(getattr(self, f"{layer}_post_norm"), y_TD)
         if layer == "fast_mlp" and self.fast_mlp_scale is not None:
-            scale_D = self.fast_mlp_scale[...].astype(x_TD.dtype)
-            y_TD = compute.apply(lambda y_TD: y_TD * scale_D, y_TD)
+            scale = self.fast_mlp_scale[...].astype(x_TD.dtype)
+            y_TD = compute.apply(lambda y_TD: y_TD * scale, y_TD)
         return compute.apply(jnp.add, x_TD, y_TD)
