@@ -11,6 +11,7 @@ from ttt_e2e.errors import UserError
 
 # In corpora of at most this many documents, the held-out ones are chosen from the list of all.
 _MAX_LISTED = 1024
+# More than tokens have: the beginning of a text that is encoded to see whether the text has enough of them.
 _CHARACTERS_PER_TOKEN = 64
 
 
