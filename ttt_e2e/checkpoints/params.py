@@ -9,6 +9,7 @@ from ttt_e2e.checkpoints.progress import load_progress, seal
 from ttt_e2e.checkpoints.restore import check_shapes, restore_item
 from ttt_e2e.checkpoints.steps import find_step
 from ttt_e2e.errors import UserError
+from ttt_e2e.paths import absolute
 
 
 def load_params(path, abstract_params):
@@ -37,7 +38,7 @@ def save_params(directory, params, progress: dict) -> epath.Path:
     Raises:
       UserError: the directory is not empty.
     """
-    directory = epath.Path(directory).resolve()
+    directory = absolute(directory)
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"output {directory} already exists and is not empty: remove it or choose another")
     with ocp.CheckpointManager(directory) as manager:

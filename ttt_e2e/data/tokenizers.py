@@ -18,6 +18,7 @@ from etils import epath
 from ttt_e2e.data.pieces import cut
 from ttt_e2e.data.tokenizer_json import CONFIG_NAME, JsonTokenizer, is_tiktoken
 from ttt_e2e.errors import UserError
+from ttt_e2e.paths import check, in_bucket
 
 LEGAL_SPECS = "'bytes' or the path of a SentencePiece model ending in '.model', or of a tokenizer.json"
 
@@ -179,6 +180,8 @@ def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
     """
     if spec == "bytes":
         return ByteTokenizer()
+    if in_bucket(spec):
+        check("tokenizer", os.fspath(spec))
     if os.fspath(spec).endswith(".model"):
         return SentencePieceTokenizer(spec)
     if os.fspath(spec).endswith(".json"):

@@ -18,6 +18,7 @@ from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError, first_line
 from ttt_e2e.model import abstract_model
 from ttt_e2e.model.parameters import parameter_name
+from ttt_e2e.paths import absolute
 
 _BLOCKS = "language_model.model.h.blocks."
 _FAST = "language_model.model.h.prime_storage."
@@ -135,7 +136,7 @@ def _stack_depth(leaves, stack: str) -> int:
 
 def _find_weights(checkpoint) -> epath.Path:
     """Directory of the parameters: the path itself, or those of its newest step. Raises `UserError` for none."""
-    path = epath.Path(checkpoint).resolve()
+    path = absolute(checkpoint)
     if path.is_dir():
         steps = [path / str(step) for step in reversed(saved_steps(path))]
         for candidate in (path, *(directory / "model_weights" for directory in (path, *steps))):

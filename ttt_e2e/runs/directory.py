@@ -13,6 +13,7 @@ from etils import epath
 from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.config import Config, from_config_dict, to_dict
 from ttt_e2e.errors import UserError
+from ttt_e2e.paths import absolute
 from ttt_e2e.runs.files import read_json, read_text, replace_text
 from ttt_e2e.runs.resume import check_resume
 from ttt_e2e.runs.secrets import find_secrets, redact
@@ -61,7 +62,7 @@ def find_run(path) -> epath.Path:
     Raises:
       UserError: neither it nor the two directories above have a `config.json`.
     """
-    path = epath.Path(path).resolve()
+    path = absolute(path)
     for directory in (path, path.parent, path.parent.parent):  # WORKDIR/checkpoints/STEP
         if (directory / "config.json").exists():
             return directory

@@ -1,10 +1,14 @@
 """Writes files whole or not at all, and reads text and JSON that a disk, an editor or a kill may have damaged."""
 
 import json
+import time
 
 from etils import epath
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.paths import in_bucket
+
+SECONDS_BETWEEN_WRITES = 30.0  # of a file of lines in a bucket
 
 
 def read_text(path) -> str:
@@ -44,6 +48,46 @@ def replace_text(path, text: str) -> None:
 def replace_bytes(path, contents: bytes) -> None:
     """Writes a file, whole or not at all."""
     path = epath.Path(path)
+    if in_bucket(path):  # objects are written whole, and renaming one would copy it
+        path.write_bytes(contents)
+        return
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_bytes(contents)
     temporary.replace(path)
+
+
+class LinesFile:
+    """A file to which a program adds lines while it runs.
+
+    On disk, they are there at once. Objects in a bucket cannot grow: there, the file is written anew, whole, by `flush`
+    and `close`, and by `add` if the last time was `SECONDS_BETWEEN_WRITES` ago.
+    """
+
+    def __init__(self, path, lines: list[str]):
+        """Begins the file with these lines, in place of one that is there. A line includes its line end."""
+        self._path, self._lines, self._file = epath.Path(path), list(lines), None
+        self.flush()
+        if not in_bucket(path):
+            self._file, self._lines = self._path.open("a", encoding="utf-8"), []
+
+    def add(self, lines: list[str]) -> None:
+        """Adds lines at the end."""
+        if self._file:
+            self._file.write("".join(lines))
+            self._file.flush()
+            return
+        self._lines += lines
+        if time.monotonic() - self._written > SECONDS_BETWEEN_WRITES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Returns when all lines are in the file."""
+        if not self._file:
+            replace_text(self._path, "".join(self._lines))
+            self._written = time.monotonic()
+
+    def close(self) -> None:
+        """Writes what is not written yet, and closes the file."""
+        self.flush()
+        if self._file:
+            self._file.close()
