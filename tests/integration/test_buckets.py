@@ -2,11 +2,13 @@
 
 import json
 import os
+import socket
 from contextlib import suppress
 
 import numpy as np
 import pytest
 from etils import epath
+from fsspec.asyn import AsyncFileSystem
 
 from tests.parity.golden import load_case
 from tests.test_cli import case_config_file
@@ -18,21 +20,25 @@ from ttt_e2e.config import to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.runs.metrics import read_metrics
 
-pytest.importorskip("gcsfs", reason="the extra gcs is not installed")
+gcsfs = pytest.importorskip("gcsfs", reason="the extra gcs is not installed")
 server = pytest.importorskip("gcp_storage_emulator.server", reason="gcp-storage-emulator is not installed")
 
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
     """The path of a bucket of an emulator in this process; no directory named `gs:` may be made in the working one."""
-    emulator = server.create_server("localhost", 0, in_memory=True, default_bucket="bucket")
+    with socket.create_server(("localhost", 0)) as probe:
+        port = probe.getsockname()[1]
+    emulator = server.create_server("localhost", port, in_memory=True, default_bucket="bucket")
     emulator.start()
-    url = f"http://localhost:{emulator._api._httpd.server_address[1]}"
+    url = f"http://localhost:{port}"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("working"))
         patch.setenv("STORAGE_EMULATOR_HOST", url)  # of gcsfs, and of Google's client, which Orbax uses
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks what the emulator does not know
+        # The emulator does not know how to move an object, but how to copy one.
+        patch.setattr(gcsfs.GCSFileSystem, "_mv_file", AsyncFileSystem._mv_file)
         paths.check("--workdir", "gs://bucket/runs")
         yield epath.Path("gs://bucket")
         assert os.listdir() == []
@@ -59,6 +65,18 @@ def test_a_run_in_a_bucket_is_saved_and_resumed(bucket, run):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     starts = (bucket / "run/starts.jsonl").read_text().splitlines()
     assert len(starts) == 2 and (bucket / "run/starts/2.json").exists()
+
+
+def test_a_damaged_step_is_set_aside_and_the_run_goes_on_from_the_one_before(bucket, run, caplog):
+    (params,) = (bucket / "run/checkpoints/6/params/d").iterdir()
+    whole = params.read_bytes()
+    params.write_bytes(whole[: len(whole) // 2])
+    assert main(["train", run, "--config.train.num_steps=6"]) == 0
+    assert saved_steps(bucket / "run/checkpoints") == [3, 6]
+    assert "set aside as gs://bucket/run/checkpoints/6.damaged; going back to step 3" in caplog.text
+    assert (bucket / "run/checkpoints/6.damaged/params/_METADATA").exists()
+    lines = [line["step"] for line in read_metrics(bucket / "run/metrics.jsonl") if "loss" in line]
+    assert lines == [1, 2, 3, 4, 5, 6]
 
 
 def test_steps_that_were_not_finished_are_no_steps(bucket, run):
