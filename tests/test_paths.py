@@ -66,6 +66,7 @@ REFUSED = {
     "train --config=gs://bucket/config.json --workdir=DIR": "--config is 'gs://bucket/config.json', but it must be a",
     "train --config=CONFIG --workdir=gs://bucket/run": "--workdir is 'gs://bucket/run', which needs the extra: pip",
     "train --config=CONFIG --workdir=DIR --config.train.init_from=gs://b/r": "config.train.init_from is 'gs://b/r', wh",
+    "report --workdirs=gs://me:hunter2@bucket/run --output=DIR": "--workdirs is 'gs://<redacted>@bucket/run', which",
     "bench mixers --output=gs://bucket/run": "--output is 'gs://bucket/run', which needs the extra",
 }
 

@@ -13,6 +13,7 @@ from ttt_e2e import paths, settings, streams
 from ttt_e2e.config import Config, suggestion, to_dict
 from ttt_e2e.errors import EXIT_REQUEUE, DivergedError, PreemptedError, UserError
 from ttt_e2e.flags import load_config_file, override, parse, string
+from ttt_e2e.runs.secrets import redact
 from ttt_e2e.strict_json import to_json
 
 # Flags that name files or directories, which may be in a bucket.
@@ -43,7 +44,7 @@ def _main(argv: list[str]) -> int:
         else:
             COMMANDS[argv[0]](argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return _leave(2)
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
