@@ -26,6 +26,7 @@ from ttt_e2e import streams
 from ttt_e2e.bench import target_tables
 from ttt_e2e.errors import UserError
 from ttt_e2e.flags import load_config_file, parse
+from ttt_e2e.paths import check_local
 from ttt_e2e.runs.files import parse_json, read_text
 
 logger = logging.getLogger("ttt_e2e.targets")
@@ -76,6 +77,7 @@ def _main(argv: list[str]) -> int:
     values, _ = parse(argv, _define, "launch/targets.py: compile the paper's configurations for absent accelerators.")
     if not values.output:
         raise UserError("--output is missing: a directory for the results")
+    check_local("--output", values.output)
     output = Path(values.output)
     if values.tables:
         print(target_tables.write(output))

@@ -4,8 +4,9 @@
 #     launch/tpu_pod.sh [--dry_run] NAME ZONE train --config=configs/paper.py:1b-e2e-8k --workdir=gs://BUCKET/runs/1b ...
 #
 # What follows NAME and ZONE is a command of ttt-e2e. Every host has this repository in ~/ttt-e2e (or $TTT_E2E_DIR), with
-# an environment in .venv; docs/sweeps.md says how it gets there. A run that was told to stop, and has saved, is started
-# again. Secrets: put them into the hosts' own environment; what stands on a command line shows in their process lists.
+# an environment in .venv with the extras `tpu` and `gcs`; docs/sweeps.md says how it gets there. A run that was told to
+# stop, and has saved, is started again. Secrets: put them into the hosts' own environment; what stands on a command line
+# shows in their process lists.
 set -euo pipefail
 
 dry_run=

@@ -9,14 +9,17 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from ttt_e2e import settings, streams
+from ttt_e2e import paths, settings, streams
 from ttt_e2e.cluster import signals
 from ttt_e2e.config import Config, suggestion, to_dict
 from ttt_e2e.errors import EXIT_REQUEUE, DivergedError, PreemptedError, UserError
 from ttt_e2e.flags import load_config_file, override, parse, string
 from ttt_e2e.outputs import check_directory, check_file, is_of_the_disk
+from ttt_e2e.runs.secrets import redact
 from ttt_e2e.strict_json import to_json
 
+# Flags that name files or directories, which may be in a bucket.
+PATHS = ("workdir", "workdirs", "checkpoint", "output", "prompt_file", "load_state", "save_state", "judge")
 _INPUTS = "a file, directory or glob of .txt .md .py .jsonl, plain, .gz or .zst, or of .parquet"
 
 
@@ -49,7 +52,7 @@ def _main(argv: list[str]) -> int:
         else:
             COMMANDS[argv[0]](argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return _leave(2)
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -119,7 +122,7 @@ def train(argv: list[str]) -> None:
         string(values, "workdir", "Run directory; a run that it holds is resumed.")
         _processes(values)
 
-    values, overrides = parse(argv, define, "ttt-e2e train: train a model, or resume its run.")
+    values, overrides = _parse(argv, define, "ttt-e2e train: train a model, or resume its run.")
     _require(values, "workdir")
     config = _resolve(values, overrides)
     is_main = _join(values)
@@ -143,7 +146,7 @@ def evaluate(argv: list[str]) -> None:
         evaluation.define(values)
         _processes(values)
 
-    values, overrides = parse(argv, define, "ttt-e2e evaluate: held-out loss of a checkpoint, or what it recalls.")
+    values, overrides = _parse(argv, define, "ttt-e2e evaluate: held-out loss of a checkpoint, or what it recalls.")
     config = _resolve(values, overrides)
     if not values.workdir:
         _require(values, "checkpoint", "output")
@@ -179,7 +182,7 @@ def generate(argv: list[str]) -> None:
         flags.DEFINE_integer("max_length", 0, "Tokens full attention has room for; 0 = as needed.", flag_values=values)
         string(values, "output", "File for results as JSON lines; default: stdout.")
 
-    values, overrides = parse(argv, define, "ttt-e2e generate: continue prompts, learning while reading them.")
+    values, overrides = _parse(argv, define, "ttt-e2e generate: continue prompts, learning while reading them.")
     config = _resolve(values, overrides)
     if not values.workdir:
         _require(values, "checkpoint")
@@ -224,7 +227,7 @@ def import_(argv: list[str]) -> None:
         for name, text in whole.items():
             flags.DEFINE_integer(name, 0, f"Of huggingface: {text}.", lower_bound=0, flag_values=values)
 
-    values, overrides = parse(argv, define, "ttt-e2e import: convert a checkpoint of another program.")
+    values, overrides = _parse(argv, define, "ttt-e2e import: convert a checkpoint of another program.")
     _require(values, "source", "checkpoint", "output")
     check_directory("output", values.output)
     if values.source == "huggingface":
@@ -235,6 +238,8 @@ def import_(argv: list[str]) -> None:
         from ttt_e2e.interop.additions import Additions
         from ttt_e2e.interop.huggingface import import_model
 
+        for name in ("checkpoint", "output"):
+            paths.check_local(f"--{name}", values[name].value)
         additions = Additions(*(values[name].value for name in Additions._fields))
         print(f"imported as {import_model(values.checkpoint, values.output, overrides, additions)}")
         return
@@ -252,8 +257,9 @@ def export(argv: list[str]) -> None:
         _trained_model(values)
         string(values, "output", "Directory to write.")
 
-    values, overrides = parse(argv, define, "ttt-e2e export: write a model in the form of another program.")
+    values, overrides = _parse(argv, define, "ttt-e2e export: write a model in the form of another program.")
     _require(values, "target", "output")
+    paths.check_local("--output", values.output)
     check_directory("output", values.output)
     config = _resolve(values, overrides)
     if not values.workdir:
@@ -272,7 +278,7 @@ def report(argv: list[str]) -> None:
         )
         string(values, "output", "Directory for the plots and report.html.")
 
-    values, _ = parse(argv, define, "ttt-e2e report: plots and a page of one or several runs.")
+    values, _ = _parse(argv, define, "ttt-e2e report: plots and a page of one or several runs.")
     _require(values, "workdirs", "output")
     check_directory("output", values.output)
     from ttt_e2e.evaluation.report import format_table, write_report
@@ -322,7 +328,7 @@ def bench(argv: list[str]) -> None:
             _config(values)
         bench_flags.define(values, run)
 
-    values, overrides = parse(argv[1:], define, f"ttt-e2e bench {name}: {inspect.getdoc(run)}")
+    values, overrides = _parse(argv[1:], define, f"ttt-e2e bench {name}: {inspect.getdoc(run)}")
     _require(values, "output")
     check_directory("output", values.output)
     subject = {}
@@ -352,6 +358,16 @@ def _help() -> str:
     """The text of `ttt-e2e --help`: usage, and a line for each command."""
     lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: ttt-e2e COMMAND --flag=value ...  (ttt-e2e COMMAND --help lists its flags)", *lines])
+
+
+def _parse(argv: list[str], define, usage: str) -> tuple[flags.FlagValues, list[str]]:
+    """Parses flags as `ttt_e2e.flags.parse`. Raises `UserError`, too, where a path is in a bucket out of reach."""
+    values, overrides = parse(argv, define, usage)
+    for name in (name for name in PATHS if name in values):
+        value = values[name].value or ""
+        for path in [value] if isinstance(value, str) else value:
+            paths.check(f"--{name}", path)
+    return values, overrides
 
 
 def _config(values: flags.FlagValues) -> None:
@@ -418,10 +434,17 @@ def _require(values: flags.FlagValues, *names: str) -> None:
 def _resolve(values: flags.FlagValues, overrides: list[str]) -> Config:
     """The config of --config, or else that of the run directory --workdir, with the overrides applied."""
     if values.config:
-        return override(load_config_file(values.config), overrides)
+        return _reachable(override(load_config_file(values.config), overrides))
     workdir = values["workdir"].value if "workdir" in values else ""
     if not workdir:
         raise UserError("--config is missing: give a config file, or the --workdir of a run")
     from ttt_e2e.runs.directory import load_config
 
-    return override(ConfigDict(to_dict(load_config(workdir))), overrides)
+    return _reachable(override(ConfigDict(to_dict(load_config(workdir))), overrides))
+
+
+def _reachable(config: Config) -> Config:
+    """The config itself. Raises `UserError` where a checkpoint that it names is in a bucket out of reach."""
+    for name in ("init_from", "base"):
+        paths.check(f"config.train.{name}", getattr(config.train, name))
+    return config

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ttt_e2e.config import Config, default_config, from_config_dict, suggestion, to_dict
 from ttt_e2e.errors import JSON_ERRORS, UserError, first_line
+from ttt_e2e.paths import check_local
 
 
 def parse(
@@ -61,6 +62,7 @@ def load_config_file(spec: str) -> ConfigDict:
     Raises:
       UserError: there is no such file, it raises an exception, or returns anything else.
     """
+    check_local("--config", spec)
     path, colon, arg = spec.partition(":")
     if path.endswith(".json"):
         return _load_json(path)

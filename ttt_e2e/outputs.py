@@ -9,7 +9,10 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
+
 from ttt_e2e.errors import UserError
+from ttt_e2e.paths import in_bucket, is_url
 
 # By these files other programs know that a directory is whole.
 _MARKS = ("zarr.json", "config.json")
@@ -24,7 +27,7 @@ def check_directory(flag: str, path: str | os.PathLike) -> None:
     URLs are not checked.
     """
     path = os.fspath(path)
-    if "://" in path:
+    if is_url(path):
         return
     place = os.path.realpath(os.path.expanduser(path))
     while not os.path.lexists(place):
@@ -37,8 +40,13 @@ def check_directory(flag: str, path: str | os.PathLike) -> None:
 
 
 def check_file(flag: str, path: str | os.PathLike) -> None:
-    """Raises UserError, naming `flag`, unless `path` is a file that can be written, or be made. Makes nothing."""
+    """Raises UserError, naming `flag`, unless `path` is a file that can be written, or be made. Makes nothing.
+
+    URLs are not checked.
+    """
     path = os.fspath(path)
+    if is_url(path):
+        return
     if os.path.isdir(path):
         raise UserError(f"--{flag} {path} is a directory, but it takes a file")
     if not os.path.exists(path):
@@ -60,7 +68,7 @@ def check_free(output: str | os.PathLike) -> None:
 
 def is_free(output: str | os.PathLike) -> bool:
     """Whether nothing is at `output`, or an empty directory."""
-    output = Path(output)
+    output = epath.Path(output)
     return not output.exists() or (output.is_dir() and not _contents(output))
 
 
@@ -75,12 +83,18 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_directory(output: str | os.PathLike) -> Iterator[Path]:
+def new_directory(output: str | os.PathLike) -> Iterator[Path | epath.Path]:
     """Gives a new directory that is `output` when the `with` block ends, and is removed if an exception ends it.
 
     An empty directory that is at `output` is filled, as it may be a link or a mount point; so is one that a link only
     names. Raises UserError where it cannot be written, or `output` is not free at the end.
+
+    In a bucket, where nothing can be renamed, it is `output` from the beginning, and nothing is removed.
     """
+    if in_bucket(output):
+        with writing(output):
+            yield epath.Path(output)
+        return
     target = Path(os.path.realpath(output))
     fills = target.is_dir()
     parent = target if fills else target.parent
@@ -103,6 +117,6 @@ def new_directory(output: str | os.PathLike) -> Iterator[Path]:
             raise
 
 
-def _contents(directory: Path) -> list[Path]:
+def _contents(directory: Path | epath.Path) -> list[Path | epath.Path]:
     """What is in a directory."""
     return [path for path in directory.iterdir() if path.name != _NOT_COUNTED]

@@ -18,6 +18,7 @@ from ttt_e2e.figures import COLORS, STYLE, make_figure, require_matplotlib
 from ttt_e2e.model import abstract_model, abstract_transformer
 from ttt_e2e.model.parameters import parameter_name
 from ttt_e2e.progress import progress_bar
+from ttt_e2e.runs.files import replacing
 from ttt_e2e.train.batches import HeldOut, check_batch, held_out_loss, open_store
 from ttt_e2e.train.steps import make_eval_step
 
@@ -72,7 +73,8 @@ def run(output, config: Config, checkpoint, *, rates=RATES, num_fast_blocks: int
         rows.append(row | _losses(found, rows))
     shown = [row | ({"loss": "diverged"} if row["loss"] is None else {}) for row in rows]
     print(table.write(output, rows, "Inner learning rate", _notes(rows, own_rate), shown))
-    _draw(rows, own_rate).savefig(epath.Path(output) / FIGURE, dpi=150)
+    with replacing(epath.Path(output) / FIGURE) as file:
+        _draw(rows, own_rate).savefig(file, format="png", dpi=150)
     return rows
 
 

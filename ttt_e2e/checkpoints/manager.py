@@ -20,6 +20,7 @@ from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.cluster.agreement import barrier, fail_together
 from ttt_e2e.config import CheckpointConfig
 from ttt_e2e.errors import UserError, first_line
+from ttt_e2e.paths import absolute
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Checkpoints:
     """Saves, asynchronously, and restores the checkpoints of a run. All its processes must call the same methods."""
 
     def __init__(self, directory, config: CheckpointConfig):
-        self.directory = epath.Path(directory).resolve()
+        self.directory = absolute(directory)
         self._config = config
         self._manager = self._open()
         self._failures = 0  # in a row, since the last save that succeeded

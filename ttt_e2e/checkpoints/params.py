@@ -11,6 +11,7 @@ from ttt_e2e.checkpoints.restore import check_shapes, restore_item
 from ttt_e2e.checkpoints.steps import find_step
 from ttt_e2e.errors import UserError, first_line
 from ttt_e2e.outputs import check_free
+from ttt_e2e.paths import absolute
 
 
 def load_params(path, abstract_params):
@@ -39,7 +40,7 @@ def save_params(directory, params, progress: dict) -> epath.Path:
     Raises:
       UserError: the directory is not empty, or cannot be written.
     """
-    directory = epath.Path(directory).resolve()
+    directory = absolute(directory)
     check_free(directory)
     progress = seal(progress | {"arrays": digests({"params": params})})
     items = {"params": ocp.args.StandardSave(params), "progress": ocp.args.JsonSave(progress)}

@@ -3,6 +3,7 @@
 from etils import epath
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.paths import absolute
 
 
 def saved_steps(directory) -> list[int]:
@@ -17,16 +18,23 @@ def saved_steps(directory) -> list[int]:
     return sorted(step.step for step in ocp.path.step.standard_name_format().find_all(directory))
 
 
+def is_whole(path) -> bool:
+    """Whether Orbax finished what it saved in this directory."""
+    import orbax.checkpoint as ocp
+
+    return ocp.path.step.is_path_finalized(absolute(path))
+
+
 def find_step(path) -> epath.Path:
     """The step directory that a user's path refers to: itself, or the newest step in it, or in its `checkpoints`.
 
     Raises:
       UserError: there is no complete checkpoint.
     """
-    path = epath.Path(path).resolve()
+    path = absolute(path)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
-    if (path / "params").is_dir():
+    if (path / "params").is_dir() and is_whole(path):
         return path
     for directory in (path, path / "checkpoints"):
         if steps := saved_steps(directory):

@@ -12,6 +12,7 @@ from ttt_e2e.data.documents import Corpus
 from ttt_e2e.data.store import read_attributes, write_attributes
 from ttt_e2e.data.tokenizers import files_of
 from ttt_e2e.errors import UserError
+from ttt_e2e.paths import is_url
 
 SPLITS = ("train", "val")
 
@@ -56,7 +57,7 @@ def merged_attributes(stores: Sequence[str | os.PathLike], output: Path) -> dict
     """
     parts = {}
     for store in map(os.fspath, stores):
-        if "://" in store:
+        if is_url(store):
             raise UserError(f"merge {store}: legal: local directories; copy the parts and the merged store together")
         attributes = read_attributes(store)
         part = attributes.get("prepared_from", {}).get("part")

@@ -24,6 +24,7 @@ from ttt_e2e.data.store import TokenStore, TokenWriter, read_attributes, write_a
 from ttt_e2e.data.tokenizers import Tokenizer, files_of, load_tokenizer, train_sentencepiece
 from ttt_e2e.errors import UserError
 from ttt_e2e.outputs import is_free, new_directory
+from ttt_e2e.paths import is_url
 from ttt_e2e.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ def _fill(
 
 def _local_directory(output: str | os.PathLike) -> Path:
     """The absolute path of a local directory. Raises UserError for a URL."""
-    if "://" in os.fspath(output):
+    if is_url(output):
         raise UserError(f"output {os.fspath(output)}: legal: a local directory; copy the finished store to a bucket")
     return Path(os.fspath(output)).expanduser().absolute()
 

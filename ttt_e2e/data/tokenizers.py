@@ -18,6 +18,7 @@ from etils import epath
 from ttt_e2e.data.pieces import cut
 from ttt_e2e.data.tokenizer_json import CONFIG_NAME, JsonTokenizer, is_tiktoken
 from ttt_e2e.errors import UserError
+from ttt_e2e.paths import check, in_bucket
 
 LEGAL_SPECS = "'bytes' or the path of a SentencePiece model ending in '.model', or of a tokenizer.json"
 
@@ -187,6 +188,8 @@ def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
     """
     if spec == "bytes":
         return ByteTokenizer()
+    if in_bucket(spec):
+        check("tokenizer", os.fspath(spec))
     if os.path.exists(spec) and not os.path.isfile(spec):  # a pipe would be read for ever, and is read twice
         raise UserError(f"tokenizer {os.fspath(spec)!r}: is no file; legal: {LEGAL_SPECS}")
     if os.fspath(spec).endswith(".model"):

@@ -11,7 +11,7 @@ from etils import epath
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.outputs import writing
-from ttt_e2e.runs.files import parse_json, replace_text
+from ttt_e2e.runs.files import LinesFile, parse_json, replace_text
 from ttt_e2e.strict_json import to_json
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Records:
             if not lines:
                 self._result.unlink(missing_ok=True)  # it is a result of other records
             # The file is written again, as a killed process may have left half a line at its end.
-            replace_text(self._path, "".join(to_json(line) + "\n" for line in lines or [{"about": self.about}]))
+            self._file = LinesFile(self._path, [to_json(line) + "\n" for line in lines or [{"about": self.about}]])
         self.done = {self._key_of(record): record for record in lines[1:]}
         if self.done:
             logger.info("%s: going on after %d finished records", self._path, len(self.done))
@@ -65,8 +65,8 @@ class Records:
     def add(self, records: list[dict]) -> None:
         """Appends finished records to the file, and to `done`; in both, numbers that are not finite are None."""
         lines = [to_json(record) + "\n" for record in records]
-        with writing(self._path), self._path.open("a") as file:
-            file.write("".join(lines))
+        self._file.add(lines)
+        self._file.flush()
         self.done |= {self._key_of(record): record for record in map(json.loads, lines)}
 
     def finish(self, summary: dict) -> dict:
@@ -76,6 +76,7 @@ class Records:
         """
         diverged = self._diverged()
         result = to_json({**summary, **({"diverged": diverged} if diverged else {}), "about": self.about}, indent=2)
+        self._file.close()
         replace_text(self._result, result + "\n")
         return json.loads(result)
 

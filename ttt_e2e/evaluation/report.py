@@ -8,7 +8,8 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+
+from etils import epath
 
 from ttt_e2e.config import ModelConfig, to_dict
 from ttt_e2e.evaluation import token_losses
@@ -55,7 +56,7 @@ def write_report(workdirs: Sequence[str | os.PathLike], output: str | os.PathLik
     sections = _sections(runs)
     rows = [_row(run, sections) for run in runs]
 
-    output = Path(output)
+    output = epath.Path(output)
     with writing(f"--output {output}"):
         output.mkdir(parents=True, exist_ok=True)
     figures, files = _figures(runs, rows), {}

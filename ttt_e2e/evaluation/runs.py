@@ -4,12 +4,14 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.base import evaluations
+from ttt_e2e.paths import absolute
 from ttt_e2e.runs.files import read_json
 from ttt_e2e.runs.metrics import read_metrics
 
@@ -34,11 +36,11 @@ def read_runs(workdirs: Sequence[str | os.PathLike]) -> list[Run]:
     """
     if not workdirs:
         raise UserError("--workdirs is empty, but it takes one or more run directories")
-    paths = [path for workdir in workdirs for path in _expand(Path(os.path.abspath(workdir)))]
+    paths = [path for workdir in workdirs for path in _expand(absolute(workdir))]
     return [_read_run(path, name) for path, name in zip(paths, _names(paths))]
 
 
-def _expand(workdir: Path) -> list[Path]:
+def _expand(workdir: epath.Path) -> list[epath.Path]:
     """Expands a sweep directory (docs/sweeps.md) to its run directories that have made a step; others to themselves."""
     if not (workdir / "sweep.json").is_file():
         return [workdir]
@@ -55,12 +57,12 @@ def _expand(workdir: Path) -> list[Path]:
     return begun
 
 
-def _has_begun(workdir: Path) -> bool:
+def _has_begun(workdir: epath.Path) -> bool:
     path = workdir / "metrics.jsonl"
     return path.is_file() and any("loss" in line for line in read_metrics(path))
 
 
-def _names(paths: list[Path]) -> list[str]:
+def _names(paths: list[epath.Path]) -> list[str]:
     """Names runs by the shortest end of their path that no other path has. Raises `UserError` for equal paths."""
     for path in paths:
         if paths.count(path) > 1:
@@ -73,7 +75,7 @@ def _names(paths: list[Path]) -> list[str]:
     return ["/".join(next(end for end in candidates if is_unique(end))) for candidates in ends]
 
 
-def _read_run(workdir: Path, name: str) -> Run:
+def _read_run(workdir: epath.Path, name: str) -> Run:
     from ttt_e2e.runs.directory import load_config
 
     if not (workdir / "config.json").is_file():

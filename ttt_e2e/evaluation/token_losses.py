@@ -5,9 +5,9 @@ Shapes: `B` sequences, `T` positions of a sequence.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from ttt_e2e.evaluation.subject import Subject
 from ttt_e2e.evaluation.text_bytes import TextBytes, bits_per_byte
 from ttt_e2e.figures import STYLE, add_legend, make_figure
 from ttt_e2e.outputs import writing
+from ttt_e2e.paths import in_bucket
 from ttt_e2e.runs.files import replace_text, replacing
 from ttt_e2e.strict_json import to_json
 
@@ -65,7 +66,7 @@ class TokenLosses(Evaluation):
         """All metrics, at the top level of what the command prints."""
         return result
 
-    def read(self, folder: Path) -> HeldOut | None:
+    def read(self, folder: epath.Path) -> HeldOut | None:
         """Reads `metrics.json`, and the NLL arrays as means [T] over sequences; None where there is no result."""
         metrics = read_result(folder / "metrics.json", ("loss", "token_loss", "seq_len", "step"))
         if metrics is None:
@@ -229,10 +230,13 @@ def _write(output: epath.Path, metrics: dict, arrays: dict[str, np.ndarray]) -> 
     replace_text(output / "metrics.json", to_json(metrics, indent=2) + "\n")
 
 
-def _read_nll(path: Path, seq_len: int) -> np.ndarray:
+def _read_nll(path: epath.Path, seq_len: int) -> np.ndarray:
     """Reads NLL [sequences, T] from a file and averages it over sequences to [T], BOS targets included."""
     try:
-        nll = np.load(path, mmap_mode="r", allow_pickle=False)
+        if in_bucket(path):
+            nll = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        else:
+            nll = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: evaluate the run again") from None
     except (OSError, ValueError, EOFError) as error:

@@ -18,11 +18,13 @@ from ttt_e2e.checkpoints import older
 from ttt_e2e.checkpoints.digests import digests
 from ttt_e2e.checkpoints.progress import DamagedError
 from ttt_e2e.checkpoints.restore import restore_tree, stored_shapes
+from ttt_e2e.checkpoints.steps import is_whole
 from ttt_e2e.config import each_field, from_config_dict, to_dict
 from ttt_e2e.errors import JSON_ERRORS, UserError, first_line
 from ttt_e2e.inference import older_state
 from ttt_e2e.inference.reader import Reader, ReaderState
 from ttt_e2e.model.parameters import parameter_name
+from ttt_e2e.paths import absolute
 from ttt_e2e.strict_json import to_json
 
 PRECISIONS = ("float32", "bfloat16")
@@ -40,7 +42,7 @@ def save_state(path, reader: Reader, state: ReaderState, *, precision: str = "fl
     Raises:
       UserError: `path` exists, or cannot be written.
     """
-    path = epath.Path(path).resolve()
+    path = absolute(path)
     check_can_save(path, precision)
     tree = state._asdict()
     tree.pop("prepared")  # is computed from the States when decoding needs it
@@ -69,7 +71,7 @@ def load_state(path, reader: Reader) -> ReaderState:
       UserError: the state is missing or damaged, was made by another model or mini-batch size, or, with full attention,
         has more tokens than the reader's `max_length`.
     """
-    path = epath.Path(path).resolve()
+    path = absolute(path)
     about = read_about(path)
     _check_model(path, about, reader)
     start = reader.start(0, about["batch_size"])._asdict()
@@ -121,11 +123,11 @@ def read_about(path) -> dict:
     Raises `UserError` where there is no saved state, or it is damaged.
     """
     path = epath.Path(path)
-    if not (path / "about").is_dir():
+    if not ((path / "about").is_dir() and is_whole(path)):
         raise UserError(f"{path} holds no saved state: expected a directory that --save_state wrote")
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path.resolve() / "about")
+            return checkpointer.restore(absolute(path) / "about")
     except (OSError, *JSON_ERRORS) as error:
         raise UserError(f"state {path} is damaged: {str(error).splitlines()[0]}") from error
 

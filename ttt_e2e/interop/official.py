@@ -20,6 +20,7 @@ from ttt_e2e.interop.rules import Rule, sources_of, tensor_shapes, unknown
 from ttt_e2e.model import abstract_model
 from ttt_e2e.model.parameters import parameter_name
 from ttt_e2e.outputs import check_free, new_directory
+from ttt_e2e.paths import absolute
 
 _BLOCKS = "language_model.model.h.blocks."
 _FAST = "language_model.model.h.prime_storage."
@@ -66,7 +67,7 @@ def import_checkpoint(config: Config, checkpoint, output) -> epath.Path:
     params = from_official(official, config.model)
     with new_directory(output) as new:
         save_params(new, params, progress_of(0, 0, config))
-    return epath.Path(output).resolve() / "0"
+    return absolute(output) / "0"
 
 
 def from_official(official: dict[str, np.ndarray], model: ModelConfig):
@@ -107,7 +108,7 @@ def from_official(official: dict[str, np.ndarray], model: ModelConfig):
 
 def _find_weights(checkpoint) -> epath.Path:
     """Directory of the parameters: the path itself, or those of its newest step. Raises `UserError` for none."""
-    path = epath.Path(checkpoint).resolve()
+    path = absolute(checkpoint)
     if path.is_dir():
         steps = [path / str(step) for step in reversed(saved_steps(path))]
         for candidate in (path, *(directory / "model_weights" for directory in (path, *steps))):

@@ -14,6 +14,7 @@ from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.config import Config, from_config_dict, to_dict
 from ttt_e2e.errors import JSON_ERRORS, UserError
 from ttt_e2e.outputs import writing
+from ttt_e2e.paths import absolute
 from ttt_e2e.runs.files import read_json, read_text, replace_text
 from ttt_e2e.runs.resume import check_resume, log_changes
 from ttt_e2e.runs.secrets import find_secrets, redact
@@ -77,7 +78,7 @@ def find_run(path) -> epath.Path:
     Raises:
       UserError: neither it nor the two directories above have a `config.json`.
     """
-    path = epath.Path(path).resolve()
+    path = absolute(path)
     for directory in (path, path.parent, path.parent.parent):  # WORKDIR/checkpoints/STEP
         if (directory / "config.json").exists():
             return directory

@@ -2,12 +2,17 @@
 
 import contextlib
 import json
+import tempfile
+import time
 from collections.abc import Iterator
 
 from etils import epath
 
 from ttt_e2e.errors import JSON_ERRORS, UserError
 from ttt_e2e.outputs import writing
+from ttt_e2e.paths import in_bucket
+
+SECONDS_BETWEEN_WRITES = 30.0  # of a file of lines in a bucket
 
 
 def read_text(path) -> str:
@@ -46,6 +51,11 @@ def replacing(path) -> Iterator[epath.Path]:
     Raises `UserError` where the file cannot be written.
     """
     path = epath.Path(path)
+    if in_bucket(path):  # objects are written whole, and renaming one would copy it
+        with tempfile.TemporaryDirectory() as directory, writing(path):
+            yield (file := epath.Path(directory) / path.name)
+            path.write_bytes(file.read_bytes())
+        return
     temporary = path.parent / f"{path.name}.tmp"
     with writing(path):
         try:
@@ -66,3 +76,44 @@ def replace_bytes(path, contents: bytes) -> None:
     """Writes a file, whole or not at all. Raises `UserError` where it cannot be written."""
     with replacing(path) as file:
         file.write_bytes(contents)
+
+
+class LinesFile:
+    """A file to which a program adds lines while it runs.
+
+    On disk, they are there at once. Objects in a bucket cannot grow: there, the file is written anew, whole, by `flush`
+    and `close`, and by `add` if the last time was `SECONDS_BETWEEN_WRITES` ago. All methods raise `UserError` where it
+    cannot be written.
+    """
+
+    def __init__(self, path, lines: list[str]):
+        """Begins the file with these lines, in place of one that is there. A line includes its line end."""
+        self._path, self._lines, self._file = epath.Path(path), list(lines), None
+        self.flush()
+        if not in_bucket(path):
+            with writing(path):
+                self._file, self._lines = self._path.open("a", encoding="utf-8"), []
+
+    def add(self, lines: list[str]) -> None:
+        """Adds lines at the end."""
+        if self._file:
+            with writing(self._path):
+                self._file.write("".join(lines))
+                self._file.flush()
+            return
+        self._lines += lines
+        if time.monotonic() - self._written > SECONDS_BETWEEN_WRITES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Returns when all lines are in the file."""
+        if not self._file:
+            replace_text(self._path, "".join(self._lines))
+            self._written = time.monotonic()
+
+    def close(self) -> None:
+        """Writes what is not written yet, and closes the file."""
+        self.flush()
+        if self._file:
+            with writing(self._path):  # again, where a line before could not be
+                self._file.close()

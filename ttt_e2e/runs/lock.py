@@ -20,6 +20,7 @@ from etils import epath
 
 from ttt_e2e.cluster.agreement import fail_together
 from ttt_e2e.errors import UserError, first_line
+from ttt_e2e.paths import in_bucket
 from ttt_e2e.runs.files import replace_text
 
 logger = logging.getLogger(__name__)
@@ -79,10 +80,9 @@ class _RunLock:
         self._path = workdir / "train.lock"
         self._name = uuid.uuid4().hex
         workdir.mkdir(parents=True, exist_ok=True)
-        is_bucket = "://" in str(workdir)
-        self._file = -1 if is_bucket else os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._file = -1 if in_bucket(workdir) else os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            locked = None if is_bucket else try_flock(self._file)
+            locked = None if in_bucket(workdir) else try_flock(self._file)
             if locked is False:
                 raise self._refusal(self._read())
             self._has_lock = bool(locked)

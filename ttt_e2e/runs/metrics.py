@@ -12,8 +12,8 @@ from etils import epath
 
 from ttt_e2e.config import Config, to_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.outputs import writing
-from ttt_e2e.runs.files import parse_json, read_text, replace_text
+from ttt_e2e.paths import in_bucket
+from ttt_e2e.runs.files import LinesFile, parse_json, read_text, replace_text
 from ttt_e2e.strict_json import to_json
 
 
@@ -26,18 +26,15 @@ class MetricsWriter:
     def __init__(self, workdir, config: Config, resume_step: int):
         self.path = epath.Path(workdir) / "metrics.jsonl"
         lines = read_metrics(self.path) if self.path.exists() else []
-        replace_text(self.path, "".join(to_json(line) + "\n" for line in lines if line["step"] <= resume_step))
-        with writing(self.path):
-            self._file = self.path.open("a")
+        kept = [to_json(line) + "\n" for line in lines if line["step"] <= resume_step]
+        self._file = LinesFile(self.path, kept)
         self._tensorboard = _tensorboard(workdir, resume_step) if config.log.tensorboard else None
         self._wandb = _wandb(workdir, config) if config.log.wandb else None
 
     def write(self, step: int, values: dict) -> None:
         """Writes the metrics of a step. Values that are not finite, which JSON lacks, become null."""
         values = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
-        with writing(self.path):
-            self._file.write(to_json({"step": step, **values}) + "\n")
-            self._file.flush()
+        self._file.add([to_json({"step": step, **values}) + "\n"])
         if self._tensorboard:
             for name, value in values.items():
                 if value is not None:
@@ -45,10 +42,13 @@ class MetricsWriter:
         if self._wandb:
             self._wandb.log(values, step=step)
 
+    def flush(self) -> None:
+        """Returns when all lines are in the file."""
+        self._file.flush()
+
     def close(self) -> None:
         """Closes the file, and the TensorBoard and W&B writers."""
-        with writing(self.path):  # again, where a line before could not be
-            self._file.close()
+        self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
@@ -96,14 +96,15 @@ def _wandb(workdir, config: Config):
         import wandb
     except ImportError:
         raise UserError("config.log.wandb needs the extra: pip install 'ttt-e2e[wandb]'") from None
+    place = {} if in_bucket(workdir) else {"dir": str(workdir)}
     return wandb.init(
         project=config.log.wandb,
-        dir=str(workdir),
         name=epath.Path(workdir).name,
         id=_wandb_id(workdir),
         resume="allow",
         config=to_dict(config),
         allow_val_change=True,  # of the config, at a resume
+        **place,
     )
 
 

@@ -160,6 +160,7 @@ def _train(
             more |= {"owes_evaluation": True} if owes_evaluation else {}
             with phases.during("save"):
                 progress = progress_of(step, next_batch + step - first_step, config, **more)
+                log.flush()
                 checkpoints.save(state, progress, wait=stop or step == num_steps)
         if stop and (step < num_steps or owes_evaluation):
             raise stopped(step)

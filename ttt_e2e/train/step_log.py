@@ -82,6 +82,11 @@ class StepLog:
         if self._writer:
             self._writer.write(step, values)
 
+    def flush(self) -> None:
+        """Returns when all metrics are in the file, which a checkpoint that is saved next shall not be ahead of."""
+        if self._writer:
+            self._writer.flush()
+
     def restart_clock(self) -> None:
         """Restarts the clock, so that the next step's time leaves out what came before it (a save, an evaluation)."""
         self._start = time.perf_counter()
