@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,8 @@ from ttt_e2e.errors import UserError, first_line
 from ttt_e2e.evaluation.answers import SEED, Answers, Manner, Prompt, Text, batches, equal_batches, filled
 from ttt_e2e.inference.settings import Sampling
 from ttt_e2e.progress import progress_bar
+from ttt_e2e.runs.files import parse_json
+from ttt_e2e.strict_json import to_json
 
 if TYPE_CHECKING:
     from ttt_e2e.data.tokenizers import Tokenizer
@@ -55,7 +56,9 @@ def load_tasks(names: tuple[str, ...], directory: str, metadata: str, fingerprin
     Raises:
       UserError: there is no such task, or it cannot be loaded (its data are not there, it needs another package).
     """
-    manager = _find_tasks(names, directory, json.loads(metadata or "{}") | {"tokenizer": fingerprint})
+    manager = _find_tasks(
+        names, directory, parse_json(metadata or "{}", "lm_eval_metadata") | {"tokenizer": fingerprint}
+    )
     # As the harness does before it loads tasks, whose data may be drawn.
     random.seed(0)
     np.random.seed(SEED)
@@ -244,7 +247,7 @@ def make_model(desk: Desk):
 
 def _names(learn: bool, kind: str, number: int, part: int, request) -> dict:
     """What a record has besides the answer: `KEY`, and the task and the document that the request is from."""
-    digest = hashlib.blake2b(json.dumps(request.args, default=str).encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(to_json(request.args, default=str).encode(), digest_size=8).hexdigest()
     names = dict(zip(KEY, (learn, kind, number, part, digest)))
     return names | {"task": request.task_name, "document": request.doc_id, "choice": request.idx}
 

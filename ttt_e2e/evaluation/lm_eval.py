@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -17,6 +16,7 @@ from ttt_e2e.evaluation.base import Evaluation, Table, number, register
 from ttt_e2e.evaluation.harness import KEY, AutoTokenizer, Desk, check_tasks, load_tasks, make_model, require_lm_eval
 from ttt_e2e.evaluation.records import Records
 from ttt_e2e.evaluation.subject import Subject
+from ttt_e2e.runs.files import parse_json
 from ttt_e2e.settings import setting
 
 MODES = {"all": (True,), "none": (False,), "both": (True, False)}  # of `learn`: whether inner steps are taken
@@ -49,11 +49,7 @@ class Settings:
         for name, least in (("limit", 0), ("num_fewshot", -1), ("max_length", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"lm_eval_{name} is {getattr(self, name)}, but it must be at least {least}")
-        try:
-            is_object = isinstance(json.loads(self.metadata or "{}"), dict)
-        except ValueError:
-            is_object = False
-        if not is_object:
+        if not isinstance(parse_json(self.metadata or "{}", "lm_eval_metadata"), dict):
             raise UserError(f"lm_eval_metadata is {self.metadata!r}, but it must be a JSON object")
 
     @property

@@ -4,7 +4,6 @@
 result, is written when all records are finished.
 """
 
-import json
 import logging
 
 from etils import epath
@@ -34,7 +33,7 @@ class Records:
         """
         directory = epath.Path(output)
         self._path, self._result = directory / f"{name}.jsonl", directory / f"{name}.json"
-        self._key, self.about = key, json.loads(to_json(about))
+        self._key, self.about = key, parse_json(to_json(about), self._path)
         with writing(f"output {output}"):
             directory.mkdir(parents=True, exist_ok=True)
             lines = _whole_lines(self._path)
@@ -67,7 +66,7 @@ class Records:
         lines = [to_json(record) + "\n" for record in records]
         self._file.add(lines)
         self._file.flush()
-        self.done |= {self._key_of(record): record for record in map(json.loads, lines)}
+        self.done |= {self._key_of(record): record for record in (parse_json(line, self._path) for line in lines)}
 
     def finish(self, summary: dict) -> dict:
         """Writes summary and `about` to `NAME.json`, whole or not at all; returns its contents.
@@ -78,7 +77,7 @@ class Records:
         result = to_json({**summary, **({"diverged": diverged} if diverged else {}), "about": self.about}, indent=2)
         self._file.close()
         replace_text(self._result, result + "\n")
-        return json.loads(result)
+        return parse_json(result, self._result)
 
     def _diverged(self) -> str:
         """Names a number that is not finite, and its record, the first in the order of keys; "" if there is none."""

@@ -19,9 +19,10 @@ import jax
 from etils import epath
 
 from ttt_e2e.cluster.agreement import fail_together
-from ttt_e2e.errors import UserError, first_line
+from ttt_e2e.errors import JSON_ERRORS, UserError, first_line
 from ttt_e2e.paths import in_bucket
 from ttt_e2e.runs.files import replace_text
+from ttt_e2e.strict_json import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class _RunLock:
     def _wait_for_silence(self) -> None:
         """Returns when no other process beats. Raises `UserError` as soon as one does."""
         before = self._read()
-        here = f'"host": {json.dumps(socket.gethostname())}'
+        here = f'"host": {to_json(socket.gethostname())}'
         if not self._has_lock:
             logger.warning("%s: there are no locks here; a heartbeat in this file takes their place", self._path)
         if not before or (self._has_lock and here in before):
@@ -143,7 +144,7 @@ class _RunLock:
 
     def _beat(self) -> None:
         who = {"host": socket.gethostname(), "pid": os.getpid(), "name": self._name, "time": f"{time.time():.3f}"}
-        self._write(json.dumps(who) + "\n")
+        self._write(to_json(who) + "\n")
 
     def _write(self, text: str) -> None:
         """Replaces the contents at once, so that no reader finds half of them; a file that is locked stays the same."""
@@ -170,5 +171,5 @@ def _describe(holder: str) -> str:
     try:
         who = json.loads(holder)
         return f"process {who['pid']} on {who['host']}"
-    except (ValueError, KeyError, TypeError):
+    except (*JSON_ERRORS, KeyError, TypeError):
         return "another process"
