@@ -3,18 +3,21 @@
 import inspect
 import json
 import logging
+import platform
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 
 from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from ttt_e2e import settings
+from ttt_e2e import __version__, settings
 from ttt_e2e.config import Config, suggestion, to_dict
 from ttt_e2e.errors import EXIT_REQUEUE, PreemptedError, UserError
 from ttt_e2e.flags import load_config_file, override, parse, string
 
+HELP = ("-h", "--help", "help")
 _INPUTS = "a file, directory or glob of .txt .md .py .jsonl, plain, .gz or .zst, or of .parquet"
 
 
@@ -29,8 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("ttt_e2e").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs many lines for every save
     try:
-        if not argv or argv[0] in ("-h", "--help", "help"):
+        if len(argv) > 1 and argv[0] in HELP:  # help train
+            argv = [*argv[1:], "--help"]
+        if not argv or argv[0] in HELP:
             print(_help())
+        elif argv[0] in ("--version", "version"):
+            print(f"ttt-e2e {__version__}, JAX {version('jax')}, Python {platform.python_version()}")
         elif argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]!r}: {suggestion(argv[0], list(COMMANDS))}")
         else:
@@ -260,11 +267,15 @@ def bench(argv: list[str]) -> None:
         "target": target.run,
     }
     name = argv[0] if argv else ""
-    if name not in benchmarks and name not in ("-h", "--help"):
+    if name in HELP:
+        names = "\n".join(f"  {each:17} {inspect.getdoc(run).splitlines()[0]}" for each, run in benchmarks.items())
+        print(f"usage: ttt-e2e bench NAME --output=DIR ...  (ttt-e2e bench NAME --help lists its flags)\n{names}")
+        return
+    if name not in benchmarks:
         raise UserError(
             f"bench takes the name of a benchmark first, not {name!r}: {suggestion(name, list(benchmarks))}"
         )
-    run = benchmarks.get(name, meta_gradient.run)
+    run = benchmarks[name]
 
     def define(values):
         string(values, "output", "Directory for results.json and results.md.")
@@ -293,6 +304,7 @@ COMMANDS = {
 def _help() -> str:
     """The text of `ttt-e2e --help`: usage, and a line for each command."""
     lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
+    lines.append("  --version  Print the version, and those of JAX and Python.")
     return "\n".join(["usage: ttt-e2e COMMAND --flag=value ...  (ttt-e2e COMMAND --help lists its flags)", *lines])
 
 

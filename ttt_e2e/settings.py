@@ -78,6 +78,17 @@ def _flagged(settings: type) -> Iterator[tuple[Field, type]]:
 def _integers(flag: str, items: list[str]) -> tuple[int, ...]:
     """Parses the items of a list flag as integers. Raises `UserError` where one is none."""
     try:
-        return tuple(map(int, items))
+        return tuple(map(integer, items))
     except ValueError:
         raise UserError(f"--{flag}={','.join(items)}: it takes integers separated by commas") from None
+
+
+def integer(text: str) -> int:
+    """Parses an integer, written in digits or as a float, such as 1e3. Raises ValueError where it is none."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():  # nor are nan and the infinities
+            raise
+        return int(number)

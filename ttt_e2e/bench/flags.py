@@ -6,6 +6,7 @@ from collections.abc import Callable
 from absl import flags
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.settings import integer
 
 
 def define(values: flags.FlagValues, run: Callable) -> None:
@@ -38,6 +39,7 @@ def _value(values: flags.FlagValues, option: inspect.Parameter):
     if not isinstance(option.default, tuple):
         return value
     try:
-        return tuple(map(type(option.default[0]), value))
+        kind = type(option.default[0])
+        return tuple(map(integer if kind is int else kind, value))
     except ValueError:
         raise UserError(f"--{option.name}={','.join(value)}: it takes integers separated by commas") from None

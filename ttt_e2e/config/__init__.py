@@ -20,7 +20,7 @@ from ttt_e2e.config.sections import (
     OptimizerConfig,
     TrainConfig,
 )
-from ttt_e2e.config.validation import default_config, from_config_dict, to_dict
+from ttt_e2e.config.validation import as_dict, default_config, from_config_dict, to_dict
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -40,6 +40,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "TrainConfig",
+    "as_dict",
     "default_config",
     "each_field",
     "from_config_dict",

@@ -4,11 +4,11 @@ import dataclasses
 import importlib
 from collections.abc import Iterable
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from ttt_e2e.config.fields import LARGEST, check, coerce, each_field, require, suggestion
 from ttt_e2e.config.sections import MIXER_FILES, MIXER_SECTIONS, MIXERS, Config, ModelConfig
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import UserError, first_line
 
 LARGEST_FLOAT_ID = 2**24  # ids are kept in float32 there, which has all integers up to this one
 
@@ -44,7 +44,7 @@ def from_config_dict(values: ConfigDict | dict) -> Config:
       UserError: an unknown field, a value of the wrong type or out of range, or an illegal combination: one line with
         the field, the value and what is legal.
     """
-    values = values.to_dict() if isinstance(values, ConfigDict) else values
+    values = as_dict(values) if isinstance(values, ConfigDict) else values
     if not isinstance(values, dict):
         raise UserError(f"config is {values!r}, but it takes sections: {', '.join(_SECTIONS)}")
     model = values.get("model")
@@ -60,6 +60,20 @@ def from_config_dict(values: ConfigDict | dict) -> Config:
     _check_model(config.model)
     _check_run(config)
     return config
+
+
+def as_dict(values: ConfigDict, at: str = "config") -> dict:
+    """The nested dict of a ConfigDict. Raises `UserError` where a reference has no value, as a required placeholder."""
+    fields = {}
+    for name, value in values.items(preserve_field_references=True):
+        try:
+            value = value.get() if isinstance(value, FieldReference) else value
+        except Exception as error:  # a reference computes its value here, by the user's own functions
+            raise UserError(
+                f"{at}.{name} has no value yet ({first_line(error)}): set it by --{at}.{name}=VALUE"
+            ) from None
+        fields[name] = as_dict(value, f"{at}.{name}") if isinstance(value, ConfigDict) else value
+    return fields
 
 
 def _import_mixers(names: Iterable[str]) -> None:
