@@ -12,10 +12,11 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from ttt_e2e import __version__, settings
+import ttt_e2e
+from ttt_e2e import settings
 from ttt_e2e.config import Config, suggestion, to_dict
 from ttt_e2e.errors import EXIT_REQUEUE, PreemptedError, UserError
-from ttt_e2e.flags import load_config_file, override, parse, string
+from ttt_e2e.flags import load_config_file, override, parse, path, paths, repeated_path, string
 
 HELP = ("-h", "--help", "help")
 _INPUTS = "a file, directory or glob of .txt .md .py .jsonl, plain, .gz or .zst, or of .parquet"
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         if not argv or argv[0] in HELP:
             print(_help())
         elif argv[0] in ("--version", "version"):
-            print(f"ttt-e2e {__version__}, JAX {version('jax')}, Python {platform.python_version()}")
+            print(f"ttt-e2e {ttt_e2e.__version__}, JAX {version('jax')}, Python {platform.python_version()}")
         elif argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]!r}: {suggestion(argv[0], list(COMMANDS))}")
         else:
@@ -64,17 +65,16 @@ def prepare(argv: list[str]) -> None:
     """Tokenise text into a token store."""
 
     def define(values):
-        several = {"flag_values": values}
-        flags.DEFINE_multi_string("input", [], f"stdlib, or {_INPUTS}; several: with commas, or repeated.", **several)
-        string(values, "tokenizer", "bytes, a MODEL.model or tokenizer.json, or train:VOCAB to train one on the input.")
-        string(values, "output", "Directory of the token store to write.")
+        repeated_path(values, "input", f"stdlib, or {_INPUTS}; several: with commas, or repeated.")
+        path(values, "tokenizer", "bytes, a MODEL.model or tokenizer.json, or train:VOCAB to train one on the input.")
+        path(values, "output", "Directory of the token store to write.")
         flags.DEFINE_integer("min_tokens", 0, "Leave out shorter documents.", lower_bound=0, flag_values=values)
         flags.DEFINE_float("val_fraction", 0.05, "Share of documents that is held out.", flag_values=values)
-        flags.DEFINE_multi_string("val_input", [], "Held-out documents, instead of a share of the input.", **several)
+        repeated_path(values, "val_input", "Held-out documents, instead of a share of the input.")
         string(values, "text_field", "Field of a record that has its text; a.b is one in another.", "text")
         string(values, "on_bad_record", "fail, or skip to go on without records that have no text.", "fail")
         string(values, "part", "I/N: only the part I, from 0, of N, for --merge.")
-        flags.DEFINE_list("merge", [], "Stores of all N parts, A,B,...: makes one of them, without input.", **several)
+        paths(values, "merge", "Stores of all N parts, A,B,...: makes one of them, without input.")
         flags.DEFINE_integer("num_workers", -1, "Tokenising processes; -1 = one per core.", flag_values=values)
 
     values, _ = parse(argv, define, "ttt-e2e prepare: tokenise text into a token store.")
@@ -99,7 +99,7 @@ def train(argv: list[str]) -> None:
 
     def define(values):
         _config(values)
-        string(values, "workdir", "Run directory; a run that it holds is resumed.")
+        path(values, "workdir", "Run directory; a run that it holds is resumed.")
         _processes(values)
 
     values, overrides = parse(argv, define, "ttt-e2e train: train a model, or resume its run.")
@@ -121,7 +121,7 @@ def evaluate(argv: list[str]) -> None:
 
     def define(values):
         _trained_model(values)
-        string(values, "output", "Directory for what is found; default: WORKDIR/evaluation.")
+        path(values, "output", "Directory for what is found; default: WORKDIR/evaluation.")
         evaluation.define(values)
         _processes(values)
 
@@ -144,18 +144,18 @@ def generate(argv: list[str]) -> None:
     def define(values):
         _trained_model(values)
         string(values, "prompt", "Text to continue; without any, a new document.")
-        string(values, "prompt_file", "File with the prompt, or .jsonl with one a line, in the field `prompt`.")
+        path(values, "prompt_file", "File with the prompt, or .jsonl with one a line, in the field `prompt`.")
         flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate; 0 = only read.", flag_values=values)
         settings.define(values, Sampling)
         flags.DEFINE_integer("seed", 0, "Of what is drawn.", flag_values=values)
         flags.DEFINE_float("repetition_penalty", 1.0, "Weakens tokens that were there; 1 = off.", flag_values=values)
         flags.DEFINE_multi_string("stop", [], "Text to stop before; may be given repeatedly.", flag_values=values)
         string(values, "learn", "Learn while reading from: all, prompt or none.", "all")
-        string(values, "load_state", "Saved state to go on from.")
-        string(values, "save_state", "Directory to save the state in afterwards.")
+        path(values, "load_state", "Saved state to go on from.")
+        path(values, "save_state", "Directory to save the state in afterwards.")
         string(values, "precision", "Of the saved fast weights: float32 or bfloat16.", "float32")
         flags.DEFINE_integer("max_length", 0, "Tokens full attention has room for; 0 = as needed.", flag_values=values)
-        string(values, "output", "File for results as JSON lines; default: stdout.")
+        path(values, "output", "File for results as JSON lines; default: stdout.")
 
     values, overrides = parse(argv, define, "ttt-e2e generate: continue prompts, learning while reading them.")
     config = _resolve(values, overrides)
@@ -181,8 +181,8 @@ def import_(argv: list[str]) -> None:
         sources = ["official", "huggingface"]
         flags.DEFINE_enum("source", None, sources, "Program that wrote it.", flag_values=values)
         _config(values)
-        string(values, "checkpoint", "The checkpoint to read; of Hugging Face, a directory with config.json.")
-        string(
+        path(values, "checkpoint", "The checkpoint to read; of Hugging Face, a directory with config.json.")
+        path(
             values,
             "output",
             "Directory to write: of official, checkpoints, for --checkpoint or config.train.init_from; of huggingface, "
@@ -222,7 +222,7 @@ def export(argv: list[str]) -> None:
     def define(values):
         flags.DEFINE_enum("target", None, ["huggingface"], "Program to write it for.", flag_values=values)
         _trained_model(values)
-        string(values, "output", "Directory to write.")
+        path(values, "output", "Directory to write.")
 
     values, overrides = parse(argv, define, "ttt-e2e export: write a model in the form of another program.")
     _require(values, "target", "output")
@@ -238,10 +238,8 @@ def report(argv: list[str]) -> None:
     """Plot and tabulate runs."""
 
     def define(values):
-        flags.DEFINE_list(
-            "workdirs", None, "Run directories, A,B,...; a sweep directory stands for its runs.", flag_values=values
-        )
-        string(values, "output", "Directory for the plots and report.html.")
+        paths(values, "workdirs", "Run directories, A,B,...; a sweep directory stands for its runs.")
+        path(values, "output", "Directory for the plots and report.html.")
 
     values, _ = parse(argv, define, "ttt-e2e report: plots and a page of one or several runs.")
     _require(values, "workdirs", "output")
@@ -278,7 +276,7 @@ def bench(argv: list[str]) -> None:
     run = benchmarks[name]
 
     def define(values):
-        string(values, "output", "Directory for results.json and results.md.")
+        path(values, "output", "Directory for results.json and results.md.")
         if "config" in inspect.signature(run).parameters:
             _config(values)
         bench_flags.define(values, run)
@@ -311,14 +309,14 @@ def _help() -> str:
 def _config(values: flags.FlagValues) -> None:
     """Defines --config."""
     text = "Config file, FILE.py[:ARG], or config.json of a run; override fields by --config.section.field=value."
-    string(values, "config", text)
+    path(values, "config", text)
 
 
 def _trained_model(values: flags.FlagValues) -> None:
     """Defines the flags that name a trained model: --config, --workdir and --checkpoint."""
     _config(values)
-    string(values, "workdir", "Run directory to take the newest checkpoint of.")
-    string(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
+    path(values, "workdir", "Run directory to take the newest checkpoint of.")
+    path(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
 
 
 def _processes(values: flags.FlagValues) -> None:

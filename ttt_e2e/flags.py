@@ -14,9 +14,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from ttt_e2e.config import Config, as_dict, default_config, from_config_dict, suggestion, to_dict
+from ttt_e2e.config import Config, as_dict, default_config, expand_home, from_config_dict, suggestion, to_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.settings import integer
 
 logger = logging.getLogger(__name__)
 
@@ -261,3 +260,45 @@ def _kinds_below(values: ConfigDict, prefix: str) -> Iterator[tuple[str, type]]:
 def string(values: flags.FlagValues, name: str, text: str, default: str = "") -> None:
     """Defines a string flag with the help `text`."""
     flags.DEFINE_string(name, default, text, flag_values=values)
+
+
+class PathParser(flags.ArgumentParser):
+    """Parses the value of a flag that is a path, or paths with commas between them: `~` means home."""
+
+    def parse(self, argument: str) -> str:
+        """Returns the text with home directories for `~`."""
+        return expand_home(argument)
+
+
+class PathListParser(flags.ListParser):
+    """Parses a list of paths with commas between them."""
+
+    def parse(self, argument: str | list[str]) -> list[str]:
+        """Returns the paths with home directories for `~`."""
+        return [expand_home(path) for path in super().parse(argument)]
+
+
+def path(values: flags.FlagValues, name: str, text: str, default: str = "") -> None:
+    """Defines a flag with the help `text` that takes a path."""
+    flags.DEFINE(PathParser(), name, default, text, flag_values=values)
+
+
+def paths(values: flags.FlagValues, name: str, text: str) -> None:
+    """Defines a flag with the help `text` that takes a list of paths, with commas between them."""
+    flags.DEFINE(PathListParser(), name, [], text, flag_values=values, serializer=flags.CsvListSerializer(","))
+
+
+def repeated_path(values: flags.FlagValues, name: str, text: str) -> None:
+    """Defines a flag with the help `text` that takes a path and may be repeated."""
+    flags.DEFINE_multi(PathParser(), flags.ArgumentSerializer(), name, [], text, flag_values=values)
+
+
+def integer(text: str) -> int:
+    """Parses an integer, written in digits or as a float, such as 1e3. Raises ValueError where it is none."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():  # nor are nan and the infinities
+            raise
+        return int(number)

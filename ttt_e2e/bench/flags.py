@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 from absl import flags
 
+from ttt_e2e.config import expand_home
 from ttt_e2e.errors import UserError
-from ttt_e2e.settings import integer
+from ttt_e2e.flags import integer
 
 
 def define(values: flags.FlagValues, run: Callable) -> None:
@@ -40,6 +41,6 @@ def _value(values: flags.FlagValues, option: inspect.Parameter):
         return value
     try:
         kind = type(option.default[0])
-        return tuple(map(integer if kind is int else kind, value))
+        return tuple(map({int: integer, str: expand_home}[kind], value))
     except ValueError:
         raise UserError(f"--{option.name}={','.join(value)}: it takes integers separated by commas") from None

@@ -1,6 +1,6 @@
 """The configuration of a run: frozen dataclasses, made from a ConfigDict after checking that every value is legal."""
 
-from ttt_e2e.config.fields import each_field, suggestion
+from ttt_e2e.config.fields import each_field, expand_home, suggestion
 from ttt_e2e.config.sections import (
     ATTENTION_BACKENDS,
     MIXER_SECTIONS,
@@ -43,6 +43,7 @@ __all__ = [
     "as_dict",
     "default_config",
     "each_field",
+    "expand_home",
     "from_config_dict",
     "suggestion",
     "to_dict",

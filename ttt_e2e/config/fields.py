@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -25,8 +27,17 @@ BOUNDS = {
 }
 
 
-def field(
-    default, help: str, *, least=None, above=None, below=None, most=None, choices: Collection[str] = (), resume=REFUSED
+def field(  # noqa: PLR0913 -- each is an entry of the metadata
+    default,
+    help: str,
+    *,
+    least=None,
+    above=None,
+    below=None,
+    most=None,
+    choices: Collection[str] = (),
+    resume=REFUSED,
+    is_path: bool = False,
 ):
     """A dataclass field of a section, with its help, its legal values and its resume rule as metadata.
 
@@ -36,12 +47,12 @@ def field(
       least, above, below, most: bounds of a number. They are checked after a 0 is replaced by the derived value.
       choices: the legal strings. The collection may grow later; it is read when a config is validated.
       resume: REFUSED, LOGGED or FREE.
+      is_path: whether `~` means home in it.
     """
     bounds = {"least": least, "above": above, "below": below, "most": most}
     bounds = {name: bound for name, bound in bounds.items() if bound is not None}
-    return dataclasses.field(
-        default=default, metadata={"help": help, "bounds": bounds, "choices": choices, "resume": resume}
-    )
+    metadata = {"help": help, "bounds": bounds, "choices": choices, "resume": resume, "is_path": is_path}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def each_field(config) -> Iterator[tuple[str, dataclasses.Field, object]]:
@@ -70,6 +81,11 @@ def suggestion(name: str, legal: Collection[str]) -> str:
     """A hint for a mistyped name: "did you mean" the most similar legal one, or a list of all."""
     near = difflib.get_close_matches(str(name), legal, n=1)
     return f"did you mean {near[0]!r}?" if near else f"legal: {', '.join(legal)}"
+
+
+def expand_home(paths: str) -> str:
+    """Replaces `~` and `~USER` by home directories where a path begins: in front, and after a comma or a colon."""
+    return re.sub(r"(^|[,:]\s*)(~[^/,:]*)", lambda match: match[1] + os.path.expanduser(match[2]), paths)
 
 
 def require(condition: bool, name: str, value, legal: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict, FieldReference
 
-from ttt_e2e.config.fields import LARGEST, check, coerce, each_field, require, suggestion
+from ttt_e2e.config.fields import LARGEST, check, coerce, each_field, expand_home, require, suggestion
 from ttt_e2e.config.sections import MIXER_FILES, MIXER_SECTIONS, MIXERS, Config, ModelConfig
 from ttt_e2e.errors import UserError, first_line
 
@@ -90,17 +90,18 @@ def _section(cls, name: str, fields: dict):
     """One section, an instance of `cls`, of checked names and types. Raises `UserError` for others."""
     if not isinstance(fields, dict):
         raise UserError(f"config.{name} is {fields!r}, but it is a section with the fields of {cls.__name__}")
-    defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.name != "mixer_sections"}
+    known = {f.name: f for f in dataclasses.fields(cls) if f.name != "mixer_sections"}
     nested = MIXER_SECTIONS if cls is ModelConfig else {}
     values = {}
     for field, value in fields.items():
         if field in nested:
             continue
-        if field not in defaults:
-            raise UserError(f"config.{name} has no field {field!r}: {suggestion(field, defaults)}")
-        at, kind = f"{name}.{field}", type(defaults[field])
+        if field not in known:
+            raise UserError(f"config.{name} has no field {field!r}: {suggestion(field, known)}")
+        at, kind = f"{name}.{field}", type(known[field].default)
         is_section = dataclasses.is_dataclass(kind)
-        values[field] = _section(kind, at, value) if is_section else coerce(f"config.{at}", value, kind)
+        value = _section(kind, at, value) if is_section else coerce(f"config.{at}", value, kind)
+        values[field] = expand_home(value) if known[field].metadata.get("is_path") else value
     if nested:
         sections = ((mixer, _section(of, f"{name}.{mixer}", fields.get(mixer, {}))) for mixer, of in nested.items())
         values["mixer_sections"] = tuple(sections)

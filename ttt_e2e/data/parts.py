@@ -101,7 +101,7 @@ def _merged(parts: list[tuple[str, dict]], output: Path) -> dict[str, Any]:
     counts = {"num_documents": total("num_documents"), "num_tokens": total("num_tokens"), "digest": digest}
     refer = [
         {
-            "path": Path(os.path.relpath(os.path.expanduser(store), output)).as_posix(),
+            "path": Path(os.path.relpath(store, output)).as_posix(),
             "num_tokens": attributes["num_tokens"],
             "digest": attributes["digest"],
         }

@@ -184,7 +184,7 @@ def _local_directory(output: str | os.PathLike) -> Path:
     """The absolute path of a local directory. Raises UserError for a URL."""
     if "://" in os.fspath(output):
         raise UserError(f"output {os.fspath(output)}: legal: a local directory; copy the finished store to a bucket")
-    return Path(os.fspath(output)).expanduser().absolute()
+    return Path(os.fspath(output)).absolute()
 
 
 def _files_digest(corpus: Corpus, held_out: Corpus | None, tokenizer: str) -> str:

@@ -293,7 +293,7 @@ def _kvstore(path: str, key: str = "") -> Any:
     if "://" in path:
         return f"{path.rstrip('/')}/{key}"
     # Not a file:// URL: there, some characters that are legal in a path would need quoting.
-    return {"driver": "file", "path": f"{os.path.abspath(os.path.expanduser(path))}/{key}/".replace("//", "/")}
+    return {"driver": "file", "path": f"{os.path.abspath(path)}/{key}/".replace("//", "/")}
 
 
 def _read_key(path: str, key: str) -> bytes | None:

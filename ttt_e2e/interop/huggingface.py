@@ -102,7 +102,7 @@ def import_model(checkpoint, output, overrides: list[str], additions: Additions 
       UserError: the directory, a file or a tensor is missing, damaged or of another shape, or the model has what ours
         do not; `output` exists and is not empty. Nothing is written then.
     """
-    directory, output = Path(checkpoint).expanduser(), Path(output).expanduser()
+    directory, output = Path(checkpoint), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {output} already exists and is not empty: remove it or choose another")
     if not (directory / "config.json").is_file():
@@ -160,7 +160,7 @@ def export_model(config: Config, checkpoint, output) -> Path:
     Raises:
       UserError: transformers has no model that computes the same, or there is no such checkpoint.
     """
-    output = Path(output).expanduser()
+    output = Path(output)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output {output} already exists and is not empty: remove it or choose another")
     theirs = huggingface_config.from_model(config.model)
