@@ -3,9 +3,11 @@
 Flags are defined when the subcommand is known, so that each has its own.
 """
 
+import contextlib
 import importlib.util
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,17 +177,40 @@ def _call_config_file(spec: str, function: str, *arguments):
     path = spec.partition(":")[0]
     if not Path(path).is_file():
         raise UserError(f"config file {path} does not exist")
-    module_spec = importlib.util.spec_from_file_location("config_file", path)
+    path = os.path.abspath(path)
+    # Its path is its name, so that no two files, and no file and a module of Python, are taken for one another.
+    module_spec = importlib.util.spec_from_file_location(path, path)
     if module_spec is None:
         raise UserError(f"config file {path} is no Python file: its name must end in .py")
     module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
-        return getattr(module, function)(*arguments)
+        with _importing_beside(path):
+            sys.modules[path] = module  # dataclasses look their module up there
+            module_spec.loader.exec_module(module)
+            return getattr(module, function)(*arguments)
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # an exception in the user's file is an error of the user's
         raise UserError(f"config file {spec}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+@contextlib.contextmanager
+def _importing_beside(path: str) -> Iterator[None]:
+    """Lets a config file import its neighbours, and modules below the working directory, in the `with` block.
+
+    Neighbours are forgotten afterwards: another config file may have one of the same name.
+    """
+    before, places = set(sys.modules), [os.path.dirname(path), os.getcwd()]
+    sys.path[:0] = places
+    try:
+        yield
+    finally:
+        for place in places:
+            sys.path.remove(place)
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if name != path and file and os.path.dirname(os.path.abspath(file)) == places[0]:
+                del sys.modules[name]
 
 
 def override(base: ConfigDict, overrides: list[str], more: dict[str, Any] | None = None) -> Config:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import difflib
+import enum
 import math
 import operator
 import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
+
+import numpy as np
 
 from ttt_e2e.errors import UserError
 
@@ -95,11 +98,13 @@ def require(condition: bool, name: str, value, legal: str) -> None:
 
 
 def coerce(name: str, value, kind: type):
-    """Converts `value` to `kind` without loss (1 is a legal float, 8.0 a legal int); else raises `UserError`."""
+    """Converts `value` to `kind` without loss (1 is a legal float, 8.0 a legal int); else raises `UserError`.
+
+    NumPy's numbers, enumerations of numbers or strings, and paths are taken for what they stand for.
+    """
+    value = _plain(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is str and isinstance(value, str):
+    if isinstance(value, kind) and kind in (bool, str):
         return value
     if kind is int and is_number and math.isfinite(value) and value == int(value):
         return int(value)
@@ -112,6 +117,15 @@ def coerce(name: str, value, kind: type):
         str: "one string",
     }[kind]
     raise UserError(f"{name} is {value!r}, but it takes {legal}")
+
+
+def _plain(value):
+    """A scalar of NumPy, an enumeration's member or a path as Python's own bool, int, float or str; others as is."""
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def check(name: str, value, f: dataclasses.Field) -> None:

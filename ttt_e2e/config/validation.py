@@ -21,7 +21,8 @@ def default_config() -> ConfigDict:
     values = dataclasses.asdict(Config())
     del values["model"]["mixer_sections"]
     values["model"] |= {mixer: dataclasses.asdict(section()) for mixer, section in MIXER_SECTIONS.items()}
-    return ConfigDict(values).lock()
+    # Without types: NumPy's integers and paths are legal values, and validation names the field of others.
+    return ConfigDict(values, type_safe=False).lock()
 
 
 def to_dict(config: Config) -> dict:
