@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -106,6 +107,13 @@ def members(path: str) -> list[tuple[str, float]]:
         if not is_legal:
             raise UserError(f"config.data.path {path!r}: {part!r} has no weight above 0; legal: STORE:0.7,STORE:0.3")
     return [(match[1], float(match[2])) for match in found]
+
+
+def absolute_path(path: str) -> str:
+    """`data.path` with absolute paths; those of a mixture's stores, too."""
+    named = members(path)
+    absolute = [place if "://" in place else os.path.abspath(place) for place, _ in named or [(path, 1.0)]]
+    return ",".join(f"{place}:{weight:g}" for place, (_, weight) in zip(absolute, named)) if named else absolute[0]
 
 
 def open_tokens(path: str, split: str) -> TokenStore | Mixture:

@@ -200,7 +200,8 @@ def read_attributes(path: str | os.PathLike) -> dict[str, Any]:
     path = os.fspath(path)
     content = _read_key(path, "zarr.json")
     if content is None:
-        raise UserError(f"{path}: no token store there (no zarr.json); legal: {LEGAL_PATHS}")
+        tried = "" if "://" in path or os.path.isabs(path) else f" in {os.path.abspath(path)}"
+        raise UserError(f"{path}: no token store there (no zarr.json{tried}); legal: {LEGAL_PATHS}")
     try:
         group = json.loads(content)
         attributes = group.get("attributes", {})

@@ -113,7 +113,7 @@ class ContextLengths(Evaluation):
                     for i, record in enumerate(new):
                         record[f"nll{suffix}"] = float(nll[i, is_scored[i]].sum(dtype=np.float64))
                 records.add(new)
-        text = TextBytes.of(config)
+        text = TextBytes.of(config, subject.checkpoint)
         num_bytes = text.count_sequences(store, num_stretches, longest, settings.scored_tokens) if text else 0
         return records.finish(summarise(list(records.done.values()), settings, subject.step, num_bytes))
 

@@ -17,7 +17,7 @@ from ttt_e2e.config import Config
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.base import Evaluation, read_result, register
 from ttt_e2e.evaluation.plots import colors_of
-from ttt_e2e.evaluation.subject import Subject
+from ttt_e2e.evaluation.subject import Subject, open_evaluated
 from ttt_e2e.evaluation.text_bytes import TextBytes, bits_per_byte
 from ttt_e2e.figures import STYLE, add_legend, make_figure
 from ttt_e2e.runs.files import replace_text
@@ -138,12 +138,12 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
     from ttt_e2e.checkpoints.steps import find_step
     from ttt_e2e.cluster.mesh import make_mesh, shardings, with_shardings
     from ttt_e2e.model import abstract_model
-    from ttt_e2e.train.batches import check_batch, held_out_loss, open_store
+    from ttt_e2e.train.batches import check_batch, held_out_loss
     from ttt_e2e.train.steps import make_eval_step
 
     mesh = make_mesh(config.mesh)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
-    store = open_store(config, config.data.eval_split)
+    store = open_evaluated(config, checkpoint)
     step_directory = find_step(checkpoint)
     _, abstract = abstract_model(config.model)
     placed = shardings(abstract, mesh, config.model)
@@ -176,19 +176,19 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
     if config.model.num_fast_blocks:
         static = read(0.0, "evaluate without learning", "token_nll_without_learning")
         metrics |= {"loss_without_learning": static.loss, "token_loss_without_learning": static.token_loss}
-    metrics |= _bits_per_byte(config, store, metrics)
+    metrics |= _bits_per_byte(config, checkpoint, store, metrics)
     if jax.process_index() == 0:
         _write(epath.Path(output), metrics, {name: np.concatenate(parts) for name, parts in nlls.items()})
     return metrics
 
 
-def _bits_per_byte(config: Config, store: TokenStore, metrics: dict) -> dict:
+def _bits_per_byte(config: Config, checkpoint, store: TokenStore, metrics: dict) -> dict:
     """Counts the bytes of the targets' text, and computes the loss in bits for each of them.
 
     Returns the metrics `tokenizer` (its fingerprint), `num_bytes` and `bits_per_byte`, with learning and without; {}
     where the tokenizer is not known.
     """
-    text = TextBytes.of(config)
+    text = TextBytes.of(config, checkpoint)
     num_bytes = text.count_sequences(store, metrics["num_sequences"], metrics["seq_len"]) if text else 0
     if not num_bytes:
         return {}

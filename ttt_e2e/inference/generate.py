@@ -98,7 +98,7 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
         raise UserError(f"save_state={save_to} takes a single prompt, but there are {len(prompts)}")
     if save_to:
         check_can_save(save_to, precision)
-    tokenizer = find_tokenizer(config)
+    tokenizer = find_tokenizer(config, checkpoint)
     prompt_ids = [encode(tokenizer, prompt, config.model.vocab_size) for prompt in prompts]
     about = read_about(load_from) if load_from else {"position": 0}
     longest = max(map(len, prompt_ids)) + settings.max_new_tokens

@@ -27,6 +27,7 @@ from ttt_e2e.model import Transformer, abstract_model, abstract_transformer
 from ttt_e2e.model.engram import with_alike
 from ttt_e2e.model.parameters import parameter_name, split
 from ttt_e2e.model.stacks import block_indices
+from ttt_e2e.runs.data_record import write_data_record
 from ttt_e2e.runs.directory import write_config
 from ttt_e2e.runs.files import read_json
 from ttt_e2e.train.batches import find_alike_tokens
@@ -122,6 +123,7 @@ def import_model(checkpoint, output, overrides: list[str], additions: Additions 
         if (directory / name).is_file():
             shutil.copyfile(directory / name, output / name)
     shutil.copyfile(directory / "config.json", output / "huggingface.json")
+    write_data_record(output, config, config.data.tokenizer)
     write_config(output, config)  # last: without it, this is no run directory
     return output
 

@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from ttt_e2e.cluster.mesh import BATCH, local_rows
 from ttt_e2e.config import Config
-from ttt_e2e.data.mixture import Mixture, open_tokens
+from ttt_e2e.data.mixture import Mixture, absolute_path, open_tokens
 from ttt_e2e.data.pipeline import evaluation_batches
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.data.tokenizers import alike_tokens, file_digest, load_tokenizer
 from ttt_e2e.errors import PreemptedError, UserError
+from ttt_e2e.runs.data_record import check_tokenizer, find_data_record
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +31,25 @@ class HeldOut(NamedTuple):
     num_sequences: int
 
 
-def open_store(config: Config, split: str) -> TokenStore | Mixture:
+def open_store(config: Config, split: str, run: str = "") -> TokenStore | Mixture:
     """Opens a split of the config's token store, or mixture of stores, and checks it against the config.
 
+    run: run directory, or a checkpoint in one, of the model; "" where there is none.
+
     Raises:
-      UserError: no such store or split, too few tokens, or prepared for another vocabulary.
+      UserError: no such store or split, too few tokens, or prepared for another vocabulary, or with another tokenizer
+        than the run's.
     """
+    record = find_data_record(run)
     path, ours = config.data.path, config.model.vocab_size
     if not path:
         raise UserError("config.data.path is '', but it must be the directory of a token store (see ttt-e2e prepare)")
-    store = open_tokens(path, split)
+    try:
+        store = open_tokens(path, split)
+    except UserError as error:
+        if record and record.path and record.path != absolute_path(path):
+            raise UserError(f"{error}; the run was trained on --config.data.path={record.path}") from None
+        raise
     store.num_sequences(config.train.seq_len)  # raises where there is none
     if (theirs := store.attributes.get("vocab_size", ours)) > ours:
         raise UserError(f"config.model.vocab_size is {ours}, but token store {path} was prepared with {theirs}")
@@ -49,6 +59,7 @@ def open_store(config: Config, split: str) -> TokenStore | Mixture:
     ours, theirs = config.data.tokenizer, store.attributes.get("tokenizer", "")
     if ours and theirs and ours != theirs and not _is_alike(ours, store.tokenizer_spec):
         raise UserError(f"config.data.tokenizer is {ours!r}, but token store {path} was prepared with {theirs!r}")
+    check_tokenizer(record, store, "the run")
     return store
 
 

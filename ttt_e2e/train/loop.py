@@ -20,6 +20,7 @@ from ttt_e2e.errors import PreemptedError
 from ttt_e2e.kernels.attention import choice
 from ttt_e2e.model import abstract_model
 from ttt_e2e.runs import directory as run_directory
+from ttt_e2e.runs.data_record import check_tokenizer, find_data_record, write_data_record
 from ttt_e2e.train.batches import check_batch, find_alike_tokens, held_out_loss, open_store, to_device
 from ttt_e2e.train.optimizers import make_optimizer
 from ttt_e2e.train.policies import check_tables
@@ -57,19 +58,24 @@ def _train(
     choice.check(config.model)
     check_batch("config.train.global_batch_size", batch_size, mesh, config.train.accumulation_steps)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
-    train_store = open_store(config, config.data.train_split)
+    is_resumed = bool(saved_steps(workdir / "checkpoints"))
+    train_store = open_store(config, config.data.train_split, workdir if is_resumed else "")
     eval_store = open_store(config, config.data.eval_split) if config.eval.every_steps else None
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], config.model, mesh)
     check_tables(config, mesh)
-    starts_anew = not (config.train.init_from or saved_steps(workdir / "checkpoints"))
+    if not is_resumed:
+        for field in ("init_from", "base"):
+            record = find_data_record(getattr(config.train, field))
+            check_tokenizer(record, train_store, f"the run of config.train.{field}")
     tokenizer = train_store.tokenizer_spec or config.data.tokenizer
-    alike_V = find_alike_tokens(config, tokenizer) if starts_anew else None
+    alike_V = None if is_resumed or config.train.init_from else find_alike_tokens(config, tokenizer)
     run_directory.claim(workdir, config)
     policies = take_policies(config, mesh)
     run_directory.record_start(workdir, overrides, policies.record())
     checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", config.checkpoint)))
     preemption = stack.enter_context(watch_for_preemption())
     state, progress = restore_or_init(config, optimizer, mesh, checkpoints, train_store.fingerprint, alike_V)
+    write_data_record(workdir, config, tokenizer)  # not before this is known to be the text of the run
     if config.train.base and not progress:
         check_start(config, state.params, mesh)
     first_step, next_batch = int(state.step), progress.get("next_batch", 0)
