@@ -241,3 +241,28 @@ def test_what_a_run_keeps(tmp_path, models, monkeypatch):
     with pytest.raises(UserError, match=r"bytes/data.json is damaged"):
         find_data_record("bytes")
     assert find_data_record("") is None and find_data_record(tmp_path) is None
+
+
+def test_a_store_s_own_tokenizer_comes_before_a_file_of_its_name(tmp_path, models, monkeypatch):
+    """Of a checkpoint in no run: the name that a store records means its own."""
+    monkeypatch.chdir(tmp_path)
+    make_store(tmp_path / "store", models / "a.model")
+    shutil.copy(models / "b.model", "tokenizer.model")
+    own = fingerprint(models / "a.model")
+    for asked in (
+        "",
+        "tokenizer.model",
+        "store/tokenizer.model",
+        str(models / "a.model"),
+        "./store/../store/tokenizer.model",
+    ):
+        config = make_config("store", tokenizer=asked)
+        assert find_tokenizer(config).fingerprint == own
+        assert open_store(config, "train").num_tokens == 400  # the contents are compared, not the names
+    for asked in ("./tokenizer.model", str(models / "b.model")):
+        with pytest.raises(UserError, match=r"was prepared with 'tokenizer\.model'"):
+            open_store(make_config("store", tokenizer=asked), "train")
+    # Without a store there, a file that is there will do.
+    assert find_tokenizer(make_config("gone", tokenizer="tokenizer.model")).fingerprint != own
+    with pytest.raises(UserError, match="gone: no token store there"):
+        find_tokenizer(make_config("gone"))

@@ -93,7 +93,7 @@ def split_inputs(inputs: Sequence[str | os.PathLike]) -> list[str]:
     """Divides inputs at commas, other than in the name of a file that exists."""
     inputs = [os.fspath(each) for each in inputs]
     divided = ([each] if os.path.exists(each) else each.split(",") for each in inputs)
-    return [spec for specs in divided for spec in specs if spec]
+    return [os.path.normpath(spec) for specs in divided for spec in specs if spec]  # a/ and ./a are a
 
 
 def _find(spec: str) -> Corpus:

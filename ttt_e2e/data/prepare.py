@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ttt_e2e.data.documents import Corpus, Document, Skipped, counted, find_documents
-from ttt_e2e.data.parts import SPLITS, check_part, merged_attributes, part_of, write_merged
+from ttt_e2e.data.parts import SPLITS, check_part, contents_digest, is_same, merged_attributes, part_of, write_merged
 from ttt_e2e.data.readers import kind
 from ttt_e2e.data.splits import held_out_rule
 from ttt_e2e.data.store import TokenStore, TokenWriter, read_attributes, write_attributes
@@ -112,8 +112,9 @@ def prepare(  # noqa: PLR0913 -- the flags of a command
         "version": _FORMAT_VERSION,
     }
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        return _existing(output, settings)
+        return _existing(output, settings, contents_digest(corpus, held_out, part))
 
+    settings["contents"] = contents_digest(corpus, held_out, part)
     is_held_out = held_out_rule(corpus, held_out, min_tokens, val_fraction)
     with _new_directory(output) as directory:
         model = _provide_tokenizer(tokenizer, corpus, is_held_out, directory, progress)
@@ -221,8 +222,11 @@ def _check_arguments(tokenizer: str, min_tokens: int, val_fraction: float, on_ba
             raise UserError(f"{error}, or train:VOCAB") from None
 
 
-def _existing(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The summary of an existing store. Raises UserError where it is none, or was made with other settings."""
+def _existing(output: Path, settings: dict[str, Any], contents: str) -> dict[str, Any]:
+    """The summary of an existing store. Raises UserError where it is none, or was made of other files or settings.
+
+    contents: digest of the contents of the files, which stores of older versions do not have.
+    """
     advice = "delete it, or choose another output"
     try:
         recorded = read_attributes(output).get("prepared_from", {})
@@ -231,9 +235,13 @@ def _existing(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         found = recorded.get(name, _OLDER.get(name))
         # A store of an older version stays as it is, with its splits: runs go on with it.
-        if found != value and name != "version":
+        if name == "version" or (name in ("input", "val_input") and found and value and "contents" in recorded):
+            continue  # by their contents, below
+        if not is_same(name, found, value):
             other = f"{name} {found!r}, not {value!r}"
             raise UserError(f"output {output}: exists already, made with other settings ({other}); {advice}")
+    if recorded.get("contents", contents) != contents:
+        raise UserError(f"output {output}: exists already, and a file of its input has changed since; {advice}")
     return _summary(output, already_prepared=True)
 
 
