@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ttt_e2e.data.documents import Corpus, Document, Skipped, counted, find_documents
 from ttt_e2e.data.parts import SPLITS, check_part, contents_digest, is_same, merged_attributes, part_of, write_merged
 from ttt_e2e.data.readers import kind
+from ttt_e2e.data.round_trip import describe_losses
 from ttt_e2e.data.splits import held_out_rule
 from ttt_e2e.data.store import TokenStore, TokenWriter, read_attributes, write_attributes
 from ttt_e2e.data.tokenizers import Tokenizer, files_of, load_tokenizer, train_sentencepiece
@@ -153,6 +154,8 @@ def _fill(
     tokenizer, part, min_tokens = load_tokenizer(model), settings["part"], settings["min_tokens"]
     ours, theirs = part_of(corpus, part), part_of(held_out, part) if held_out else None
     left_out = LeftOut()
+    if losses := describe_losses(ours, tokenizer):
+        log.warning("tokenizer %s: %s", settings["tokenizer"], losses)
     with _executor(model, ours, num_workers) as executor:
         texts = _texts(ours, theirs, is_held_out, left_out, progress)
         tokenized = _tokenized(texts, tokenizer, executor, max_pending=2 * num_workers)

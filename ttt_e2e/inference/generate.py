@@ -150,6 +150,11 @@ def generate_tokens(
             return
 
 
+def newest_tokens(state: ReaderState) -> np.ndarray:
+    """The tokens of a state's unfinished mini-batch, of its first sequence: int32, at least the newest one."""
+    return np.asarray(state.tokens)[0, : state.position % state.tokens.shape[1] + 1]
+
+
 def load_reader(config: Config, checkpoint, max_length: int) -> Reader:
     """Loads the parameters of a checkpoint onto one device and makes a reader of them.
 
@@ -168,12 +173,13 @@ def _continue(reader, state, ids, settings: Settings, index: int, tokenizer, end
     """
     # A progress bar would break up text that is streamed to the same terminal.
     hidden = echo and sys.stdout.isatty()
+    before = [*newest_tokens(state), *ids]
     started = time.perf_counter()
     with tqdm(total=len(ids), desc="read", unit="token", disable=hidden, leave=False) as bar:
         state, _ = reader.read(state, ids[None], learn=settings.learn != "none", bar=bar)
     prompt_end = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(settings.seed), index)
-    stream, tokens, nlls, text = TextStream(tokenizer, settings.stop), [], [], ""
+    stream, tokens, nlls, text = TextStream(tokenizer, settings.stop, before), [], [], ""
     reason = "length"
 
     def give_out(more: str) -> str:
