@@ -126,6 +126,7 @@ BAD = [
     ("optimizer", {"clip_norm": -1}, "config.optimizer.clip_norm is -1", "at least 0"),
     # the rest
     ("data", {"bos_id": 257}, "config.data.bos_id is 257", "below config.model.vocab_size 257"),
+    ("data", {"bos_id": 1, "bos_is_zero": True}, "config.data.bos_id is 1", "0 where config.data.bos_is_zero is True"),
     ("data", {"bos_id": -1}, "config.data.bos_id is -1", "at least 0"),
     ("data", {"num_workers": -1}, "config.data.num_workers is -1", "at least 0"),
     ("mesh", {"data": -1}, "config.mesh.data is -1", "at least 0"),

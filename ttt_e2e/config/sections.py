@@ -373,11 +373,21 @@ class DataConfig:
         "`model.vocab_size`, and the one that the token store records, if it records one.",
         least=0,
     )
+    bos_is_zero: bool = field(
+        False,
+        "whether the BOS token is token 0, as in some models of Hugging Face: then targets equal to it are masked. "
+        "`bos_id` cannot say that, as its 0 = mask none.",
+    )
     shuffle: bool = field(
         True, "read the sequences in a random order, another one each epoch. Otherwise in the store's order."
     )
     seed: int = field(0, "random seed of that order.", least=0, most=2**32 - 1)
     num_workers: int = field(0, "processes that read ahead; 0 = threads only.", least=0, resume=FREE)
+
+    @property
+    def masked_id(self) -> int:
+        """The token that losses mask, as `is_target` (data/masking.py) takes it: 0 = none, -1 = token 0."""
+        return -1 if self.bos_is_zero else self.bos_id
 
 
 @dataclass(frozen=True)

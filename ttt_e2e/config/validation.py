@@ -230,6 +230,12 @@ def _check_run(config: Config) -> None:
         f"below config.model.vocab_size {config.model.vocab_size}",
     )
     require(
+        not (config.data.bos_is_zero and config.data.bos_id),
+        "config.data.bos_id",
+        config.data.bos_id,
+        "0 where config.data.bos_is_zero is True",
+    )
+    require(
         mesh.prefix != "sequence" or train.seq_len % mesh.model == 0,
         "config.mesh.prefix",
         mesh.prefix,

@@ -102,7 +102,7 @@ class ContextLengths(Evaluation):
         with tqdm(total=total, desc="context lengths", unit="token", unit_scale=True, disable=not todo) as bar:
             for length, batch, filled in todo:
                 tokens = store.sequences(filled, longest, config.model.vocab_size)[:, longest - length :]
-                is_scored = is_target(tokens[:, -settings.scored_tokens :], config.data.bos_id)
+                is_scored = is_target(tokens[:, -settings.scored_tokens :], config.data.masked_id)
                 new = [
                     {"length": length, "stretch": n, "num_targets": int(is_scored[i].sum())}
                     for i, n in enumerate(batch)

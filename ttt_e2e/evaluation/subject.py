@@ -101,7 +101,7 @@ class Subject:
             "parameters": parameters_digest(reader.params),
             "model": to_dict(self.config)["model"],
             "inner": dataclasses.asdict(self.config.inner),
-            "bos_id": self.config.data.bos_id,
+            "bos_id": self.config.data.masked_id,
             "data": self.store.fingerprint,
             "batch_size": self.config.eval.batch_size,
             "settings": dataclasses.asdict(settings),

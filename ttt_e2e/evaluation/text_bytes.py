@@ -34,7 +34,7 @@ class TextBytes:
         room = (0, config.model.vocab_size - tokenizer.vocab_size)
         self._first_V = np.pad(tokenizer.num_bytes(first=True), room)
         self._others_V = np.pad(tokenizer.num_bytes(), room)
-        self._bos_id, self._masked_id = tokenizer.bos_id, config.data.bos_id
+        self._bos_id, self._masked_id = tokenizer.bos_id, config.data.masked_id
         self._batch_size = config.eval.batch_size
         self.tokenizer = tokenizer.fingerprint
 

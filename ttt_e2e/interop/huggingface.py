@@ -148,7 +148,8 @@ def make_config(
         )
         config.inner.mini_batch_size = max(1, seq_len // MINI_BATCHES)
     bos_id = theirs.get("bos_token_id")
-    config.data.bos_id = (bos_id[0] if isinstance(bos_id, list) else bos_id) or 0
+    bos_id = bos_id[0] if isinstance(bos_id, list) else bos_id
+    config.data.update(bos_id=bos_id or 0, bos_is_zero=bos_id == 0)
     for name in TOKENIZER_FILES[:2]:
         if (directory / name).is_file():
             config.data.tokenizer = str(output.resolve() / name)

@@ -56,6 +56,11 @@ def open_store(config: Config, split: str, run: str = "") -> TokenStore | Mixtur
     ours = config.data.bos_id
     if ours != (theirs := store.attributes.get("bos_id", ours)):
         raise UserError(f"config.data.bos_id is {ours!r}, but token store {path} was prepared with {theirs!r}")
+    if store.attributes.get("bos_id") == 0 and not config.data.bos_is_zero:
+        logger.warning(
+            "token 0 is the BOS of token store %s, and counts in the losses: --config.data.bos_is_zero=true masks it",
+            path,
+        )
     ours, theirs = config.data.tokenizer, store.attributes.get("tokenizer", "")
     if ours and theirs and ours != theirs and not _is_alike(ours, store.tokenizer_spec):
         raise UserError(f"config.data.tokenizer is {ours!r}, but token store {path} was prepared with {theirs!r}")
