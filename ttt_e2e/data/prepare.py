@@ -113,7 +113,7 @@ def prepare(  # noqa: PLR0913 -- the flags of a command
         "version": _FORMAT_VERSION,
     }
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        return _existing(output, settings, contents_digest(corpus, held_out, part))
+        return _existing(output, settings, lambda: contents_digest(corpus, held_out, part))
 
     settings["contents"] = contents_digest(corpus, held_out, part)
     is_held_out = held_out_rule(corpus, held_out, min_tokens, val_fraction)
@@ -225,10 +225,10 @@ def _check_arguments(tokenizer: str, min_tokens: int, val_fraction: float, on_ba
             raise UserError(f"{error}, or train:VOCAB") from None
 
 
-def _existing(output: Path, settings: dict[str, Any], contents: str) -> dict[str, Any]:
+def _existing(output: Path, settings: dict[str, Any], contents: Callable[[], str]) -> dict[str, Any]:
     """The summary of an existing store. Raises UserError where it is none, or was made of other files or settings.
 
-    contents: digest of the contents of the files, which stores of older versions do not have.
+    contents: gives the digest of the contents of the files, which stores of older versions do not have.
     """
     advice = "delete it, or choose another output"
     try:
@@ -243,7 +243,7 @@ def _existing(output: Path, settings: dict[str, Any], contents: str) -> dict[str
         if not is_same(name, found, value):
             other = f"{name} {found!r}, not {value!r}"
             raise UserError(f"output {output}: exists already, made with other settings ({other}); {advice}")
-    if recorded.get("contents", contents) != contents:
+    if "contents" in recorded and recorded["contents"] != contents():
         raise UserError(f"output {output}: exists already, and a file of its input has changed since; {advice}")
     return _summary(output, already_prepared=True)
 
