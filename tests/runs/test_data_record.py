@@ -229,8 +229,9 @@ def test_what_a_run_keeps(tmp_path, models, monkeypatch):
     assert (record.path, record.asked, record.tokenizer) == (f"{tmp_path}/none", path, "tokenizer.model")
     assert record.tokenizer_spec == f"{tmp_path}/run/tokenizer.model"
     assert (tmp_path / "run/tokenizer.model").read_bytes() == (models / "a.model").read_bytes()
-    write_data_record("run", make_config("none"), "")  # resumed, and no longer told which it is
-    assert find_data_record("run").tokenizer == "tokenizer.model"
+    for gone in ("", "gone.model"):  # resumed, and no longer told which it is, or it is no longer there
+        write_data_record("run", make_config("none"), gone)
+        assert find_data_record("run") == record._replace(asked="")
     write_data_record("bytes", make_config("none"), "bytes")
     write_data_record("unknown", make_config("none"), "absent.model")  # training does without
     for run, tokenizer in (("bytes", "bytes"), ("unknown", "")):

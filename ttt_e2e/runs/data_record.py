@@ -39,7 +39,8 @@ class DataRecord(NamedTuple):
 def write_data_record(workdir, config: Config, tokenizer: str) -> None:
     """Writes the record of a run, and copies its tokenizer's files into the run directory.
 
-    tokenizer: what `load_tokenizer` takes; "" where it is not known, and a resumed run keeps the one that it has.
+    tokenizer: what `load_tokenizer` takes; "" where it is not known. Where it is not, or cannot be read, a resumed run
+      keeps the one that it has.
     """
     if jax.process_index() != 0:
         return
@@ -52,7 +53,10 @@ def write_data_record(workdir, config: Config, tokenizer: str) -> None:
         record["digest"] = file_digest(tokenizer)
         files = files_of(tokenizer) if tokenizer else []
     except UserError as error:  # training works on tokens: it does not need it
-        logger.warning("the run keeps no tokenizer: %s", error)
+        if before:
+            record |= {"tokenizer": before.tokenizer, "digest": before.digest}
+        else:
+            logger.warning("the run keeps no tokenizer: %s", error)
     else:
         names = [file.name if i else f"tokenizer{file.suffix}" for i, file in enumerate(files)]
         record["tokenizer"] = names[0] if names else tokenizer
