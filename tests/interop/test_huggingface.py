@@ -585,3 +585,11 @@ def test_models_that_cannot_be_expressed_are_not_exported(fields, message, tmp_p
 def load_config_of_case(case, tmp_path):
     theirs = json.loads((DATA / case / "model" / "config.json").read_text())
     return huggingface.make_config(theirs, DATA / case / "model", tmp_path, [])
+
+
+@pytest.mark.parametrize("bos, expected", ((0, (0, True)), (1, (1, False)), ([0, 1], (0, True)), (None, (0, False))))
+def test_the_bos_token_0_is_masked_too(bos, expected, tmp_path):
+    directory = DATA / "llama2_tied_mha" / "model"
+    theirs = json.loads((directory / "config.json").read_text()) | {"bos_token_id": bos}
+    data = huggingface.make_config(theirs, directory, tmp_path, []).data
+    assert (data.bos_id, data.bos_is_zero) == expected
