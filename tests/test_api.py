@@ -200,7 +200,8 @@ def test_a_config_may_be_named_in_every_way(workdir, tmp_path):
 
 
 def test_train_is_the_command(token_store, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ttt_e2e.progress.on_terminal", lambda: True)
+    for module in ("ttt_e2e.train.step_log", "ttt_e2e.progress"):  # the first imports the name from the second
+        monkeypatch.setattr(f"{module}.on_terminal", lambda: True)
     config = tiny_run(token_store)
     metrics = ttt_e2e.train(config, tmp_path / "run", {"train.num_steps": 2})
     assert np.isfinite(metrics["loss"]) and metrics["learning_rate"] > 0
