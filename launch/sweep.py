@@ -32,7 +32,7 @@ from ttt_e2e import streams
 from ttt_e2e.checkpoints.steps import saved_steps
 from ttt_e2e.cluster.signals import GRACE_SECONDS, STOP_SIGNALS
 from ttt_e2e.errors import EXIT_REQUEUE, JSON_ERRORS, UserError
-from ttt_e2e.flags import parse
+from ttt_e2e.flags import parse, path
 from ttt_e2e.outputs import check_directory, is_of_the_disk, writing
 from ttt_e2e.progress import progress_bar
 from ttt_e2e.runs.directory import write_config
@@ -105,10 +105,9 @@ def _define(values: flags.FlagValues) -> None:
     def string(name: str, default: str, text: str) -> None:
         flags.DEFINE_string(name, default, text, flag_values=values)
 
-    string(
-        "config", "", "Config file with a sweep(), FILE.py[:ARG]; --config.section.field=value holds for all points."
-    )
-    string("output", "", "Directory of the sweep, with one run directory a point.")
+    text = "Config file with a sweep(), FILE.py[:ARG]; --config.section.field=value holds for all points."
+    path(values, "config", text)
+    path(values, "output", "Directory of the sweep, with one run directory a point.")
     flags.DEFINE_list("sweeps", [], "Which of the named sweeps to multiply, A,B,...; default: all.", flag_values=values)
     flags.DEFINE_integer("parallel", 1, "Runs at a time on this machine.", lower_bound=1, flag_values=values)
     launcher = f"{shlex.quote(sys.executable)} -m ttt_e2e"

@@ -25,7 +25,7 @@ from absl import flags
 from ttt_e2e import streams
 from ttt_e2e.bench import target_tables
 from ttt_e2e.errors import UserError
-from ttt_e2e.flags import load_config_file, parse
+from ttt_e2e.flags import load_config_file, parse, path
 from ttt_e2e.paths import check_local
 from ttt_e2e.runs.files import parse_json, read_text
 
@@ -89,7 +89,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("output", "", "Directory for the results.", flag_values=values)
+    path(values, "output", "Directory for the results.")
     flags.DEFINE_string("match", "", "Only cases whose CONFIG@TARGET@MESH this matches somewhere.", flag_values=values)
     flags.DEFINE_boolean("tables", False, "Make the tables of what is there, and compile nothing.", flag_values=values)
 

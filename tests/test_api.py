@@ -169,7 +169,8 @@ def test_a_stop_string_may_be_given_alone(model):
         assert stopped == free[: free.index(stop)] and stopped.ended_by == "stop"
 
 
-def test_progress_is_hidden_unless_asked_for(model, workdir, capsys, tmp_path):
+def test_progress_is_hidden_unless_asked_for(model, workdir, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("ttt_e2e.progress.on_terminal", lambda: True)
     model.generate(TEXT, max_new_tokens=2)
     for progress in (False, True):
         ttt_e2e.evaluate(workdir, {"eval.num_sequences": 2}, output=tmp_path, progress=progress)
@@ -198,7 +199,9 @@ def test_a_config_may_be_named_in_every_way(workdir, tmp_path):
     assert quickstart.model.num_fast_blocks == 0
 
 
-def test_train_is_the_command(token_store, tmp_path, capsys):
+def test_train_is_the_command(token_store, tmp_path, capsys, monkeypatch):
+    for module in ("ttt_e2e.train.step_log", "ttt_e2e.progress"):  # the first imports the name from the second
+        monkeypatch.setattr(f"{module}.on_terminal", lambda: True)
     config = tiny_run(token_store)
     metrics = ttt_e2e.train(config, tmp_path / "run", {"train.num_steps": 2})
     assert np.isfinite(metrics["loss"]) and metrics["learning_rate"] > 0

@@ -2,24 +2,26 @@
 
 import inspect
 import logging
+import platform
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 
 from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
+import ttt_e2e
 from ttt_e2e import paths, settings, streams
 from ttt_e2e.cluster import signals
 from ttt_e2e.config import Config, suggestion, to_dict
 from ttt_e2e.errors import EXIT_REQUEUE, DivergedError, PreemptedError, UserError
-from ttt_e2e.flags import load_config_file, override, parse, string
+from ttt_e2e.flags import given_paths, load_config_file, override, parse, path, path_list, repeated_path, string
 from ttt_e2e.outputs import check_directory, check_file, is_of_the_disk
 from ttt_e2e.runs.secrets import redact
 from ttt_e2e.strict_json import to_json
 
-# Flags that name files or directories, which may be in a bucket.
-PATHS = ("workdir", "workdirs", "checkpoint", "output", "prompt_file", "load_state", "save_state", "judge")
+HELP = ("-h", "--help", "help")
 _INPUTS = "a file, directory or glob of .txt .md .py .jsonl, plain, .gz or .zst, or of .parquet"
 
 
@@ -45,8 +47,12 @@ def _main(argv: list[str]) -> int:
     logging.getLogger("ttt_e2e").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs many lines for every save
     try:
-        if not argv or argv[0] in ("-h", "--help", "help"):
+        if len(argv) > 1 and argv[0] in HELP:  # help train
+            argv = [*argv[1:], "--help"]
+        if not argv or argv[0] in HELP:
             print(_help())
+        elif argv[0] in ("--version", "version"):
+            print(f"ttt-e2e {ttt_e2e.__version__}, JAX {version('jax')}, Python {platform.python_version()}")
         elif argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]!r}: {suggestion(argv[0], list(COMMANDS))}")
         else:
@@ -83,17 +89,16 @@ def prepare(argv: list[str]) -> None:
     """Tokenise text into a token store."""
 
     def define(values):
-        several = {"flag_values": values}
-        flags.DEFINE_multi_string("input", [], f"stdlib, or {_INPUTS}; several: with commas, or repeated.", **several)
-        string(values, "tokenizer", "bytes, a MODEL.model or tokenizer.json, or train:VOCAB to train one on the input.")
-        string(values, "output", "Directory of the token store to write.")
+        repeated_path(values, "input", f"stdlib, or {_INPUTS}; several: with commas, or repeated.")
+        path(values, "tokenizer", "bytes, a MODEL.model or tokenizer.json, or train:VOCAB to train one on the input.")
+        path(values, "output", "Directory of the token store to write.")
         flags.DEFINE_integer("min_tokens", 0, "Leave out shorter documents.", lower_bound=0, flag_values=values)
         flags.DEFINE_float("val_fraction", 0.05, "Share of documents that is held out.", flag_values=values)
-        flags.DEFINE_multi_string("val_input", [], "Held-out documents, instead of a share of the input.", **several)
+        repeated_path(values, "val_input", "Held-out documents, instead of a share of the input.")
         string(values, "text_field", "Field of a record that has its text; a.b is one in another.", "text")
         string(values, "on_bad_record", "fail, or skip to go on without records that have no text.", "fail")
         string(values, "part", "I/N: only the part I, from 0, of N, for --merge.")
-        flags.DEFINE_list("merge", [], "Stores of all N parts, A,B,...: makes one of them, without input.", **several)
+        path_list(values, "merge", "Stores of all N parts, A,B,...: makes one of them, without input.")
         flags.DEFINE_integer("num_workers", -1, "Tokenising processes; -1 = one per core.", flag_values=values)
 
     values, _ = parse(argv, define, "ttt-e2e prepare: tokenise text into a token store.")
@@ -119,7 +124,7 @@ def train(argv: list[str]) -> None:
 
     def define(values):
         _config(values)
-        string(values, "workdir", "Run directory; a run that it holds is resumed.")
+        path(values, "workdir", "Run directory; a run that it holds is resumed.")
         _processes(values)
 
     values, overrides = _parse(argv, define, "ttt-e2e train: train a model, or resume its run.")
@@ -142,7 +147,7 @@ def evaluate(argv: list[str]) -> None:
 
     def define(values):
         _trained_model(values)
-        string(values, "output", "Directory for what is found; default: WORKDIR/evaluation.")
+        path(values, "output", "Directory for what is found; default: WORKDIR/evaluation.")
         evaluation.define(values)
         _processes(values)
 
@@ -169,18 +174,18 @@ def generate(argv: list[str]) -> None:
     def define(values):
         _trained_model(values)
         string(values, "prompt", "Text to continue; without any, a new document.")
-        string(values, "prompt_file", "File with the prompt, or .jsonl with one a line, in the field `prompt`.")
+        path(values, "prompt_file", "File with the prompt, or .jsonl with one a line, in the field `prompt`.")
         flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate; 0 = only read.", flag_values=values)
         settings.define(values, Sampling)
         flags.DEFINE_integer("seed", 0, "Of what is drawn.", flag_values=values)
         flags.DEFINE_float("repetition_penalty", 1.0, "Weakens tokens that were there; 1 = off.", flag_values=values)
         flags.DEFINE_multi_string("stop", [], "Text to stop before; may be given repeatedly.", flag_values=values)
         string(values, "learn", "Learn while reading from: all, prompt or none.", "all")
-        string(values, "load_state", "Saved state to go on from.")
-        string(values, "save_state", "Directory to save the state in afterwards.")
+        path(values, "load_state", "Saved state to go on from.")
+        path(values, "save_state", "Directory to save the state in afterwards.")
         string(values, "precision", "Of the saved fast weights: float32 or bfloat16.", "float32")
         flags.DEFINE_integer("max_length", 0, "Tokens full attention has room for; 0 = as needed.", flag_values=values)
-        string(values, "output", "File for results as JSON lines; default: stdout.")
+        path(values, "output", "File for results as JSON lines; default: stdout.")
 
     values, overrides = _parse(argv, define, "ttt-e2e generate: continue prompts, learning while reading them.")
     config = _resolve(values, overrides)
@@ -210,8 +215,8 @@ def import_(argv: list[str]) -> None:
         sources = ["official", "huggingface"]
         flags.DEFINE_enum("source", None, sources, "Program that wrote it.", flag_values=values)
         _config(values)
-        string(values, "checkpoint", "The checkpoint to read; of Hugging Face, a directory with config.json.")
-        string(
+        path(values, "checkpoint", "The checkpoint to read; of Hugging Face, a directory with config.json.")
+        path(
             values,
             "output",
             "Directory to write: of official, checkpoints, for --checkpoint or config.train.init_from; of huggingface, "
@@ -255,7 +260,7 @@ def export(argv: list[str]) -> None:
     def define(values):
         flags.DEFINE_enum("target", None, ["huggingface"], "Program to write it for.", flag_values=values)
         _trained_model(values)
-        string(values, "output", "Directory to write.")
+        path(values, "output", "Directory to write.")
 
     values, overrides = _parse(argv, define, "ttt-e2e export: write a model in the form of another program.")
     _require(values, "target", "output")
@@ -273,10 +278,8 @@ def report(argv: list[str]) -> None:
     """Plot and tabulate runs."""
 
     def define(values):
-        flags.DEFINE_list(
-            "workdirs", None, "Run directories, A,B,...; a sweep directory stands for its runs.", flag_values=values
-        )
-        string(values, "output", "Directory for the plots and report.html.")
+        path_list(values, "workdirs", "Run directories, A,B,...; a sweep directory stands for its runs.")
+        path(values, "output", "Directory for the plots and report.html.")
 
     values, _ = _parse(argv, define, "ttt-e2e report: plots and a page of one or several runs.")
     _require(values, "workdirs", "output")
@@ -313,15 +316,19 @@ def bench(argv: list[str]) -> None:
         "target": target.run,
     }
     name = argv[0] if argv else ""
-    if name not in benchmarks and name not in ("-h", "--help"):
+    if name in HELP:
+        names = "\n".join(f"  {each:17} {inspect.getdoc(run).splitlines()[0]}" for each, run in benchmarks.items())
+        print(f"usage: ttt-e2e bench NAME --output=DIR ...  (ttt-e2e bench NAME --help lists its flags)\n{names}")
+        return
+    if name not in benchmarks:
         raise UserError(
             f"bench takes the name of a benchmark first, not {name!r}: {suggestion(name, list(benchmarks))}"
         )
-    run = benchmarks.get(name, meta_gradient.run)
+    run = benchmarks[name]
     parameters = inspect.signature(run).parameters
 
     def define(values):
-        string(values, "output", "Directory for results.json and results.md.")
+        path(values, "output", "Directory for results.json and results.md.")
         if "checkpoint" in parameters:
             _trained_model(values)
         elif "config" in parameters:
@@ -357,30 +364,30 @@ COMMANDS = {
 def _help() -> str:
     """The text of `ttt-e2e --help`: usage, and a line for each command."""
     lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
+    lines.append("  --version  Print the version, and those of JAX and Python.")
     return "\n".join(["usage: ttt-e2e COMMAND --flag=value ...  (ttt-e2e COMMAND --help lists its flags)", *lines])
 
 
 def _parse(argv: list[str], define, usage: str) -> tuple[flags.FlagValues, list[str]]:
     """Parses flags as `ttt_e2e.flags.parse`. Raises `UserError`, too, where a path is in a bucket out of reach."""
     values, overrides = parse(argv, define, usage)
-    for name in (name for name in PATHS if name in values):
-        value = values[name].value or ""
-        for path in [value] if isinstance(value, str) else value:
-            paths.check(f"--{name}", path)
+    for name, place in given_paths(values):
+        if name != "config":  # which is of this machine: `load_config_file` says so
+            paths.check(f"--{name}", place)
     return values, overrides
 
 
 def _config(values: flags.FlagValues) -> None:
     """Defines --config."""
     text = "Config file, FILE.py[:ARG], or config.json of a run; override fields by --config.section.field=value."
-    string(values, "config", text)
+    path(values, "config", text)
 
 
 def _trained_model(values: flags.FlagValues) -> None:
     """Defines the flags that name a trained model: --config, --workdir and --checkpoint."""
     _config(values)
-    string(values, "workdir", "Run directory to take the newest checkpoint of.")
-    string(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
+    path(values, "workdir", "Run directory to take the newest checkpoint of.")
+    path(values, "checkpoint", "Checkpoint directory; default: the workdir's newest.")
 
 
 def _processes(values: flags.FlagValues) -> None:

@@ -29,7 +29,7 @@ def check_directory(flag: str, path: str | os.PathLike) -> None:
     path = os.fspath(path)
     if is_url(path):
         return
-    place = os.path.realpath(os.path.expanduser(path))
+    place = os.path.realpath(path)
     while not os.path.lexists(place):
         place = os.path.dirname(place)
     try:

@@ -15,6 +15,7 @@ from typing import get_type_hints
 from absl import flags
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.flags import integer, path
 
 INTEGERS = tuple[int, ...]  # type of a field whose flag takes integers, separated by commas
 
@@ -27,9 +28,12 @@ _DEFINERS = {
 }
 
 
-def setting(flag: str, help: str, default=MISSING):
-    """Makes a dataclass field with the flag `--flag`; without a default, the flag's is empty, 0 or false."""
-    return field(default=default, metadata={"flag": flag, "help": help})
+def setting(flag: str, help: str, default=MISSING, *, is_path: bool = False):
+    """Makes a dataclass field with the flag `--flag`; without a default, the flag's is empty, 0 or false.
+
+    is_path: whether `~` means home in it.
+    """
+    return field(default=default, metadata={"flag": flag, "help": help, "is_path": is_path})
 
 
 def define(values: flags.FlagValues, settings: type) -> None:
@@ -37,7 +41,10 @@ def define(values: flags.FlagValues, settings: type) -> None:
     for f, kind in _flagged(settings):
         default = kind() if f.default is MISSING else f.default
         default = list(map(str, default)) if kind == INTEGERS else default
-        _DEFINERS[kind](f.metadata["flag"], default, f.metadata["help"], flag_values=values)
+        if f.metadata["is_path"]:
+            path(values, f.metadata["flag"], f.metadata["help"], default)
+        else:
+            _DEFINERS[kind](f.metadata["flag"], default, f.metadata["help"], flag_values=values)
 
 
 def flag_names(settings: type) -> list[str]:
@@ -78,6 +85,6 @@ def _flagged(settings: type) -> Iterator[tuple[Field, type]]:
 def _integers(flag: str, items: list[str]) -> tuple[int, ...]:
     """Parses the items of a list flag as integers. Raises `UserError` where one is none."""
     try:
-        return tuple(map(int, items))
+        return tuple(map(integer, items))
     except ValueError:
         raise UserError(f"--{flag}={','.join(items)}: it takes integers separated by commas") from None

@@ -7,10 +7,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from ttt_e2e.checkpoints.progress import load_progress
-from ttt_e2e.config import Config, from_config_dict, suggestion
+from ttt_e2e.config import Config, suggestion
 from ttt_e2e.errors import UserError
 from ttt_e2e.flags import load_config_file, load_sweep, override
 from ttt_e2e.runs.directory import load_config, refuse_secrets
@@ -86,13 +84,8 @@ def _point(spec: str, overrides: list[str], fixed: set[str], alternatives: tuple
             merged[field] = value
     if not isinstance(merged.get("arg", ""), str):
         raise UserError(f"sweep() of {spec} has the arg {merged['arg']!r}, but it takes a string")
-    fields = load_config_file(f"{spec}:{merged['arg']}" if "arg" in merged else spec).to_dict()
-    for field, value in merged.items():
-        if field != "arg":
-            section, _, name = field.partition(".")
-            fields.setdefault(section, {})[name] = value
-    from_config_dict(fields)  # validates before `override` does: its messages name the field
-    config = override(ConfigDict(fields), overrides)
+    base = load_config_file(f"{spec}:{merged['arg']}" if "arg" in merged else spec)
+    config = override(base, overrides, {field: value for field, value in merged.items() if field != "arg"})
     refuse_secrets(config)
     name = _name({field: _resolved(config, field, value) for field, value in merged.items()})
     return Point(name, merged, config, output / name)

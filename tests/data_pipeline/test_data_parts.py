@@ -65,6 +65,31 @@ def test_merged_parts_are_the_whole(corpus, parts, tmp_path):
     assert run(corpus, tmp_path / "merged", val_fraction=0.3)["already_prepared"]
 
 
+def test_parts_know_their_own_files(corpus, parts, tmp_path, monkeypatch):
+    """A part is prepared again where one of its files was edited, and the whole where any was."""
+    monkeypatch.chdir(tmp_path)
+    merge(parts, tmp_path / "merged")
+    file = corpus / "0.jsonl"
+    contents = file.read_bytes()
+    file.write_bytes(contents.replace(b"line", b"lone", 1))
+    assert len(contents) == file.stat().st_size and contents != file.read_bytes()
+
+    def is_known(output, **arguments) -> bool:
+        try:
+            return run("corpus/", output, val_fraction=0.3, **arguments)["already_prepared"]
+        except UserError as error:
+            assert "a file of its input has changed" in str(error)
+            return False
+
+    assert [is_known(parts[i], part=f"{i}/4") for i in range(4)] == [False, True, True, True]
+    assert not is_known(tmp_path / "merged")
+    # Parts whose input was written in another way are parts of the same corpus.
+    file.write_bytes(contents)
+    shutil.rmtree(parts[3])
+    run("./corpus", parts[3], part="3/4", val_fraction=0.3)
+    assert merge(parts, tmp_path / "again")["num_tokens"] == merge(parts, tmp_path / "merged")["num_tokens"]
+
+
 def test_a_merged_store_moves_with_its_parts(parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     merge(["parts/0", "parts/1", "parts/2", "parts/3"], "parts/merged")

@@ -131,6 +131,61 @@ def test_second_run_finds_it_prepared(corpus, output, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_input_is_known_however_its_path_is_written(corpus, output, tmp_path, monkeypatch):
+    """The same files give the same store, down to its fingerprint; an old store's paths are compared."""
+    monkeypatch.chdir(tmp_path)
+    first = run("corpus", output)
+    spellings = ("corpus/", "./corpus", "corpus/../corpus", str(corpus), "corpus,./corpus/")
+    for spelling in spellings:
+        assert run(spelling, output) == first | {"already_prepared": True}
+    for number, spelling in enumerate(spellings[:3]):
+        run(spelling, tmp_path / f"store{number}")
+        stores = [TokenStore.open(path, "train") for path in (output, tmp_path / f"store{number}")]
+        assert stores[0].fingerprint == stores[1].fingerprint
+    shutil.copytree(corpus, tmp_path / "copy")
+    assert run("copy", output)["already_prepared"]  # by the contents
+    with pytest.raises(UserError, match=r"val_input '', not 'corpus/0.txt'|files_digest"):
+        run("corpus", output, val_input="corpus/0.txt")
+    file = output / "zarr.json"
+    group = json.loads(file.read_text())
+    del group["attributes"]["prepared_from"]["contents"]
+    file.write_text(json.dumps(group))
+    for spelling in spellings[:4]:
+        assert run(spelling, output)["already_prepared"]
+    with pytest.raises(UserError, match=r"\(input 'corpus', not 'copy'\)"):
+        run("copy", output)
+
+
+def test_the_tokenizer_is_known_by_its_contents(corpus, output, tmp_path, monkeypatch):
+    run(corpus, tmp_path / "first", "train:300")
+    run(corpus, tmp_path / "second", "train:310")
+    model, other = (tmp_path / name / "tokenizer.model" for name in ("first", "second"))
+    run(corpus, output, str(model))
+    monkeypatch.chdir(model.parent)
+    assert run(corpus, output, "tokenizer.model")["already_prepared"]
+    assert run(corpus, output, "./tokenizer.model")["already_prepared"]
+    with pytest.raises(UserError, match="files_digest"):
+        run(corpus, output, str(other))
+    with pytest.raises(UserError, match=r"tokenizer .*, not 'bytes'"):
+        run(corpus, output, "bytes")
+
+
+@pytest.mark.parametrize("name", ("3.txt", "lines.jsonl.gz", "held.txt"))
+def test_an_edited_file_of_equal_length_is_noticed(name, corpus, output, tmp_path):
+    held_out = corpus.parent / "held.txt"
+    held_out.write_text("held out")
+    arguments = {"val_input": str(held_out)}
+    run(corpus, output, **arguments)
+    assert run(corpus, output, **arguments)["already_prepared"]
+    file = held_out if name == "held.txt" else corpus / name
+    contents = file.read_bytes()
+    file.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
+    with pytest.raises(UserError, match="exists already, and a file of its input has changed since; delete it"):
+        run(corpus, output, **arguments)
+    file.write_bytes(contents)
+    assert run(corpus, output, **arguments)["already_prepared"]
+
+
 def test_output_that_is_something_else(corpus, output, tmp_path):
     output.mkdir(parents=True)
     run(corpus, output)  # an empty directory is as good as none

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from tests.evaluation.conftest import BOS, FakeReader, write_store
+from tests.lossy_model import train_lossy_model
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
+from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation import needle
 from ttt_e2e.evaluation.haystacks import NOISE, REACH, TASKS, Haystacks
 from ttt_e2e.evaluation.needle import Needle, Settings
@@ -61,6 +63,28 @@ def test_a_prompt_has_the_length_and_the_needle_once_where_it_should_be(haystack
     assert text.count(prompt.value) == 2
     pattern = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}" if task == 3 else r"\d{7}"
     assert re.fullmatch(pattern, prompt.value)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_tokenizer_without_new_lines_has_needles_too(task, tmp_path):
+    """As SentencePiece trains it by default: documents are then divided by a full stop."""
+    train_lossy_model(tmp_path / "tokenizer.model", "0123456789ORWTBUID", 160)
+    tokenizer = SentencePieceTokenizer(tmp_path / "tokenizer.model")
+    assert len(tokenizer.encode("\n")) == 0
+    write_store(tmp_path / "store", tokenizer, lengths=(40,) * 60)
+    haystacks = Haystacks(tokenizer, TokenStore.open(tmp_path / "store", "val"), tokenizer.bos_id, 160)
+    prompt = haystacks.prompt(task, 800, 50, 0)
+    assert len(prompt.tokens_L) == 800 and tokenizer.bos_id not in prompt.tokens_L
+    assert tokenizer.decode([*prompt.tokens_L, *prompt.answer]).count(prompt.value) == 2
+
+
+def test_a_tokenizer_that_cannot_write_the_value_is_refused(tmp_path):
+    train_lossy_model(tmp_path / "tokenizer.model")  # it knows no digits
+    tokenizer = SentencePieceTokenizer(tmp_path / "tokenizer.model")
+    write_store(tmp_path / "store", tokenizer)
+    haystacks = Haystacks(tokenizer, TokenStore.open(tmp_path / "store", "val"), tokenizer.bos_id, 120)
+    with pytest.raises(UserError, match=r"needle takes a tokenizer that can write '\d{7}', and this one makes '.*⁇"):
+        haystacks.parts(2, 800, 50, 0)
 
 
 def test_noise_is_ever_the_same_lines_and_the_needle_stands_between_two(haystacks):

@@ -27,7 +27,7 @@ def figures(**sections) -> dict:
     config = from_config_dict(fields | sections)
     count = int((Store().tokens[:, 1:] != BOS).sum())
     metrics = {"num_sequences": NUM_SEQUENCES, "seq_len": T, "num_tokens": count, "token_loss": 2.0}
-    return _bits_per_byte(config, Store(), metrics | {"token_loss_without_learning": 3.0})
+    return _bits_per_byte(config, "", Store(), metrics | {"token_loss_without_learning": 3.0})
 
 
 def test_a_byte_is_a_token_for_the_tokenizer_of_bytes():

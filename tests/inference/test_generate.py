@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.inference.conftest import assert_same_state, read_at_once
+from tests.inference.conftest import assert_same_state, read_at_once, some_tokens
 from tests.inner.conftest import BOS, b
 from tests.model import naive
 from ttt_e2e.checkpoints.params import save_params
@@ -22,7 +22,7 @@ from ttt_e2e.config import from_config_dict, to_dict
 from ttt_e2e.data.tokenizers import ByteTokenizer
 from ttt_e2e.errors import DivergedError
 from ttt_e2e.inference import generate
-from ttt_e2e.inference.generate import Settings, Token, _check_finite, generate_tokens
+from ttt_e2e.inference.generate import Settings, Token, _check_finite, generate_tokens, newest_tokens
 from ttt_e2e.inference.settings import Sampling
 from ttt_e2e.model import Transformer
 from ttt_e2e.model.parameters import split
@@ -81,6 +81,16 @@ def test_learning_from_the_prompt_stops_with_it(reader):
 
 
 @pytest.mark.usefixtures("float64")
+def test_the_newest_tokens_are_the_last_that_were_read(reader):
+    """Of the unfinished mini-batch, and the newest where none is begun."""
+    tokens_BT1 = some_tokens(1, 2 * reader.mini_batch_size)
+    for count in range(reader.mini_batch_size + 2):
+        state, _ = reader.read(reader.start(tokens_BT1[:, 0]), tokens_BT1[:, 1 : count + 1])
+        newest = newest_tokens(state)
+        assert 1 <= len(newest) <= reader.mini_batch_size
+        np.testing.assert_array_equal(newest, tokens_BT1[0, : count + 1][-len(newest) :])
+
+
 def test_seeds_reproduce_and_differ(reader):
     settings = Settings(10)
     first, again = (continued(reader, settings, bos_id=-1)[0] for _ in range(2))

@@ -21,6 +21,7 @@ from ttt_e2e.cli import main
 from ttt_e2e.cluster.mesh import with_shardings
 from ttt_e2e.config import EngramConfig, ModelConfig
 from ttt_e2e.data.store import TokenWriter, write_attributes
+from ttt_e2e.data.tokenizers import file_digest
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.prompts import find_tokenizer
 from ttt_e2e.inner import read_sequence
@@ -28,6 +29,7 @@ from ttt_e2e.interop import huggingface, huggingface_config
 from ttt_e2e.interop.additions import Additions
 from ttt_e2e.model import abstract_model
 from ttt_e2e.model.parameters import merge
+from ttt_e2e.runs.data_record import find_data_record
 from ttt_e2e.runs.directory import load_config
 
 safetensors = pytest.importorskip("safetensors.numpy")
@@ -304,6 +306,17 @@ def test_a_tokenizer_that_is_not_read_leaves_engram_without_alike_tokens(tmp_pat
     refused(directory, tmp_path, r"^tokenizer .*tokenizer.json: .*compress_tokens=False\)$", overrides)
     huggingface.import_model(directory, tmp_path / "run", [*overrides, "--config.model.engram.compress_tokens=False"])
     assert (tmp_path / "run" / "tokenizer.json").exists()
+
+
+def test_an_imported_model_keeps_its_tokenizer(tmp_path):
+    """The record names it where it is in the end, not where the directory was made."""
+    directory = damaged(tmp_path)
+    for file in (DATA.parent / "lm_eval" / "tokenizer").iterdir():
+        shutil.copyfile(file, directory / file.name)
+    run = huggingface.import_model(directory, tmp_path / "run", [])
+    record = find_data_record(run)
+    assert record.tokenizer_spec == record.asked == load_config(run).data.tokenizer == f"{run}/tokenizer.json"
+    assert record.digest == file_digest(record.tokenizer_spec) == file_digest(str(directory / "tokenizer.json"))
 
 
 # -------------------------------------------------------------------------------------------------------------- traps
@@ -585,3 +598,11 @@ def test_models_that_cannot_be_expressed_are_not_exported(fields, message, tmp_p
 def load_config_of_case(case, tmp_path):
     theirs = json.loads((DATA / case / "model" / "config.json").read_text())
     return huggingface.make_config(theirs, DATA / case / "model", tmp_path, [])
+
+
+@pytest.mark.parametrize("bos, expected", ((0, (0, True)), (1, (1, False)), ([0, 1], (0, True)), (None, (0, False))))
+def test_the_bos_token_0_is_masked_too(bos, expected, tmp_path):
+    directory = DATA / "llama2_tied_mha" / "model"
+    theirs = json.loads((directory / "config.json").read_text()) | {"bos_token_id": bos}
+    data = huggingface.make_config(theirs, directory, tmp_path, []).data
+    assert (data.bos_id, data.bos_is_zero) == expected

@@ -8,6 +8,7 @@ import pytest
 from tests.tiny_run import BOS, VOCABULARY, T, tiny_run
 from ttt_e2e.data.store import TokenWriter, write_attributes
 from ttt_e2e.errors import UserError
+from ttt_e2e.runs.data_record import find_data_record
 from ttt_e2e.runs.metrics import read_metrics
 from ttt_e2e.train import loop
 from ttt_e2e.train.batches import open_store
@@ -81,3 +82,4 @@ def test_a_run_on_a_mixture_is_resumed_to_the_bit(tmp_path):
         run("stopped", 5, f"{stores[0]}:0.5,{stores[1]}:0.5")
     progress = json.loads((tmp_path / "whole/checkpoints/4/progress/metadata").read_text())
     assert progress["next_batch"] == 4
+    assert find_data_record(tmp_path / "stopped").path == path  # not that which was refused

@@ -12,6 +12,7 @@ from tests.tiny_run import BOS, VOCABULARY, T, b, tiny_run
 from ttt_e2e.checkpoints.params import save_params
 from ttt_e2e.checkpoints.progress import progress_of
 from ttt_e2e.cluster.mesh import BATCH, make_mesh, shardings
+from ttt_e2e.data.masking import is_target
 from ttt_e2e.data.store import TokenStore, TokenWriter, write_attributes
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation import token_losses
@@ -89,6 +90,29 @@ def test_sums_equal_those_made_by_hand(num_fast_blocks, mesh, store):
     assert abs(loss - token_loss) > 1e-3  # two means, not one
     np.testing.assert_allclose(np.concatenate([np.asarray(a)[:count] for a, count in nlls]), nll, atol=1e-5)
     assert all(nll_BT.sharding.spec == BATCH for nll_BT, _ in nlls)  # each sequence's where it was read
+
+
+def test_a_bos_of_0_is_masked_where_it_is_said(store, tmp_path, caplog):
+    """As any other BOS is: the same text with the tokens 0 and BOS exchanged counts the same targets."""
+    tokens = TokenStore.open(store, "val").sequences(range(SEQUENCES), T)
+    exchanged = np.where(tokens == BOS, 0, np.where(tokens == 0, BOS, tokens))
+    fields = {"bos_id": 0, "bos_is_zero": True}
+    config = run_config(store, data={**fields, "path": str(store)})
+    for masked_id, same in ((config.data.masked_id, True), (0, False)):
+        is_same = np.array_equal(is_target(exchanged, masked_id), is_target(tokens, BOS))
+        assert is_same is same and is_target(exchanged, 0).all()
+    writer = TokenWriter(tmp_path / "zero", "val", VOCABULARY)
+    writer.append(np.append(exchanged[:, :-1].reshape(-1), exchanged[-1, -1]))
+    writer.close()
+    write_attributes(tmp_path / "zero", {"bos_id": 0, "vocab_size": VOCABULARY})
+    config = run_config(tmp_path / "zero", data={**fields, "path": str(tmp_path / "zero")})
+    assert batches.open_store(config, "val").num_tokens == SEQUENCES * T + 1 and not caplog.records
+    num_targets = int((tokens[:, 1:] != BOS).sum())
+    assert Held(config).loss().num_tokens == num_targets < SEQUENCES * T
+    # Without the field none is masked, as before, and a line says so.
+    counted = run_config(tmp_path / "zero", data={"bos_id": 0, "path": str(tmp_path / "zero")})
+    batches.open_store(counted, "val")
+    assert "--config.data.bos_is_zero=true masks it" in caplog.text and counted.data.masked_id == 0
 
 
 def test_copies_that_fill_up_a_batch_would_be_seen(store):

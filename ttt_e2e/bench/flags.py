@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 from absl import flags
 
+from ttt_e2e.config import expand_home
 from ttt_e2e.errors import UserError
+from ttt_e2e.flags import integer
 
 
 def define(values: flags.FlagValues, run: Callable) -> None:
@@ -38,7 +40,8 @@ def _value(values: flags.FlagValues, option: inspect.Parameter):
     if not isinstance(option.default, tuple):
         return value
     try:
-        return tuple(map(type(option.default[0]), value))
+        kind = type(option.default[0])
+        return tuple(map({int: integer, str: expand_home}[kind], value))
     except ValueError:
         kind = {int: "integers", float: "numbers"}[type(option.default[0])]
         raise UserError(f"--{option.name}={','.join(value)}: it takes {kind} separated by commas") from None

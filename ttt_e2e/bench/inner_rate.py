@@ -49,7 +49,7 @@ def run(output, config: Config, checkpoint, *, rates=RATES, num_fast_blocks: int
     learning = _learning_config(config, num_fast_blocks)
     mesh = make_mesh(config.mesh)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
-    store = open_store(config, config.data.eval_split)
+    store = open_store(config, config.data.eval_split, checkpoint)
     step_directory = find_step(checkpoint)
     params, placed = _load(step_directory, config.model, learning.model, mesh)
     eval_step = make_eval_step(learning, mesh, placed)

@@ -1,6 +1,6 @@
 """The configuration of a run: frozen dataclasses, made from a ConfigDict after checking that every value is legal."""
 
-from ttt_e2e.config.fields import each_field, suggestion
+from ttt_e2e.config.fields import each_field, expand_home, suggestion
 from ttt_e2e.config.sections import (
     ATTENTION_BACKENDS,
     MIXER_SECTIONS,
@@ -20,7 +20,7 @@ from ttt_e2e.config.sections import (
     OptimizerConfig,
     TrainConfig,
 )
-from ttt_e2e.config.validation import default_config, from_config_dict, to_dict
+from ttt_e2e.config.validation import as_dict, default_config, from_config_dict, to_dict
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -40,8 +40,10 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "TrainConfig",
+    "as_dict",
     "default_config",
     "each_field",
+    "expand_home",
     "from_config_dict",
     "suggestion",
     "to_dict",

@@ -2,10 +2,15 @@
 
 import dataclasses
 import difflib
+import enum
 import math
 import operator
+import os
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
+
+import numpy as np
 
 from ttt_e2e.errors import UserError
 
@@ -25,8 +30,17 @@ BOUNDS = {
 }
 
 
-def field(
-    default, help: str, *, least=None, above=None, below=None, most=None, choices: Collection[str] = (), resume=REFUSED
+def field(  # noqa: PLR0913 -- each is an entry of the metadata
+    default,
+    help: str,
+    *,
+    least=None,
+    above=None,
+    below=None,
+    most=None,
+    choices: Collection[str] = (),
+    resume=REFUSED,
+    is_path: bool = False,
 ):
     """A dataclass field of a section, with its help, its legal values and its resume rule as metadata.
 
@@ -36,12 +50,12 @@ def field(
       least, above, below, most: bounds of a number. They are checked after a 0 is replaced by the derived value.
       choices: the legal strings. The collection may grow later; it is read when a config is validated.
       resume: REFUSED, LOGGED or FREE.
+      is_path: whether `~` means home in it.
     """
     bounds = {"least": least, "above": above, "below": below, "most": most}
     bounds = {name: bound for name, bound in bounds.items() if bound is not None}
-    return dataclasses.field(
-        default=default, metadata={"help": help, "bounds": bounds, "choices": choices, "resume": resume}
-    )
+    metadata = {"help": help, "bounds": bounds, "choices": choices, "resume": resume, "is_path": is_path}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def each_field(config) -> Iterator[tuple[str, dataclasses.Field, object]]:
@@ -72,6 +86,11 @@ def suggestion(name: str, legal: Collection[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"legal: {', '.join(legal)}"
 
 
+def expand_home(paths: str) -> str:
+    """Replaces `~` and `~USER` by home directories where a path begins: in front, and after a comma or a colon."""
+    return re.sub(r"(^|[,:]\s*)(~[^/,:]*)", lambda match: match[1] + os.path.expanduser(match[2]), paths)
+
+
 def require(condition: bool, name: str, value, legal: str) -> None:
     """Raises `UserError` unless the condition holds. The message says that `name` is `value` but must be `legal`."""
     if not condition:
@@ -79,11 +98,13 @@ def require(condition: bool, name: str, value, legal: str) -> None:
 
 
 def coerce(name: str, value, kind: type):
-    """Converts `value` to `kind` without loss (1 is a legal float, 8.0 a legal int); else raises `UserError`."""
+    """Converts `value` to `kind` without loss (1 is a legal float, 8.0 a legal int); else raises `UserError`.
+
+    NumPy's numbers, enumerations of numbers or strings, and paths are taken for what they stand for.
+    """
+    value = _plain(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is str and isinstance(value, str):
+    if isinstance(value, kind) and kind in (bool, str):
         return value
     if kind is int and is_number and math.isfinite(value) and value == int(value):
         return int(value)
@@ -96,6 +117,15 @@ def coerce(name: str, value, kind: type):
         str: "one string",
     }[kind]
     raise UserError(f"{name} is {value!r}, but it takes {legal}")
+
+
+def _plain(value):
+    """A scalar of NumPy, an enumeration's member or a path as Python's own bool, int, float or str; others as is."""
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def check(name: str, value, f: dataclasses.Field) -> None:

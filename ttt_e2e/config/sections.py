@@ -294,6 +294,7 @@ class TrainConfig:
         "data; empty = fresh parameters. A step directory, a directory of steps (the newest is taken), or a run "
         "directory. Ignored where the run has a checkpoint of its own.",
         resume=LOGGED,
+        is_path=True,
     )
     base: str = field(
         "",
@@ -301,6 +302,7 @@ class TrainConfig:
         "held-out losses are compared with its own, and a difference of more than 0.05 nats ends the run; empty = no "
         "comparison.",
         resume=FREE,
+        is_path=True,
     )
 
 
@@ -354,6 +356,7 @@ class DataConfig:
         "the token store: a directory made by `prepare`, or a `gs://` or `s3://` URL. Or a mixture of several with one "
         'tokenizer, `"a:0.7,b:0.3"`: of 10 sequences, 7 are from a. Needed.',
         resume=FREE,
+        is_path=True,
     )  # the token store's fingerprint is in the checkpoint
     train_split: str = field("train", "split to train on.", resume=FREE)  # so is that of the split
     eval_split: str = field("val", "split to evaluate on.", resume=LOGGED)
@@ -362,6 +365,7 @@ class DataConfig:
         '`"bytes"`, a SentencePiece `.model` file or a `tokenizer.json`; empty = as the token store records. '
         "Training and evaluation work on tokens and do not read it.",
         resume=FREE,  # compared with the token store
+        is_path=True,
     )
     bos_id: int = field(
         0,
@@ -369,11 +373,21 @@ class DataConfig:
         "`model.vocab_size`, and the one that the token store records, if it records one.",
         least=0,
     )
+    bos_is_zero: bool = field(
+        False,
+        "whether the BOS token is token 0, as in some models of Hugging Face: then targets equal to it are masked. "
+        "`bos_id` cannot say that, as its 0 = mask none.",
+    )
     shuffle: bool = field(
         True, "read the sequences in a random order, another one each epoch. Otherwise in the store's order."
     )
     seed: int = field(0, "random seed of that order.", least=0, most=2**32 - 1)
     num_workers: int = field(0, "processes that read ahead; 0 = threads only.", least=0, resume=FREE)
+
+    @property
+    def masked_id(self) -> int:
+        """The token that losses mask, as `is_target` (data/masking.py) takes it: 0 = none, -1 = token 0."""
+        return -1 if self.bos_is_zero else self.bos_id
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ import dataclasses
 import importlib
 from collections.abc import Iterable
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
-from ttt_e2e.config.fields import LARGEST, check, coerce, each_field, require, suggestion
+from ttt_e2e.config.fields import LARGEST, check, coerce, each_field, expand_home, require, suggestion
 from ttt_e2e.config.sections import MIXER_FILES, MIXER_SECTIONS, MIXERS, Config, ModelConfig
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import UserError, first_line
 
 LARGEST_FLOAT_ID = 2**24  # ids are kept in float32 there, which has all integers up to this one
 
@@ -21,7 +21,8 @@ def default_config() -> ConfigDict:
     values = dataclasses.asdict(Config())
     del values["model"]["mixer_sections"]
     values["model"] |= {mixer: dataclasses.asdict(section()) for mixer, section in MIXER_SECTIONS.items()}
-    return ConfigDict(values).lock()
+    # Without types: NumPy's integers and paths are legal values, and validation names the field of others.
+    return ConfigDict(values, type_safe=False).lock()
 
 
 def to_dict(config: Config) -> dict:
@@ -44,7 +45,7 @@ def from_config_dict(values: ConfigDict | dict) -> Config:
       UserError: an unknown field, a value of the wrong type or out of range, or an illegal combination: one line with
         the field, the value and what is legal.
     """
-    values = values.to_dict() if isinstance(values, ConfigDict) else values
+    values = as_dict(values) if isinstance(values, ConfigDict) else values
     if not isinstance(values, dict):
         raise UserError(f"config is {values!r}, but it takes sections: {', '.join(_SECTIONS)}")
     model = values.get("model")
@@ -62,6 +63,20 @@ def from_config_dict(values: ConfigDict | dict) -> Config:
     return config
 
 
+def as_dict(values: ConfigDict, at: str = "config") -> dict:
+    """The nested dict of a ConfigDict. Raises `UserError` where a reference has no value, as a required placeholder."""
+    fields = {}
+    for name, value in values.items(preserve_field_references=True):
+        try:
+            value = value.get() if isinstance(value, FieldReference) else value
+        except Exception as error:  # a reference computes its value here, by the user's own functions
+            raise UserError(
+                f"{at}.{name} has no value yet ({first_line(error)}): set it by --{at}.{name}=VALUE"
+            ) from None
+        fields[name] = as_dict(value, f"{at}.{name}") if isinstance(value, ConfigDict) else value
+    return fields
+
+
 def _import_mixers(names: Iterable[str]) -> None:
     """Imports the package's mixers of these names, which declare their sections in their files.
 
@@ -76,17 +91,18 @@ def _section(cls, name: str, fields: dict):
     """One section, an instance of `cls`, of checked names and types. Raises `UserError` for others."""
     if not isinstance(fields, dict):
         raise UserError(f"config.{name} is {fields!r}, but it is a section with the fields of {cls.__name__}")
-    defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.name != "mixer_sections"}
+    known = {f.name: f for f in dataclasses.fields(cls) if f.name != "mixer_sections"}
     nested = MIXER_SECTIONS if cls is ModelConfig else {}
     values = {}
     for field, value in fields.items():
         if field in nested:
             continue
-        if field not in defaults:
-            raise UserError(f"config.{name} has no field {field!r}: {suggestion(field, defaults)}")
-        at, kind = f"{name}.{field}", type(defaults[field])
+        if field not in known:
+            raise UserError(f"config.{name} has no field {field!r}: {suggestion(field, known)}")
+        at, kind = f"{name}.{field}", type(known[field].default)
         is_section = dataclasses.is_dataclass(kind)
-        values[field] = _section(kind, at, value) if is_section else coerce(f"config.{at}", value, kind)
+        value = _section(kind, at, value) if is_section else coerce(f"config.{at}", value, kind)
+        values[field] = expand_home(value) if known[field].metadata.get("is_path") else value
     if nested:
         sections = ((mixer, _section(of, f"{name}.{mixer}", fields.get(mixer, {}))) for mixer, of in nested.items())
         values["mixer_sections"] = tuple(sections)
@@ -212,6 +228,12 @@ def _check_run(config: Config) -> None:
         "config.data.bos_id",
         config.data.bos_id,
         f"below config.model.vocab_size {config.model.vocab_size}",
+    )
+    require(
+        not (config.data.bos_is_zero and config.data.bos_id),
+        "config.data.bos_id",
+        config.data.bos_id,
+        "0 where config.data.bos_is_zero is True",
     )
     require(
         mesh.prefix != "sequence" or train.seq_len % mesh.model == 0,

@@ -89,7 +89,7 @@ def find_documents(
     specs = split_inputs([inputs] if isinstance(inputs, str | os.PathLike) else inputs)
     files, left_out = {}, Counter()
     for spec in specs:
-        found = _find(os.path.expanduser(spec))
+        found = _find(spec)
         left_out.update(found.left_out)
         for path, name in found.files:
             files.setdefault(os.path.realpath(path), (path, name))
@@ -99,8 +99,8 @@ def find_documents(
 def split_inputs(inputs: Sequence[str | os.PathLike]) -> list[str]:
     """Divides inputs at commas, other than in the name of a file that exists."""
     inputs = [os.fspath(each) for each in inputs]
-    divided = ([each] if os.path.exists(os.path.expanduser(each)) else each.split(",") for each in inputs)
-    return [spec for specs in divided for spec in specs if spec]
+    divided = ([each] if os.path.exists(each) else each.split(",") for each in inputs)
+    return [os.path.normpath(spec) for specs in divided for spec in specs if spec]  # a/ and ./a are a
 
 
 def _find(spec: str) -> Corpus:

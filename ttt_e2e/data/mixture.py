@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from ttt_e2e.data.store import TokenStore, read_attributes, tokenizer_spec
 from ttt_e2e.data.tokenizers import file_digest
 from ttt_e2e.errors import UserError
+from ttt_e2e.paths import is_url
 from ttt_e2e.strict_json import to_json
 
 _MEMBER = re.compile(r"(.+):([0-9.eE+-]+)")
@@ -106,6 +108,13 @@ def members(path: str) -> list[tuple[str, float]]:
         if not is_legal:
             raise UserError(f"config.data.path {path!r}: {part!r} has no weight above 0; legal: STORE:0.7,STORE:0.3")
     return [(match[1], float(match[2])) for match in found]
+
+
+def absolute_path(path: str) -> str:
+    """`data.path` with absolute paths; those of a mixture's stores, too."""
+    named = members(path)
+    absolute = [place if is_url(place) else os.path.abspath(place) for place, _ in named or [(path, 1.0)]]
+    return ",".join(f"{place}:{weight:g}" for place, (_, weight) in zip(absolute, named)) if named else absolute[0]
 
 
 def open_tokens(path: str, split: str) -> TokenStore | Mixture:

@@ -50,6 +50,46 @@ def part_of(corpus: Corpus, part: str) -> Corpus:
     return dataclasses.replace(corpus, files=tuple(ours), left_out=corpus.left_out if index == 0 else {})
 
 
+def contents_digest(corpus: Corpus, held_out: Corpus | None, part: str) -> str:
+    """Digest, 16 hex digits, of the names and contents of the files of a part, which add up to those of the whole.
+
+    Reads all of them, which takes far less time than to tokenize them. Raises UserError where one cannot be read.
+    """
+    total = 0
+    for each in filter(None, (corpus, held_out)):
+        for path, name in part_of(each, part).files:
+            digest = hashlib.blake2b(f"{each is held_out}\0{name}\0".encode("utf-8", "surrogateescape"), digest_size=8)
+            try:
+                with path.open("rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+            except OSError as error:
+                raise UserError(f"input {path}: cannot be read ({error.strerror or error})") from None
+            total += int(digest.hexdigest(), 16)
+    return _hex(total)
+
+
+def _hex(total: int) -> str:
+    return f"{total % 2**64:016x}"
+
+
+def is_same(setting: str, ours, theirs) -> bool:
+    """Whether two values of a setting of `prepare` mean the same: paths may be written in several ways.
+
+    A tokenizer that is a file is known by the digest of files, wherever it lies.
+    """
+    if setting in ("input", "val_input"):
+        return _places(ours) == _places(theirs)
+    if setting == "tokenizer" and ours and ours.endswith((".model", ".json")):
+        return bool(theirs) and theirs.endswith((".model", ".json"))
+    return ours == theirs
+
+
+def _places(inputs: str | None) -> list[str]:
+    """The absolute paths of inputs with commas between them."""
+    return [os.path.realpath(os.path.expanduser(path)) for path in (inputs or "").split(",") if path]
+
+
 def merged_attributes(stores: Sequence[str | os.PathLike], output: Path) -> dict[str, Any]:
     """The attributes of a store at `output` that is the parts at `stores` one after the other, by their numbers.
 
@@ -81,8 +121,9 @@ def _check_alike(store: str, attributes: dict, first: str, expected: dict) -> No
     ours, theirs = (dict(each["prepared_from"]) for each in (attributes, expected))
     for settings in (ours, theirs):
         settings["number of parts"] = numbers_of(settings.pop("part"))[1]
+        settings.pop("contents", None)  # of its own files
     for name in theirs:
-        if ours.get(name) != theirs[name]:
+        if not is_same(name, ours.get(name), theirs[name]):
             raise UserError(f"merge {store}: {name} {ours.get(name)!r}, but {first} has {theirs[name]!r}")
 
 
@@ -102,7 +143,7 @@ def _merged(parts: list[tuple[str, dict]], output: Path) -> dict[str, Any]:
     counts = {"num_documents": total("num_documents"), "num_tokens": total("num_tokens"), "digest": digest}
     refer = [
         {
-            "path": Path(os.path.relpath(os.path.expanduser(store), output)).as_posix(),
+            "path": Path(os.path.relpath(store, output)).as_posix(),
             "num_tokens": attributes["num_tokens"],
             "digest": attributes["digest"],
         }
@@ -110,6 +151,9 @@ def _merged(parts: list[tuple[str, dict]], output: Path) -> dict[str, Any]:
     ]
     left_out = [attributes["left_out"] for attributes in all_attributes]
     settings = first["prepared_from"] | {"part": ""}
+    contents = [attributes["prepared_from"].get("contents", "") for attributes in all_attributes]
+    if all(contents):
+        settings["contents"] = _hex(sum(int(each, 16) for each in contents))
     return about | counts | {"left_out": _sum(left_out), "parts": refer, "prepared_from": settings}
 
 

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ttt_e2e.data.documents import Corpus, Document, Skipped, counted, find_documents
-from ttt_e2e.data.parts import SPLITS, check_part, merged_attributes, part_of, write_merged
+from ttt_e2e.data.parts import SPLITS, check_part, contents_digest, is_same, merged_attributes, part_of, write_merged
 from ttt_e2e.data.readers import kind
+from ttt_e2e.data.round_trip import describe_losses
 from ttt_e2e.data.splits import held_out_rule, splits_without_documents
 from ttt_e2e.data.store import TokenStore, TokenWriter, read_attributes, write_attributes
 from ttt_e2e.data.tokenizers import Tokenizer, files_of, load_tokenizer, train_sentencepiece
@@ -115,8 +116,9 @@ def prepare(  # noqa: PLR0913 -- the flags of a command
         "version": _FORMAT_VERSION,
     }
     if not is_free(output):
-        return _existing(output, settings)
+        return _existing(output, settings, lambda: contents_digest(corpus, held_out, part))
 
+    settings["contents"] = contents_digest(corpus, held_out, part)
     with new_directory(output) as directory:
         model, is_held_out = _provide_tokenizer(tokenizer, corpus, held_out, settings, directory, progress)
         _fill(directory, corpus, held_out, is_held_out, model, settings, num_workers, progress)
@@ -154,6 +156,8 @@ def _fill(
     tokenizer, part, min_tokens = load_tokenizer(model), settings["part"], settings["min_tokens"]
     ours, theirs = part_of(corpus, part), part_of(held_out, part) if held_out else None
     left_out = LeftOut()
+    if losses := describe_losses(ours, tokenizer):
+        log.warning("tokenizer %s: %s", settings["tokenizer"], losses)
     with _executor(model, ours, num_workers) as executor:
         texts = _texts(ours, theirs, is_held_out, left_out, progress)
         tokenized = _tokenized(texts, tokenizer, executor, max_pending=2 * num_workers)
@@ -173,7 +177,7 @@ def _local_directory(output: str | os.PathLike) -> Path:
     """The absolute path of a local directory. Raises UserError for a URL."""
     if is_url(output):
         raise UserError(f"output {os.fspath(output)}: legal: a local directory; copy the finished store to a bucket")
-    return Path(os.fspath(output)).expanduser().absolute()
+    return Path(os.fspath(output)).absolute()
 
 
 def _files_digest(corpus: Corpus, held_out: Corpus | None, tokenizer: str) -> str:
@@ -210,8 +214,11 @@ def _check_arguments(tokenizer: str, min_tokens: int, val_fraction: float, on_ba
             raise UserError(f"{error}, or train:VOCAB") from None
 
 
-def _existing(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The summary of an existing store. Raises UserError where it is none, or was made with other settings."""
+def _existing(output: Path, settings: dict[str, Any], contents: Callable[[], str]) -> dict[str, Any]:
+    """The summary of an existing store. Raises UserError where it is none, or was made of other files or settings.
+
+    contents: gives the digest of the contents of the files, which stores of older versions do not have.
+    """
     advice = "delete it, or choose another output"
     try:
         recorded = read_attributes(output).get("prepared_from", {})
@@ -220,9 +227,13 @@ def _existing(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         found = recorded.get(name, _OLDER.get(name))
         # A store of an older version stays as it is, with its splits: runs go on with it.
-        if found != value and name != "version":
+        if name == "version" or (name in ("input", "val_input") and found and value and "contents" in recorded):
+            continue  # by their contents, below
+        if not is_same(name, found, value):
             other = f"{name} {found!r}, not {value!r}"
             raise UserError(f"output {output}: exists already, made with other settings ({other}); {advice}")
+    if "contents" in recorded and recorded["contents"] != contents():
+        raise UserError(f"output {output}: exists already, and a file of its input has changed since; {advice}")
     return _summary(output, already_prepared=True)
 
 

@@ -204,7 +204,8 @@ def read_attributes(path: str | os.PathLike) -> dict[str, Any]:
     path = os.fspath(path)
     content = _read_key(path, "zarr.json")
     if content is None:
-        raise UserError(f"{path}: no token store there (no zarr.json); legal: {LEGAL_PATHS}")
+        tried = "" if "://" in path or os.path.isabs(path) else f" in {os.path.abspath(path)}"
+        raise UserError(f"{path}: no token store there (no zarr.json{tried}); legal: {LEGAL_PATHS}")
     try:
         group = json.loads(content)
         attributes = group.get("attributes", {})
@@ -311,7 +312,7 @@ def _kvstore(path: str, key: str = "") -> Any:
     if "://" in path:
         return f"{path.rstrip('/')}/{key}"
     # Not a file:// URL: there, some characters that are legal in a path would need quoting.
-    return {"driver": "file", "path": f"{os.path.abspath(os.path.expanduser(path))}/{key}/".replace("//", "/")}
+    return {"driver": "file", "path": f"{os.path.abspath(path)}/{key}/".replace("//", "/")}
 
 
 def _read_key(path: str, key: str) -> bytes | None:

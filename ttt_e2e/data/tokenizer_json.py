@@ -66,6 +66,7 @@ class JsonTokenizer:
         config = _config_beside(path)
         self.bos_id = self._special(path, "bos_token", config, before, _BOS_NAMES)
         self.eos_id = self._special(path, "eos_token", config, after, _EOS_NAMES)
+        self.unknown_id = self._ids.get(self._spec["model"].get("unk_token"), -1)
         if self.bos_id < 0:
             raise UserError(f"tokenizer {path}: it names no BOS; legal: a {CONFIG_NAME} beside it that has bos_token")
         self.fingerprint = hashlib.blake2b(content + f"{self.bos_id}".encode(), digest_size=8).hexdigest()

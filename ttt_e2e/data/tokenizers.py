@@ -44,6 +44,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int
     eos_id: int  # after a text, in models that were trained elsewhere; -1 for none
+    unknown_id: int  # in place of what no other token stands for; -1 for none
     fingerprint: str  # equal for equal tokenizers
 
     def encode(self, text: str) -> np.ndarray:
@@ -66,6 +67,7 @@ class ByteTokenizer:
     vocab_size = 257
     bos_id = 256
     eos_id = -1
+    unknown_id = -1
     fingerprint = "bytes"
 
     def encode(self, text: str) -> np.ndarray:
@@ -108,6 +110,7 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.vocab_size()
         self.bos_id = self._processor.bos_id()
         self.eos_id = self._processor.eos_id()
+        self.unknown_id = self._processor.unk_id()
         if self.bos_id < 0:
             raise UserError(f"tokenizer {path}: the model has no BOS piece; train it with one (bos_id >= 0)")
         pieces = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]

@@ -101,7 +101,7 @@ class Answers:
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(SEED), numbers)
         seen_BV = np.zeros((B, reader.config.model.vocab_size), bool)
         np.put_along_axis(seen_BV, prompts_BP, True, axis=1)
-        streams = [TextStream(self.tokenizer, manner.stops) for _ in prompts]
+        streams = [TextStream(self.tokenizer, manner.stops, prompt.tokens) for prompt in prompts]
         texts, counts, is_open = [""] * B, [0] * B, [True] * B
         state, _ = reader.read(reader.start(prompts_BP[:, 0], B), prompts_BP[:, 1:], learn=self.learn)
         for index in range(manner.max_tokens):

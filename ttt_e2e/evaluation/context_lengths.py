@@ -102,7 +102,7 @@ class ContextLengths(Evaluation):
         with progress_bar(total=total, desc="context lengths", unit="token", unit_scale=True, disable=not todo) as bar:
             for length, batch, filled in todo:
                 tokens = store.sequences(filled, longest, config.model.vocab_size)[:, longest - length :]
-                is_scored = is_target(tokens[:, -settings.scored_tokens :], config.data.bos_id)
+                is_scored = is_target(tokens[:, -settings.scored_tokens :], config.data.masked_id)
                 new = [
                     {"length": length, "stretch": n, "num_targets": int(is_scored[i].sum())}
                     for i, n in enumerate(batch)
@@ -113,7 +113,7 @@ class ContextLengths(Evaluation):
                     for i, record in enumerate(new):
                         record[f"nll{suffix}"] = float(nll[i, is_scored[i]].sum(dtype=np.float64))
                 records.add(new)
-        text = TextBytes.of(config)
+        text = TextBytes.of(config, subject.checkpoint)
         num_bytes = text.count_sequences(store, num_stretches, longest, settings.scored_tokens) if text else 0
         return records.finish(summarise(list(records.done.values()), settings, subject.step, num_bytes))
 

@@ -41,7 +41,9 @@ class Settings:
     samples: int = setting("generation_samples", "Documents to continue, at most.", 16)
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = setting("seed", "Of what is drawn.", 0)
-    judge: str = setting("judge", "Run directory of the judge, or a checkpoint in one; default: the model itself.", "")
+    judge: str = setting(
+        "judge", "Run directory of the judge, or a checkpoint in one; default: the model itself.", "", is_path=True
+    )
 
     def __post_init__(self):
         for name, value, least in (

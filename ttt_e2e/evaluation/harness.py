@@ -87,7 +87,7 @@ def _find_tasks(names: tuple[str, ...], directory: str, metadata: dict):
     """Makes a `TaskManager` that has these tasks. Raises `UserError` where one is unknown."""
     from lm_eval.tasks import TaskManager
 
-    path = Path(directory).expanduser() if directory else None
+    path = Path(directory) if directory else None
     if path:
         if not path.is_dir():
             raise UserError(f"lm_eval_tasks_dir is {directory}, but it must be a directory of tasks as YAML files")

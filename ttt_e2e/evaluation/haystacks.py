@@ -100,6 +100,8 @@ class Haystacks:
         begin, before, end = (self._encode(text.format(**words)) for text in (INTRODUCTION, NEEDLE, QUESTION))
         # Encoded separately, so that the answer has the same tokens in the needle and after the question.
         answer, other = self._encode(f" {value}"), self._encode(f" {other}")
+        if (said := self.tokenizer.decode(answer).strip()) != value:
+            raise UserError(f"needle takes a tokenizer that can write {value!r}, and this one makes {said!r} of it")
         needle = np.concatenate([before, answer, self._encode(".\n")])
         least = len(begin) + len(needle) + len(end) + 1
         if length < least:
@@ -117,11 +119,13 @@ class Haystacks:
     def _natural(self, count: int, random: np.random.Generator) -> np.ndarray:
         """`count` tokens of the split from a random position on, with a new line in place of each BOS.
 
-        A BOS might make the model ignore what came before it, the needle included.
+        A BOS might make the model ignore what came before it, the needle included. Where the tokenizer has no new
+        lines, it is a full stop.
         """
         start = int(random.integers(0, self.store.num_tokens - count + 1))
         tokens = self.store.stretch(start, start + count, self.vocab_size)
-        return np.where(tokens == self.bos_id, self._encode("\n")[-1], tokens)
+        line_end = next(ids[-1] for text in ("\n", ".") if len(ids := self._encode(text)))
+        return np.where(tokens == self.bos_id, line_end, tokens)
 
     def _place(self, hay: np.ndarray, depth: int) -> int:
         """Number of tokens of the haystack that come before the needle."""

@@ -29,7 +29,9 @@ class Settings:
     """Settings of the evaluation, made from its flags. Raises `UserError` for an illegal value."""
 
     tasks: str = setting("lm_eval", "Instead: tasks of lm-evaluation-harness, A,B,....")
-    directory: str = setting("lm_eval_tasks_dir", "Directory of your own tasks, YAML files as the harness's.", "")
+    directory: str = setting(
+        "lm_eval_tasks_dir", "Directory of your own tasks, YAML files as the harness's.", "", is_path=True
+    )
     learn: str = setting("lm_eval_learn", "Learn while reading: all, none, or both, one after the other.", "all")
     limit: int = setting("lm_eval_limit", "Documents of each task, at most; 0 = all.", 0)
     num_fewshot: int = setting("lm_eval_num_fewshot", "Examples before each request; -1 = as the tasks say.", -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -10,13 +11,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ttt_e2e.config import Config, to_dict
+from ttt_e2e.errors import UserError
 
 if TYPE_CHECKING:
     from etils import epath
 
+    from ttt_e2e.data.mixture import Mixture
     from ttt_e2e.data.store import TokenStore
     from ttt_e2e.data.tokenizers import Tokenizer
     from ttt_e2e.inference.reader import Reader
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Subject:
         subject = cls(load_config(find_run(path)), path)
         check_params(subject.step_directory, abstract_model(subject.config.model)[1])
         load_progress(subject.step_directory)
-        find_tokenizer(subject.config)
+        find_tokenizer(subject.config, path)
         return subject
 
     @cached_property
@@ -61,16 +66,14 @@ class Subject:
     @cached_property
     def store(self) -> TokenStore:
         """Token store of the held-out split."""
-        from ttt_e2e.train.batches import open_store
-
-        return open_store(self.config, self.config.data.eval_split)
+        return open_evaluated(self.config, self.checkpoint)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Tokenizer that the model was trained with."""
         from ttt_e2e.inference.prompts import find_tokenizer
 
-        return find_tokenizer(self.config)
+        return find_tokenizer(self.config, self.checkpoint)
 
     @property
     def bos_id(self) -> int:
@@ -102,7 +105,39 @@ class Subject:
             "parameters": parameters_digest(reader.params),
             "model": to_dict(self.config)["model"],
             "inner": dataclasses.asdict(self.config.inner),
-            "bos_id": self.config.data.bos_id,
+            "bos_id": self.config.data.masked_id,
             "batch_size": self.config.eval.batch_size,
             "settings": dataclasses.asdict(settings),
         }
+
+
+def open_evaluated(config: Config, checkpoint: str) -> TokenStore | Mixture:
+    """Opens the held-out split of the config's token store; logs where the model was trained on another store.
+
+    Raises:
+      UserError: as `open_store` does.
+    """
+    from ttt_e2e.train.batches import open_store
+
+    store = open_store(config, config.data.eval_split, checkpoint)
+    if checkpoint:
+        warn_of_other_text(config, checkpoint)
+    return store
+
+
+def warn_of_other_text(config: Config, checkpoint: str) -> None:
+    """Logs where a model was trained on another token store than the config's."""
+    from ttt_e2e.checkpoints.progress import load_progress
+    from ttt_e2e.checkpoints.steps import find_step
+    from ttt_e2e.data.mixture import absolute_path, open_tokens
+    from ttt_e2e.runs.data_record import find_data_record
+
+    trained_on = load_progress(find_step(checkpoint)).get("data")
+    try:
+        fingerprint = open_tokens(config.data.path, config.data.train_split).fingerprint
+    except UserError:  # it has held-out text only
+        fingerprint = ""
+    if trained_on and fingerprint != trained_on:
+        record = find_data_record(checkpoint)
+        theirs = f", {record.path}" if record and record.path != absolute_path(config.data.path) else ""
+        logger.warning("%s is another text than the model was trained on%s", absolute_path(config.data.path), theirs)

@@ -22,24 +22,27 @@ if TYPE_CHECKING:
 class TextBytes:
     """The bytes of the text of tokens, by the tokenizer that the model was trained with."""
 
-    def __init__(self, config: Config):
-        """Raises `UserError` where the tokenizer is not known, or does not fit the model."""
+    def __init__(self, config: Config, checkpoint: str = ""):
+        """Finds the tokenizer of a model, by its config and its checkpoint, if that is in a run.
+
+        Raises `UserError` where the tokenizer is not known, or does not fit the model.
+        """
         from ttt_e2e.inference.prompts import find_tokenizer
 
-        tokenizer = find_tokenizer(config)
+        tokenizer = find_tokenizer(config, checkpoint)
         # Models may have more ids than their tokenizer: these are never in a text.
         room = (0, config.model.vocab_size - tokenizer.vocab_size)
         self._first_V = np.pad(tokenizer.num_bytes(first=True), room)
         self._others_V = np.pad(tokenizer.num_bytes(), room)
-        self._bos_id, self._masked_id = tokenizer.bos_id, config.data.bos_id
+        self._bos_id, self._masked_id = tokenizer.bos_id, config.data.masked_id
         self._batch_size = config.eval.batch_size
         self.tokenizer = tokenizer.fingerprint
 
     @classmethod
-    def of(cls, config: Config) -> TextBytes | None:
+    def of(cls, config: Config, checkpoint: str = "") -> TextBytes | None:
         """Makes that of a config; None where its tokenizer is not known."""
         try:
-            return cls(config)
+            return cls(config, checkpoint)
         except UserError:
             return None
 

@@ -17,7 +17,7 @@ from ttt_e2e.config import Config
 from ttt_e2e.errors import PreemptedError, UserError
 from ttt_e2e.evaluation.base import Evaluation, read_result, register
 from ttt_e2e.evaluation.plots import colors_of
-from ttt_e2e.evaluation.subject import Subject
+from ttt_e2e.evaluation.subject import Subject, warn_of_other_text
 from ttt_e2e.evaluation.text_bytes import TextBytes, bits_per_byte
 from ttt_e2e.figures import STYLE, add_legend, make_figure
 from ttt_e2e.outputs import writing
@@ -149,7 +149,8 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
 
     mesh = make_mesh(config.mesh)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
-    store = open_held_out(config, mesh)
+    store = open_held_out(config, mesh, checkpoint)
+    warn_of_other_text(config, checkpoint)
     step_directory = find_step(checkpoint)
     _, abstract = abstract_model(config.model)
     placed = shardings(abstract, mesh, config.model)
@@ -180,7 +181,7 @@ def _evaluate(config: Config, checkpoint, output, stop) -> dict:
     if config.model.num_fast_blocks:
         static = read(0.0, "evaluate without learning", "token_nll_without_learning")
         metrics |= {"loss_without_learning": static.loss, "token_loss_without_learning": static.token_loss}
-    metrics |= _bits_per_byte(config, store, metrics)
+    metrics |= _bits_per_byte(config, checkpoint, store, metrics)
     arrays = {name: np.concatenate(parts) for name, parts in nlls.items()}
     metrics |= _divergence(arrays)
     if jax.process_index() == 0:
@@ -198,13 +199,13 @@ def _divergence(arrays: dict[str, np.ndarray]) -> dict:
     return {}
 
 
-def _bits_per_byte(config: Config, store: TokenStore, metrics: dict) -> dict:
+def _bits_per_byte(config: Config, checkpoint, store: TokenStore, metrics: dict) -> dict:
     """Counts the bytes of the targets' text, and computes the loss in bits for each of them.
 
     Returns the metrics `tokenizer` (its fingerprint), `num_bytes` and `bits_per_byte`, with learning and without; {}
     where the tokenizer is not known.
     """
-    text = TextBytes.of(config)
+    text = TextBytes.of(config, checkpoint)
     num_bytes = text.count_sequences(store, metrics["num_sequences"], metrics["seq_len"]) if text else 0
     if not num_bytes:
         return {}

@@ -112,7 +112,7 @@ def generate(  # noqa: PLR0913 -- they are the flags of the command
         written, but no state is.
     """
     _check_request(len(prompts), settings, save_to, precision)
-    tokenizer = find_tokenizer(config)
+    tokenizer = find_tokenizer(config, checkpoint)
     prompt_ids = [encode(tokenizer, prompt, config.model.vocab_size) for prompt in prompts]
     about = read_about(load_from) if load_from else {"position": 0}
     longest = max(map(len, prompt_ids)) + settings.max_new_tokens
@@ -189,6 +189,11 @@ def _start(reader: Reader, load_from: str, bos_id: int) -> ReaderState:
     return start
 
 
+def newest_tokens(state: ReaderState) -> np.ndarray:
+    """The tokens of a state's unfinished mini-batch, of its first sequence: int32, at least the newest one."""
+    return np.asarray(state.tokens)[0, : state.position % state.tokens.shape[1] + 1]
+
+
 def load_reader(config: Config, checkpoint, max_length: int) -> Reader:
     """Loads the parameters of a checkpoint onto one device and makes a reader of them.
 
@@ -220,6 +225,7 @@ def continue_prompt(
       UserError: full attention has no room for the tokens.
     """
     ends = {tokenizer.eos_id: "eos", reader.config.data.bos_id or tokenizer.bos_id: "bos"}
+    before = [*newest_tokens(state), *ids]
     started = time.perf_counter()
     with progress_bar(total=len(ids), desc="read", unit="token", leave=False) as bar:
         state, nll_Bn = reader.read(state, ids[None], learn=settings.learn != "none", bar=bar)
@@ -227,7 +233,7 @@ def continue_prompt(
     wrong = np.flatnonzero(~np.isfinite(nll_Bn[0]))
     place = f"the NLL of token {wrong[0] + 1} of the prompt is {nll_Bn[0, wrong[0]]}" if len(wrong) else ""
     key = jax.random.fold_in(jax.random.key(settings.seed), index)
-    stream, tokens, nlls, pieces = TextStream(tokenizer, settings.stop), [], [], []
+    stream, tokens, nlls, pieces = TextStream(tokenizer, settings.stop, before), [], [], []
     reason = "diverged" if place else "length"
 
     def give_out(piece: str) -> bool:

@@ -5,29 +5,35 @@ import json
 import numpy as np
 from etils import epath
 
-from ttt_e2e.config import Config
+from ttt_e2e.config import Config, DataConfig
 from ttt_e2e.data.mixture import recorded_tokenizer
 from ttt_e2e.data.store import check_range
-from ttt_e2e.data.tokenizers import Tokenizer, load_tokenizer
+from ttt_e2e.data.tokenizers import Tokenizer, file_digest, load_tokenizer
 from ttt_e2e.errors import JSON_ERRORS, UserError
+from ttt_e2e.runs.data_record import find_data_record
 
 
-def find_tokenizer(config: Config) -> Tokenizer:
-    """Loads the tokenizer of `config.data.tokenizer`, or else the one that made the token store.
+def find_tokenizer(config: Config, checkpoint: str = "") -> Tokenizer:
+    """Loads the tokenizer that a model was trained with.
+
+    It is the one that its run keeps; or else, of runs without a record and of checkpoints in none, that of
+    `config.data.tokenizer`, or the one that made the token store.
+
+    checkpoint: run directory, or a checkpoint in one.
 
     Raises:
-      UserError: neither is given, or the tokenizer's vocabulary is larger than the model's.
+      UserError: none is known, `config.data.tokenizer` is another than the run's, or its vocabulary is larger than the
+        model's.
     """
-    data = config.data
-    if data.tokenizer == "bytes" or (data.tokenizer and epath.Path(data.tokenizer).exists()):
-        spec = data.tokenizer
-    elif not data.path:
-        raise UserError(
-            f"config.data.tokenizer is {data.tokenizer!r}, but it must be bytes or an existing .model or .json file"
-        )
+    data, record = config.data, find_data_record(checkpoint)
+    if record and record.tokenizer:
+        spec, asked = record.tokenizer_spec, data.tokenizer
+        if asked not in ("", record.asked, record.tokenizer) and file_digest(asked) != record.digest:
+            raise UserError(f"config.data.tokenizer is {asked!r}, but the run was trained with another, {spec}")
+        if file_digest(spec) != record.digest:
+            raise UserError(f"{spec} was changed: it is not the tokenizer that the run was trained with")
     else:
-        name, recorded = recorded_tokenizer(data.path)
-        spec = recorded if data.tokenizer in ("", name) else data.tokenizer
+        spec = _configured(data)
     if not spec:
         raise UserError(
             f"config.data.tokenizer is '', and token store {data.path} does not say which made it:"
@@ -39,6 +45,27 @@ def find_tokenizer(config: Config) -> Tokenizer:
             f"config.model.vocab_size is {config.model.vocab_size}, but tokenizer {spec} has {tokenizer.vocab_size}"
         )
     return tokenizer
+
+
+def _configured(data: DataConfig) -> str:
+    """The tokenizer of a config: the token store's own where it has the name of that, else what the name says.
+
+    Returns what `load_tokenizer` takes, or "". Raises `UserError` where there is neither such a file nor a store.
+    """
+    is_there = data.tokenizer == "bytes" or (data.tokenizer and epath.Path(data.tokenizer).exists())
+    if not data.path:
+        if is_there:
+            return data.tokenizer
+        raise UserError(
+            f"config.data.tokenizer is {data.tokenizer!r}, but it must be bytes or an existing .model or .json file"
+        )
+    try:
+        name, recorded = recorded_tokenizer(data.path)
+    except UserError:  # the store is not needed if the tokenizer is there
+        if is_there:
+            return data.tokenizer
+        raise
+    return recorded if data.tokenizer in ("", name) else data.tokenizer
 
 
 def encode(tokenizer: Tokenizer, prompt: str, vocab_size: int) -> np.ndarray:

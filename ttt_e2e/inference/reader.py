@@ -339,7 +339,7 @@ def _learn(graphdef, config: Config, slow, state: ReaderState, part_b):
         {name: state.states[name] for name in stacks} for stacks in (model.prefix_stacks, model.suffix_stacks)
     )
     x_bD, entries = model.extend(model.embed(tokens_b1[:-1]), in_prefix, context)
-    mini_batch = MiniBatch(x_bD, tokens_b1[1:], is_target(tokens_b1[1:], config.data.bos_id))
+    mini_batch = MiniBatch(x_bD, tokens_b1[1:], is_target(tokens_b1[1:], config.data.masked_id))
     suffix_def, fast, suffix_slow = split(model.make_suffix())
 
     def run(fast):

@@ -4,19 +4,27 @@ from collections.abc import Sequence
 
 from ttt_e2e.data.tokenizers import Tokenizer
 
+_BEFORE = 16  # tokens, by far enough for a character
 REPLACEMENT = "\ufffd"  # what the bytes of an incomplete character decode to
 
 
 class TextStream:
     """Decodes a stream of tokens. Holds back text that may turn out to be the beginning of a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), before: Sequence[int] = ()):
+        """Begins a stream after the tokens `before`, whose text is not given out.
+
+        They matter where a tokenizer drops a space at the beginning of a text, but not after another token.
+        """
         self.stopped = False  # whether a stop string has come; it and all that follows are left out
         self._tokenizer, self._stops = tokenizer, tuple(stops)
-        self._ids: list[int] = []
+        before = [int(token) for token in before[-_BEFORE:]]
+        if tokenizer.decode(before).endswith(REPLACEMENT):  # what follows would complete a character of theirs
+            before = []
+        self._ids: list[int] = before
         # The text of a token may depend on those before it, so new tokens are decoded together with the previous ones,
         # [start, shown), whose text was returned already. Decoding all from the beginning would take quadratic time.
-        self._start = self._shown = 0
+        self._start, self._shown = 0, len(before)
         self._held = ""  # decoded text that may be the beginning of a stop string
 
     def push(self, token: int) -> str:

@@ -55,7 +55,7 @@ def read_batch(
       inner: the inner loop's configuration; `inner.gradient` chooses how the meta-gradient is computed. Its policies
         must not be "auto" (memory.py resolves it).
       learning_rate: eta, may be traced; 0 reads without learning. The meta-gradient treats it as a constant.
-      bos_id: targets equal to it are masked in the loss; 0 = none is.
+      bos_id: targets equal to it are masked in the loss, as `is_target` takes it; 0 = none is.
       division: how arrays are divided among devices.
 
     Differentiable in `fast` and `slow`, once, in reverse: the result is the meta-gradient.

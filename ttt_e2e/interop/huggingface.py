@@ -27,6 +27,7 @@ from ttt_e2e.model import Transformer, abstract_model
 from ttt_e2e.model.engram import with_alike
 from ttt_e2e.model.parameters import parameter_name, split
 from ttt_e2e.outputs import check_free, new_directory
+from ttt_e2e.runs.data_record import write_data_record
 from ttt_e2e.runs.directory import write_config
 from ttt_e2e.runs.files import read_json
 from ttt_e2e.strict_json import to_json
@@ -71,7 +72,7 @@ def import_model(checkpoint, output, overrides: list[str], added: Additions = NO
       UserError: the directory, a file or a tensor is missing, damaged or of another shape, or the model has what ours
         do not; `output` exists and is not empty. Nothing is written then.
     """
-    directory, output = Path(checkpoint).expanduser(), Path(output).expanduser()
+    directory, output = Path(checkpoint), Path(output)
     check_free(output)
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json: it takes a directory as save_pretrained writes it")
@@ -90,12 +91,13 @@ def import_model(checkpoint, output, overrides: list[str], added: Additions = NO
     if additions.are_beside(directory):
         beside = additions.read_params(directory, others)
     else:
-        beside = _fresh(config, others, _alike_tokens(config, directory, output))
+        beside = _fresh(config, others, find_alike_tokens(config, _tokenizer_at(directory, config, output)))
     params = jax.tree_util.tree_map_with_path(lambda path, leaf: _read(tensors, sources, beside, path, leaf), placed)
     with new_directory(output) as new:
         save_params(new / "checkpoints", params, progress_of(0, 0, config))
         _copy_tokenizer(directory, new)
         shutil.copyfile(directory / "config.json", new / "huggingface.json")
+        write_data_record(new, config, _tokenizer_at(new, config, output))
         write_config(new, config)
     return output
 
@@ -112,8 +114,9 @@ def make_config(
         additions.read_fields(directory, config, added)
     else:
         additions.add(config, added)
-    bos_id = theirs.get("bos_token_id") or 0
-    config.data.bos_id = int(next(iter(bos_id), 0) if isinstance(bos_id, list) else bos_id)
+    bos_id = theirs.get("bos_token_id")
+    bos_id = next(iter(bos_id), None) if isinstance(bos_id, list) else bos_id
+    config.data.update(bos_id=int(bos_id or 0), bos_is_zero=bos_id == 0)
     for name in TOKENIZER_FILES[:2]:
         if (directory / name).is_file():
             config.data.tokenizer = str(output.resolve() / name)
@@ -130,7 +133,7 @@ def export_model(config: Config, checkpoint, output) -> Path:
     Raises:
       UserError: transformers has no model that computes the same, or there is no such checkpoint.
     """
-    output = Path(output).expanduser()
+    output = Path(output)
     check_free(output)
     base = additions.without(config.model)
     theirs = huggingface_config.from_model(base)
@@ -188,11 +191,10 @@ def _check(tensors: safetensors_files.Tensors, sources: dict[str, Source], confi
         raise UserError(f"the model has no place for tensors of {directory}: {', '.join(sorted(unused)[:5])}")
 
 
-def _alike_tokens(config: Config, directory: Path, output: Path) -> np.ndarray | None:
-    """Finds the tokens that Engram takes as one; the tokenizer is still in `directory`, and goes to `output`."""
+def _tokenizer_at(directory: Path, config: Config, output: Path) -> str:
+    """The tokenizer of the config; the model's own one, which goes to `output`, as long as it is in `directory`."""
     tokenizer = Path(config.data.tokenizer)
-    is_theirs = tokenizer.parent == output.resolve()
-    return find_alike_tokens(config, str(directory / tokenizer.name) if is_theirs else config.data.tokenizer)
+    return str(directory / tokenizer.name) if tokenizer.parent == output.resolve() else config.data.tokenizer
 
 
 def _fresh(config: Config, placed: dict, alike_V) -> dict[str, jax.Array]:

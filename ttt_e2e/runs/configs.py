@@ -1,5 +1,6 @@
 """Finds the config that a caller from Python names."""
 
+import copy
 import os
 
 from etils import epath
@@ -25,7 +26,7 @@ def find_config(config, arguments: list[str]) -> Config:
     if isinstance(config, Config):
         base = ConfigDict(to_dict(config))
     elif isinstance(config, ConfigDict):
-        base = config.copy_and_resolve_references()
+        base = copy.deepcopy(config)
     elif not isinstance(config, str | os.PathLike):
         raise UserError(f"config is {config!r:.80}, but it must be a path, a ConfigDict or a Config")
     elif epath.Path(path := os.path.expanduser(os.fspath(config))).is_dir():

@@ -11,12 +11,13 @@ from jax.sharding import NamedSharding
 
 from ttt_e2e.cluster.mesh import BATCH, local_rows
 from ttt_e2e.config import Config
-from ttt_e2e.data.mixture import Mixture, open_tokens
+from ttt_e2e.data.mixture import Mixture, absolute_path, open_tokens
 from ttt_e2e.data.pipeline import evaluation_batches
 from ttt_e2e.data.store import TokenStore
 from ttt_e2e.data.tokenizers import alike_tokens, file_digest, load_tokenizer
 from ttt_e2e.errors import PreemptedError, UserError
 from ttt_e2e.progress import progress_bar
+from ttt_e2e.runs.data_record import check_tokenizer, find_data_record
 
 logger = logging.getLogger(__name__)
 
@@ -30,37 +31,52 @@ class HeldOut(NamedTuple):
     num_sequences: int
 
 
-def open_store(config: Config, split: str) -> TokenStore | Mixture:
+def open_store(config: Config, split: str, run: str = "") -> TokenStore | Mixture:
     """Opens a split of the config's token store, or mixture of stores, and checks it against the config.
 
+    run: run directory, or a checkpoint in one, of the model; "" where there is none.
+
     Raises:
-      UserError: no such store or split, too few tokens, or prepared for another vocabulary.
+      UserError: no such store or split, too few tokens, or prepared for another vocabulary, or with another tokenizer
+        than the run's.
     """
+    record = find_data_record(run)
     path, ours = config.data.path, config.model.vocab_size
     if not path:
         raise UserError("config.data.path is '', but it must be the directory of a token store (see ttt-e2e prepare)")
-    store = open_tokens(path, split)
+    try:
+        store = open_tokens(path, split)
+    except UserError as error:
+        if record and record.path and record.path != absolute_path(path):
+            raise UserError(f"{error}; the run was trained on --config.data.path={record.path}") from None
+        raise
     store.num_sequences(config.train.seq_len)  # raises where there is none
     if (theirs := store.attributes.get("vocab_size", ours)) > ours:
         raise UserError(f"config.model.vocab_size is {ours}, but token store {path} was prepared with {theirs}")
     ours = config.data.bos_id
     if ours != (theirs := store.attributes.get("bos_id", ours)):
         raise UserError(f"config.data.bos_id is {ours!r}, but token store {path} was prepared with {theirs!r}")
+    if store.attributes.get("bos_id") == 0 and not config.data.bos_is_zero:
+        logger.warning(
+            "token 0 is the BOS of token store %s, and counts in the losses: --config.data.bos_is_zero=true masks it",
+            path,
+        )
     ours, theirs = config.data.tokenizer, store.attributes.get("tokenizer", "")
     if ours and theirs and ours != theirs and not _is_alike(ours, store.tokenizer_spec):
         raise UserError(f"config.data.tokenizer is {ours!r}, but token store {path} was prepared with {theirs!r}")
+    check_tokenizer(record, store, "the run")
     return store
 
 
-def open_held_out(config: Config, mesh) -> TokenStore | Mixture:
+def open_held_out(config: Config, mesh, run: str = "") -> TokenStore | Mixture:
     """Opens the held-out split, as `open_store`, and reads what an evaluation will: a run of hours must not end there.
 
-    Logs where `eval.num_sequences` is more than the split has.
+    Logs where `eval.num_sequences` is more than the split has. run: as `open_store` takes it.
 
     Raises:
       UserError: as `open_store`; the split is damaged, or has a token id that is not below the vocabulary's size.
     """
-    store, T = open_store(config, config.data.eval_split), config.train.seq_len
+    store, T = open_store(config, config.data.eval_split, run), config.train.seq_len
     if (asked := config.eval.num_sequences) > (available := store.num_sequences(T)):
         logger.info(
             "eval.num_sequences is %d, but %s/%s has %d sequences of %d tokens: evaluations read these",

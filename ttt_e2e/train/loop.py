@@ -22,6 +22,7 @@ from ttt_e2e.errors import PreemptedError
 from ttt_e2e.kernels.attention import choice
 from ttt_e2e.model import abstract_model
 from ttt_e2e.runs import directory as run_directory
+from ttt_e2e.runs.data_record import check_tokenizer, find_data_record, write_data_record
 from ttt_e2e.runs.lock import lock_run
 from ttt_e2e.train.batches import check_batch, find_alike_tokens, held_out_loss, open_held_out, open_store, to_device
 from ttt_e2e.train.optimizers import make_optimizer
@@ -61,13 +62,17 @@ def _train(
     choice.check(config.model)
     check_batch("config.train.global_batch_size", batch_size, mesh, config.train.accumulation_steps)
     check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
-    train_store = open_store(config, config.data.train_split)
+    is_resumed = bool(saved_steps(workdir / "checkpoints"))
+    train_store = open_store(config, config.data.train_split, workdir if is_resumed else "")
     eval_store = open_held_out(config, mesh) if config.eval.every_steps else None
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model)[1], config.model, mesh)
     check_tables(config, mesh)
-    starts_anew = not (config.train.init_from or saved_steps(workdir / "checkpoints"))
+    if not is_resumed:
+        for field in ("init_from", "base"):
+            record = find_data_record(getattr(config.train, field))
+            check_tokenizer(record, train_store, f"the run of config.train.{field}")
     tokenizer = train_store.tokenizer_spec or config.data.tokenizer
-    alike_V = find_alike_tokens(config, tokenizer) if starts_anew else None
+    alike_V = None if is_resumed or config.train.init_from else find_alike_tokens(config, tokenizer)
     run_directory.refuse_secrets(config)  # before the lock makes the directory
     preemption = stack.enter_context(watch_for_preemption())
     stack.enter_context(lock_run(workdir))
@@ -81,6 +86,7 @@ def _train(
     owes_evaluation = bool(eval_store and progress.get("owes_evaluation"))
     if first_step < num_steps or owes_evaluation:  # otherwise, nothing is done with this config
         run_directory.claim(workdir, config)
+        write_data_record(workdir, config, tokenizer)
     run_directory.record_start(workdir, overrides, policies.record(), started)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     train_step = make_train_step(config, optimizer, mesh, state_shardings, policies)

@@ -161,7 +161,7 @@ def make_eval_step(config: Config, mesh: Mesh, params_shardings) -> Callable:
     def eval_step(params, tokens, inner_rate, num_sequences):
         loss_B, token_nll_BT = read_all(params, tokens, inner_rate)
         counts_B = jnp.arange(len(tokens)) < num_sequences
-        is_target_BT = counts_B[:, None] & is_target(tokens[:, 1:], config.data.bos_id)
+        is_target_BT = counts_B[:, None] & is_target(tokens[:, 1:], config.data.masked_id)
         sums = {
             "loss": jnp.where(counts_B, loss_B, 0).sum(),
             "token_nll": jnp.where(is_target_BT, token_nll_BT, 0).sum(),
@@ -181,7 +181,7 @@ def _read(config: Config, graphdef, division: Division, params, tokens, inner_ra
     """Reads a device's sequences, tokens [B, T + 1], given its shards of the parameters."""
     fast = fetch(division.fast, params["fast"])
     fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (len(tokens), *w.shape)), fast)
-    options = {"inner": config.inner, "learning_rate": inner_rate, "bos_id": config.data.bos_id}
+    options = {"inner": config.inner, "learning_rate": inner_rate, "bos_id": config.data.masked_id}
     return read_batch(graphdef, fast, params["slow"], tokens, **options, division=division)
 
 
