@@ -39,9 +39,9 @@ def _value(values: flags.FlagValues, option: inspect.Parameter):
     value = values[option.name].value
     if not isinstance(option.default, tuple):
         return value
+    kinds = {int: (integer, "integers"), float: (float, "numbers"), str: (expand_home, "paths")}
+    make, words = kinds[type(option.default[0])]
     try:
-        kind = type(option.default[0])
-        return tuple(map({int: integer, str: expand_home}[kind], value))
+        return tuple(map(make, value))
     except ValueError:
-        kind = {int: "integers", float: "numbers"}[type(option.default[0])]
-        raise UserError(f"--{option.name}={','.join(value)}: it takes {kind} separated by commas") from None
+        raise UserError(f"--{option.name}={','.join(value)}: it takes {words} separated by commas") from None

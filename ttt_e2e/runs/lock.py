@@ -139,7 +139,7 @@ class _RunLock:
                     logger.error("%s: %s has taken over, as this run was silent", self._path.parent, _describe(now))
                     os._exit(1)  # it was stopped for long, and must not write any more
                 self._beat()
-            except OSError as error:  # such as a full disk; the next may succeed
+            except Exception as error:  # a full disk, or what a bucket's client raises; the next beat may succeed
                 logger.warning("%s cannot be written (%s)", self._path, first_line(error))
 
     def _beat(self) -> None:
