@@ -15,7 +15,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.inference.conftest import assert_same_state, learning_model, read_at_once, reader_of, some_tokens
+from tests.inference.conftest import (
+    assert_read_in_any_way,
+    learning_model,
+    reader_of,
+)
 from tests.inner.conftest import b
 from tests.inner.test_exact import assert_equal, gradients
 from tests.tiny_run import tiny_run
@@ -25,7 +29,6 @@ from ttt_e2e.config.fields import field
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.report import write_report
 from ttt_e2e.flags import override
-from ttt_e2e.inference.state import load_state, save_state
 from ttt_e2e.model import abstract_model, mixers
 from ttt_e2e.model.mixers import Mixer, base, register
 from ttt_e2e.model.parameters import vector
@@ -121,25 +124,7 @@ def test_a_tangent_that_is_lost_would_be_seen(reference, monkeypatch):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("fields", [MIXED | {"num_fast_blocks": 2}, ALONE], ids=["window,ema", "ema"])
 def test_read_in_pieces_and_decoded_as_at_once_and_a_state_saved(fields, tmp_path):
-    model, tokens_BT1 = learning_model(**fields), some_tokens(2, T)
-    expected, reader = read_at_once(model, tokens_BT1), reader_of(model)
-    state, nlls = reader.start(tokens_BT1[:, 0], 2), []
-    for piece in np.split(tokens_BT1[:, 1:], [3, b + 1, 3 * b, 3 * b + 2], axis=1):
-        state, nll_Bn = reader.read(state, piece)
-        nlls.append(nll_Bn)
-    np.testing.assert_allclose(np.concatenate(nlls, axis=1), expected.token_nll_T, rtol=1e-9)
-
-    state, decoded = reader.start(tokens_BT1[:, 0], 2), []
-    for t in range(1, T - 1):
-        state, _, nll_B = reader.step(state, lambda _, t=t: tokens_BT1[:, t])
-        decoded.append(nll_B)
-    np.testing.assert_allclose(np.stack(decoded, axis=1), expected.token_nll_T[:, : T - 2], rtol=1e-9)
-
-    save_state(tmp_path / "state", reader, state)  # in the middle of a mini-batch
-    restored = load_state(tmp_path / "state", reader)
-    assert_same_state(restored, state)
-    rest = tokens_BT1[:, T - 1 :]
-    np.testing.assert_array_equal(reader.read(restored, rest)[1], reader.read(state, rest)[1])
+    assert_read_in_any_way(learning_model(**fields), T, tmp_path)
 
 
 def divided(config: Config, mesh_shape) -> tuple:

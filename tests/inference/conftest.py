@@ -9,6 +9,7 @@ from tests.inner.conftest import learning_model as inner_learning_model
 from tests.model.tiny import TinyModel
 from ttt_e2e.config import from_config_dict, to_dict
 from ttt_e2e.inference.reader import Reader, ReaderState
+from ttt_e2e.inference.state import load_state, save_state
 from ttt_e2e.inner import Reading, read_batch
 
 # Shapes: B sequences, T tokens read, V vocabulary.
@@ -42,6 +43,30 @@ def read_at_once(model: TinyModel, tokens_BT1) -> Reading:
     options = {"inner": inner, "learning_rate": inner.learning_rate, "bos_id": model.config.data.bos_id}
     program = jax.jit(lambda fast, slow: read_batch(model.graphdef, fast, slow, np.asarray(tokens_BT1), **options))
     return jax.device_get(program(fast, model.params["slow"]))
+
+
+def assert_read_in_any_way(model: TinyModel, T: int, tmp_path) -> None:
+    """Reads T tokens in pieces, token by token, and from a state saved on the way: always as at once."""
+    tokens_BT1, b = some_tokens(2, T), model.config.inner.mini_batch_size
+    expected, reader = read_at_once(model, tokens_BT1), reader_of(model)
+    for sizes in ([3, b + 1, 3 * b, 3 * b + 2], [1, 2, 3, b + 2]):
+        state, nlls = reader.start(tokens_BT1[:, 0], 2), []
+        for piece in np.split(tokens_BT1[:, 1:], sizes, axis=1):
+            state, nll_Bn = reader.read(state, piece)
+            nlls.append(nll_Bn)
+        np.testing.assert_allclose(np.concatenate(nlls, axis=1), expected.token_nll_T, rtol=1e-9)
+
+    state, decoded = reader.start(tokens_BT1[:, 0], 2), []
+    for t in range(1, T - 1):
+        state, _, nll_B = reader.step(state, lambda _, t=t: tokens_BT1[:, t])
+        decoded.append(nll_B)
+    np.testing.assert_allclose(np.stack(decoded, axis=1), expected.token_nll_T[:, : T - 2], rtol=1e-9)
+
+    save_state(tmp_path / "state", reader, state)  # in the middle of a mini-batch
+    restored = load_state(tmp_path / "state", reader)
+    assert_same_state(restored, state)
+    rest = tokens_BT1[:, T - 1 :]
+    np.testing.assert_array_equal(reader.read(restored, rest)[1], reader.read(state, rest)[1])
 
 
 def assert_same_state(state, expected, **tolerance):

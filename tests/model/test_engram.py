@@ -12,7 +12,13 @@ import optax
 import pytest
 from flax import nnx
 
-from tests.inference.conftest import assert_same_state, learning_model, read_at_once, reader_of, some_tokens
+from tests.inference.conftest import (
+    assert_read_in_any_way,
+    learning_model,
+    read_at_once,
+    reader_of,
+    some_tokens,
+)
 from tests.inner.conftest import b, distinct_tokens, read
 from tests.inner.test_exact import assert_equal, gradients
 from tests.test_own_mixer import COVER, POLICIES
@@ -23,7 +29,6 @@ from ttt_e2e.cluster.mesh import make_mesh
 from ttt_e2e.config import OptimizerConfig, from_config_dict, to_dict
 from ttt_e2e.data.store import TokenWriter
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.state import load_state, save_state
 from ttt_e2e.inner.memory import held_bytes
 from ttt_e2e.model import Transformer, abstract_model, abstract_transformer, parameter_traits
 from ttt_e2e.model.engram import Engram
@@ -183,25 +188,7 @@ def test_the_meta_gradient_is_that_of_autodiff(policy, reference):
 
 @pytest.mark.usefixtures("float64")
 def test_read_in_pieces_and_decoded_as_at_once_and_a_state_saved(tmp_path):
-    model, tokens_BT1 = learning_model(**MODEL), some_tokens(2, T)
-    expected, reader = read_at_once(model, tokens_BT1), reader_of(model)
-    state, nlls = reader.start(tokens_BT1[:, 0], 2), []
-    for piece in np.split(tokens_BT1[:, 1:], [3, b + 1, 3 * b, 3 * b + 2], axis=1):
-        state, nll_Bn = reader.read(state, piece)
-        nlls.append(nll_Bn)
-    np.testing.assert_allclose(np.concatenate(nlls, axis=1), expected.token_nll_T, rtol=1e-9)
-
-    state, decoded = reader.start(tokens_BT1[:, 0], 2), []
-    for t in range(1, T - 1):
-        state, _, nll_B = reader.step(state, lambda _, t=t: tokens_BT1[:, t])
-        decoded.append(nll_B)
-    np.testing.assert_allclose(np.stack(decoded, axis=1), expected.token_nll_T[:, : T - 2], rtol=1e-9)
-
-    save_state(tmp_path / "state", reader, state)  # in the middle of a mini-batch
-    restored = load_state(tmp_path / "state", reader)
-    assert_same_state(restored, state)
-    rest = tokens_BT1[:, T - 1 :]
-    np.testing.assert_array_equal(reader.read(restored, rest)[1], reader.read(state, rest)[1])
+    assert_read_in_any_way(learning_model(**MODEL), T, tmp_path)
 
 
 @pytest.mark.usefixtures("float64")

@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.inference.conftest import assert_same_state, learning_model, read_at_once, reader_of, some_tokens
+from tests.inference.conftest import (
+    assert_read_in_any_way,
+    assert_same_state,
+    learning_model,
+)
 from tests.inner.conftest import b, distinct_tokens, read
 from tests.inner.test_exact import assert_equal, gradients
 from tests.test_own_mixer import POLICIES, divided
 from tests.tiny_run import tiny_run
-from ttt_e2e.inference.state import load_state, save_state
 from ttt_e2e.model.mixers import Context
 from ttt_e2e.model.passes import DualPass, Pass
 
@@ -67,25 +70,7 @@ def test_the_meta_gradient_of_a_model_of_this_mixer_alone(name):
 @pytest.mark.parametrize("name", MIXERS)
 @pytest.mark.parametrize("fields", [pytest.param(alone, marks=pytest.mark.slow), mixed])
 def test_read_in_pieces_and_decoded_as_at_once_and_a_state_saved(fields, name, tmp_path):
-    model, tokens_BT1 = learning_model(**fields(name)), some_tokens(2, T)
-    expected, reader = read_at_once(model, tokens_BT1), reader_of(model)
-    state, nlls = reader.start(tokens_BT1[:, 0], 2), []
-    for piece in np.split(tokens_BT1[:, 1:], [3, b + 1, 3 * b, 3 * b + 2], axis=1):
-        state, nll_Bn = reader.read(state, piece)
-        nlls.append(nll_Bn)
-    np.testing.assert_allclose(np.concatenate(nlls, axis=1), expected.token_nll_T, rtol=1e-9)
-
-    state, decoded = reader.start(tokens_BT1[:, 0], 2), []
-    for t in range(1, T - 1):
-        state, _, nll_B = reader.step(state, lambda _, t=t: tokens_BT1[:, t])
-        decoded.append(nll_B)
-    np.testing.assert_allclose(np.stack(decoded, axis=1), expected.token_nll_T[:, : T - 2], rtol=1e-9)
-
-    save_state(tmp_path / "state", reader, state)  # in the middle of a mini-batch
-    restored = load_state(tmp_path / "state", reader)
-    assert_same_state(restored, state)
-    rest = tokens_BT1[:, T - 1 :]
-    np.testing.assert_array_equal(reader.read(restored, rest)[1], reader.read(state, rest)[1])
+    assert_read_in_any_way(learning_model(**fields(name)), T, tmp_path)
 
 
 @pytest.mark.usefixtures("float64")

@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.inference.conftest import assert_same_state, learning_model, read_at_once, reader_of, some_tokens
+from tests.inference.conftest import (
+    assert_read_in_any_way,
+    learning_model,
+)
 from tests.inner.conftest import b
 from tests.inner.test_exact import assert_equal, gradients
 from tests.test_own_mixer import divided
 from tests.tiny_run import tiny_run
 from ttt_e2e.config import from_config_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.state import load_state, save_state
 from ttt_e2e.model.mixers import Context, window
 from ttt_e2e.model.mixers.attention import Attention
 from ttt_e2e.model.passes import DualPass, Pass
@@ -89,23 +91,7 @@ def test_a_wrong_variant_is_noticed(wrong, reference, monkeypatch):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", CASES)
 def test_read_in_pieces_and_decoded_as_at_once_and_a_state_saved(name, tmp_path):
-    model, tokens_BT1 = learning_model(**CASES[name]), some_tokens(2, T)
-    expected, reader = read_at_once(model, tokens_BT1), reader_of(model)
-    for sizes in ([3, b + 1, 3 * b, 3 * b + 2], [1, 2, 3, b + 2]):
-        state, nlls = reader.start(tokens_BT1[:, 0], 2), []
-        for piece in np.split(tokens_BT1[:, 1:], sizes, axis=1):
-            state, nll_Bn = reader.read(state, piece)
-            nlls.append(nll_Bn)
-        np.testing.assert_allclose(np.concatenate(nlls, axis=1), expected.token_nll_T, rtol=1e-9)
-
-    state, decoded = reader.start(tokens_BT1[:, 0], 2), []
-    for t in range(1, T - 1):
-        state, _, nll_B = reader.step(state, lambda _, t=t: tokens_BT1[:, t])
-        decoded.append(nll_B)
-    np.testing.assert_allclose(np.stack(decoded, axis=1), expected.token_nll_T[:, : T - 2], rtol=1e-9)
-
-    save_state(tmp_path / "state", reader, state)  # in the middle of a mini-batch
-    assert_same_state(load_state(tmp_path / "state", reader), state)
+    assert_read_in_any_way(learning_model(**CASES[name]), T, tmp_path)
 
 
 @pytest.mark.usefixtures("float64")
