@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from ttt_e2e import paths
 from ttt_e2e.config import Config
 from ttt_e2e.data.store import check_range
 from ttt_e2e.data.tokenizers import Tokenizer
@@ -235,8 +236,10 @@ def _shapes(state: ReaderState):
 
 
 def _path(path) -> str:
-    """A path as a string; `~` is home."""
-    return os.path.expanduser(os.fspath(path))
+    """A path as a string; `~` is home. Raises `UserError` for one in a bucket out of reach."""
+    path = os.path.expanduser(os.fspath(path))
+    paths.check("path", path)
+    return path
 
 
 def _subject(path, overrides: dict | None, config) -> Subject:

@@ -61,7 +61,7 @@ def _main(argv: list[str]) -> int:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return _leave(2)
     except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return _leave(1)
     except PreemptedError as error:
         print(error, file=sys.stderr)

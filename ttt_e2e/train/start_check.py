@@ -75,15 +75,9 @@ def check_start(config: Config, params, mesh) -> None:
 
 
 def _at(config: Config, seq_len: int, mini_batch_size: int) -> Config:
-    """The config that evaluates sequences of another length, as many of them as there are."""
-    config = replace(
-        config,
-        train=replace(config.train, seq_len=seq_len),
-        inner=replace(config.inner, mini_batch_size=mini_batch_size, segment_length=0),
-    )
-    available = open_store(config, config.data.eval_split).num_sequences(seq_len)
-    wanted = config.eval.num_sequences or available
-    return replace(config, eval=replace(config.eval, num_sequences=min(wanted, available)))
+    """The config that evaluates sequences of another length."""
+    inner = replace(config.inner, mini_batch_size=mini_batch_size, segment_length=0)
+    return replace(config, train=replace(config.train, seq_len=seq_len), inner=inner)
 
 
 def _losses(config: Config, params, mesh, inner_rates: list[float]) -> list[float]:
